@@ -1,0 +1,123 @@
+"""Which backends there are, which of them can serve a problem, and why the others cannot.
+
+A backend is one row of ``_AVAILABLE`` plus one file per op, ``effnet_kernels/ops/<op>/<backend>.py``,
+that defines ``supports(problem) -> (bool, reason)`` and ``run(*args)``.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from effnet_kernels import native
+
+ENVIRONMENT_VARIABLE = "EFFNET_KERNELS_BACKEND"
+
+
+class Problem(NamedTuple):
+    """What a backend must know to say whether it can serve one call."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+
+
+_AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
+    "cpu": native.cpu_available,
+    "reference": lambda: (True, "plain PyTorch"),
+}
+
+# Fastest first. The reference is last everywhere: it defines the numbers, not the speed.
+_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+}
+_DEFAULT_ORDER = ("reference",)
+
+_requested: contextvars.ContextVar[str] = contextvars.ContextVar("effnet_kernels_backend", default="auto")
+
+
+def backends() -> Mapping[str, tuple[bool, str]]:
+    """Every backend by name, as ``(available, reason)``; the reason explains both answers."""
+    return MappingProxyType({name: available() for name, available in _AVAILABLE.items()})
+
+
+def check_backend(name: str) -> str:
+    """Return ``name``; raise ValueError if there is no such backend, RuntimeError if it cannot run here."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
+    if name == "auto":
+        return name
+    if name not in _AVAILABLE:
+        raise ValueError(f"backend must be one of {('auto', *_AVAILABLE)}, got {name!r}")
+    available, reason = _AVAILABLE[name]()
+    if not available:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of every op called inside the ``with`` block, in this thread or task.
+
+    It rules wherever no backend was named closer to the call (``patch(model, backend=...)`` or an
+    op's ``backend=`` argument). Outside, the environment variable ``EFFNET_KERNELS_BACKEND`` rules.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend exists but cannot run here; the message says why.
+    """
+    token = _requested.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested(backend: str = "auto") -> str:
+    """The backend asked for: by argument, else by ``use_backend``, else by the environment."""
+    if backend == "auto":
+        backend = _requested.get()
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    return backend
+
+
+def implementation(problem: Problem, backend: str = "auto") -> Callable[..., Any]:
+    """The function that computes ``problem`` on the backend asked for (see ``requested``).
+
+    Raises:
+        ValueError, RuntimeError: the backend was asked for by name and is unknown, unavailable, or
+            does not support this problem; the message carries its reason.
+    """
+    return _resolve(problem, requested(backend))[1]
+
+
+@torch.compiler.assume_constant_result
+def accelerates(problem: Problem, backend: str) -> bool:
+    """Whether a fused call is worth making: a backend was named, or ``auto`` finds a real kernel."""
+    asked = requested(backend)
+    return asked != "auto" or _resolve(problem, asked)[0] != "reference"
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
+    if asked == "auto":
+        candidates = _ORDER.get(problem.device, _DEFAULT_ORDER)
+    else:
+        candidates = (check_backend(asked),)
+    for name in candidates:
+        served, reason = _AVAILABLE[name]()
+        if served:
+            module = importlib.import_module(f"effnet_kernels.ops.{problem.op}.{name}")
+            served, reason = module.supports(problem)
+        if served:
+            return name, module.run
+    raise RuntimeError(f"backend {asked!r} cannot serve {problem.op} on {problem.device} in {problem.dtype}: {reason}")

@@ -1,0 +1,43 @@
+"""Loading the native libraries, and the reason when one is missing.
+
+They are built against PyTorch's stable ABI: one file serves every torch >= 2.11 and every Python.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+_CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
+INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512")
+
+
+@functools.cache
+def cpu_available() -> tuple[bool, str]:
+    """Whether the CPU library is built and loads, and which instruction set it runs."""
+    if not _CPU_LIBRARY.exists():
+        return False, f"{_CPU_LIBRARY.name} was not built: no C++ compiler at install time (see `make build`)"
+    try:
+        torch.ops.load_library(_CPU_LIBRARY)
+    except OSError as error:
+        return False, f"{_CPU_LIBRARY.name} does not load: {error}"
+    set_instruction_set(os.environ.get("EFFNET_KERNELS_CPU_ISA", "auto"))
+    return True, f"native C++, {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """The instruction set in use: generic, avx2 or avx512."""
+    return INSTRUCTION_SETS[torch.ops.effnet_kernels_cpu.instruction_set()]
+
+
+def set_instruction_set(name: str) -> None:
+    """Choose the instruction set of the CPU kernels, process-wide; ``auto`` is the widest one.
+
+    Raises:
+        ValueError: no such instruction set, or this machine cannot run it.
+    """
+    if name not in INSTRUCTION_SETS:
+        raise ValueError(f"instruction set must be one of {INSTRUCTION_SETS}, got {name!r}")
+    if not torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name)):
+        raise ValueError(f"instruction set {name!r} cannot run on this machine")

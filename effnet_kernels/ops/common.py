@@ -1,0 +1,136 @@
+"""What all ops share: the library handle, output allocation, reference arithmetic, registration."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from effnet_kernels import backends
+from effnet_kernels.ops.activations import FUNCTIONS
+
+LIBRARY = torch.library.Library("effnet_kernels", "DEF")
+
+
+def conv_output_size(size: int, kernel: int, stride: int, before: int, after: int) -> int:
+    """Output extent of a convolution along one axis with explicit padding on both sides."""
+    return (size + before + after - kernel) // stride + 1
+
+
+def empty_nhwc(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Uninitialised [N, channels, height, width] in channels-last memory, like x in dtype and device.
+
+    Fakes and kernels both allocate their output here, so strides cannot disagree.
+    """
+    shape = (x.shape[0], channels, height, width)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """x itself when its memory is dense [N, H, W, C] to the letter, else a copy that is.
+
+    ``is_contiguous(memory_format=...)`` says yes to ambiguous strides where C, H or W is 1, so the
+    strides are written out.
+    """
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return empty_nhwc(x, c, h, w).copy_(x)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision that sums and epilogues use: fp32 for 16-bit types."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def batch_norm_act(y: Tensor, bn: Sequence[Tensor], eps: float, act: str) -> Tensor:
+    """act(bn(y)) from running statistics, evaluated and returned in ``wide`` precision."""
+    y = wide(y)
+    gamma, beta, mean, var = (t.to(y.dtype) for t in bn)
+    return FUNCTIONS[act](F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps))
+
+
+class Op:
+    """One registered op. Calling it goes through the dispatcher only where the dispatcher has work to do.
+
+    Autograd, torch.compile, export, tensor subclasses and dispatch modes need ``torch.ops``, at 70 us a
+    call for an op with this many arguments. Plain inference calls the backend straight away.
+    """
+
+    def __init__(self, overload: Any, problem: Callable[..., backends.Problem]) -> None:
+        self.overload = overload
+        self.problem = problem
+
+    def __call__(self, *args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or type(args[0]) is not Tensor
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return self.overload(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The op without the dispatcher: the last argument names the backend."""
+        return backends.implementation(self.problem(*args), args[-1])(*args[:-1])
+
+
+def register(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    problem: Callable[..., backends.Problem],
+) -> Op:
+    """Define one op from its schema: kernel, fake kernel and gradient.
+
+    The last argument of every schema is ``str backend``; ``backends`` finds the implementation that
+    serves ``problem(*args)``. The gradient re-evaluates ``reference``: it needs nothing but the op's
+    inputs, so inference-only kernels stay differentiable.
+    """
+    name = schema[: schema.index("(")]
+    qualified = f"effnet_kernels::{name}"
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    op = Op(getattr(torch.ops.effnet_kernels, name).default, problem)
+    setup_context, backward = _gradient(reference)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, op.run, key)
+    torch.library.register_fake(qualified, lambda *args: fake(*args[:-1]), lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    return op
+
+
+def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """``setup_context`` and ``backward`` that save an op's inputs and differentiate its reference."""
+
+    def is_leaf(argument: Any) -> bool:
+        # Gradients of a tensor list come back as a list; a list of numbers is one argument.
+        return isinstance(argument, list) and any(not isinstance(item, Tensor) for item in argument)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        leaves, ctx.spec = tree_flatten(inputs[:-1], is_leaf=is_leaf)
+        ctx.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        tensors = iter(t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
+        leaves = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
+        with torch.enable_grad():
+            outputs = reference(*tree_unflatten(leaves, ctx.spec))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]
+        wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        grads = torch.autograd.grad(
+            [y for y, _ in pairs], [leaves[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+        )
+        result: list[Tensor | None] = [None] * len(leaves)
+        for i, grad in zip(wanted, grads, strict=True):
+            result[i] = grad
+        return *tree_unflatten(result, ctx.spec), None
+
+    return setup_context, backward

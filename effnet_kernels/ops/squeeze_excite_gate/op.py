@@ -1,0 +1,22 @@
+import torch
+from torch import Tensor
+
+from effnet_kernels.backends import Problem
+from effnet_kernels.ops.common import register
+from effnet_kernels.ops.squeeze_excite_gate import reference
+
+
+def fake(mean, se, act, gate) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.empty_like(mean, memory_format=torch.contiguous_format)
+
+
+def problem(mean: Tensor, *_: object) -> Problem:
+    return Problem("squeeze_excite_gate", mean.device.type, mean.dtype)
+
+
+op = register(
+    "squeeze_excite_gate(Tensor mean, Tensor[] se, str act, str gate, str backend) -> Tensor",
+    fake=fake,
+    reference=reference.run,
+    problem=problem,
+)
