@@ -1,0 +1,67 @@
+# Every target makes what it needs: an environment in .venv with the pinned tools (constraints.txt), and the
+# package in it, editable, with its native code built. Needs python3, a C++ compiler and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+EXTRAS := timm,torchvision,demo,bench,peers,dev
+NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# Two test processes beat one on two cores: most tests are Python work on small tensors. One thread each,
+# or their thread pools fight over the cores.
+TEST_PROCESSES ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: demo test bench report build lint format coverage-table wheel clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
+
+$(VENV)/.requirements: constraints.txt pyproject.toml
+	@echo "==> environment in $(VENV), torch first (a large download the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt torch setuptools wheel
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
+	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(BIN)/effnet-kernels info
+	@touch $@
+
+build: $(VENV)/.installed  ## install the package and build its native code
+
+demo: build  ## run stock and patched models on a photograph; writes out/
+	@$(BIN)/effnet-kernels demo --out out $(DEMO_ARGS)
+
+test: build  ## run the whole test suite
+	@echo "==> tests, $(TEST_PROCESSES) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+
+bench: build  ## measure ops, blocks and models; writes benchmarks/results/
+	@$(BIN)/python -m pytest benchmarks --benchmark-only -q $(BENCH_ARGS)
+
+report: build  ## turn benchmarks/results/ into the tables and plots of the documentation
+	@$(BIN)/python -m benchmarks.report
+
+lint: build  ## check style and types, Python and C++
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: build  ## format Python and C++ in place
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
+
+coverage-table: build  ## regenerate docs/coverage.md: which blocks of which models are fused
+	@$(BIN)/python docs/coverage.py
+
+wheel: build  ## build the source distribution and the wheel into dist/
+	@$(BIN)/python -m build --no-isolation
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist out *.egg-info effnet_kernels/*.so
