@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import to_nhwc
@@ -12,11 +11,14 @@ from effnet_kernels.ops.common import to_nhwc
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def bind(op: str, fake: Callable[..., Any]) -> tuple[Callable[[Problem], tuple[bool, str]], Callable[..., Any]]:
+def bind(
+    op: str, fake: Callable[..., Any], dense: tuple[int, ...] = (0,)
+) -> tuple[Callable[[Problem], tuple[bool, str]], Callable[..., Any]]:
     """``supports`` and ``run`` of one op.
 
-    The native op has the op's own schema, with the output in front and without ``backend``. The output
-    comes from the op's fake kernel, so the two cannot disagree; maps arrive in dense [N, H, W, C].
+    The native op has the op's own schema, with the outputs in front and without ``backend``. Outputs come
+    from the op's fake kernel, so the two cannot disagree. ``dense`` are the positions of the maps that the
+    native op takes in dense [N, H, W, C] only.
     """
     native = getattr(torch.ops.effnet_kernels_cpu, op).default
 
@@ -29,8 +31,14 @@ def bind(op: str, fake: Callable[..., Any]) -> tuple[Callable[[Problem], tuple[b
 
     def run(*args: Any) -> Any:
         out = fake(*args)
-        args = tuple(to_nhwc(arg) if isinstance(arg, Tensor) and arg.dim() == 4 else arg for arg in args)
-        native(out, *args)
+        arguments = list(args)
+        for i in dense:
+            if arguments[i] is not None:
+                arguments[i] = to_nhwc(arguments[i])
+        if isinstance(out, tuple):
+            native(*out, *arguments)
+        else:
+            native(out, *arguments)
         return out
 
     return supports, run

@@ -1,0 +1,332 @@
+// Registers the CPU kernels as torch.ops.effnet_kernels_cpu.*, against PyTorch's stable ABI: the only file
+// of csrc/ that knows torch. It checks all that the kernels rely on; a call that passes cannot touch memory
+// outside its tensors.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/common.h"
+
+namespace effnet {
+namespace {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+// ---- instruction set -------------------------------------------------------------------------------------
+
+constexpr int kInstructionSets = 3;  // generic, avx2, avx512: native.INSTRUCTION_SETS less "auto"
+const Kernels* table_of(int64_t set) {
+  if (set == 0) return kernels_generic();
+#if defined(EFFNET_X86)
+  if (set == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
+  if (set == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kernels_avx512();
+#endif
+  return nullptr;
+}
+
+int64_t widest() {
+  int64_t set = kInstructionSets - 1;
+  while (table_of(set) == nullptr) --set;
+  return set;
+}
+
+std::atomic<int64_t> chosen{widest()};
+
+const Kernels& kernels() { return *table_of(chosen.load(std::memory_order_relaxed)); }
+
+// Codes count from 1; 0 is "auto".
+int64_t instruction_set() { return chosen.load() + 1; }
+
+bool set_instruction_set(int64_t code) {
+  const int64_t set = code == 0 ? widest() : code - 1;
+  if (set < 0 || set >= kInstructionSets || table_of(set) == nullptr) return false;
+  chosen.store(set);
+  return true;
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------
+
+Pool pool() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t n, void (*task)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) task(context, i);
+            });
+          }};
+}
+
+int act_code(const char* name, const std::string& act) {
+  static const char* const names[] = {"identity", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"};
+  for (int code = 0; code <= kHardsigmoid; ++code)
+    if (act == names[code]) return code;
+  STD_TORCH_CHECK(false, name, " is no activation that the CPU kernels know: ", act);
+  return kIdentity;
+}
+
+bool is_bf16(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  const auto type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  return type == ScalarType::BFloat16;
+}
+
+Tensor4 tensor4(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+  Tensor4 out{t.data_ptr(), is_bf16(name, t), {}, {}};
+  for (int i = 0; i < 4; ++i) {
+    out.size[i] = t.size(i);
+    out.stride[i] = t.stride(i);
+  }
+  return out;
+}
+
+void check_size(const char* name, const Tensor4& t, const int64_t (&wanted)[4]) {
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(t.size[i] == wanted[i], name, " must have size ", wanted[i], " in dimension ", i, ", got ",
+                    t.size[i]);
+}
+
+void check_nhwc(const char* name, const Tensor4& t) {
+  const int64_t c = t.size[1], h = t.size[2], w = t.size[3];
+  STD_TORCH_CHECK(t.stride[0] == h * w * c && t.stride[1] == 1 && t.stride[2] == w * c && t.stride[3] == c, name,
+                  " must be dense in [N, H, W, C] memory");
+}
+
+Tensor4 map(const char* name, const Tensor& t) {
+  const Tensor4 out = tensor4(name, t);
+  check_nhwc(name, out);
+  return out;
+}
+
+Tensor4 weight(const char* name, const Tensor& t, const Tensor4& x, const int64_t (&wanted)[4]) {
+  const Tensor4 out = tensor4(name, t);
+  check_size(name, out, wanted);
+  STD_TORCH_CHECK(out.is_bf16 == x.is_bf16, name, " must have the dtype of x");
+  return out;
+}
+
+Vector vector(const char* name, const Tensor& t, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
+  return {t.data_ptr(), is_bf16(name, t), t.stride(0)};
+}
+
+BatchNorm batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) {
+  STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(), " tensors");
+  return {vector(name, bn[0], channels), vector(name, bn[1], channels), vector(name, bn[2], channels),
+          vector(name, bn[3], channels), static_cast<float>(eps)};
+}
+
+SqueezeExcite squeeze_excite_weights(const Tensors& se, const std::string& act, const std::string& gate,
+                                     int64_t channels) {
+  STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(), " tensors");
+  const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
+  SqueezeExcite out;
+  out.w_reduce = tensor4("se.w_reduce", se[0]);
+  out.b_reduce = vector("se.b_reduce", se[1], reduced);
+  out.w_expand = tensor4("se.w_expand", se[2]);
+  out.b_expand = vector("se.b_expand", se[3], channels);
+  check_size("se.w_reduce", out.w_reduce, {reduced, channels, 1, 1});
+  check_size("se.w_expand", out.w_expand, {channels, reduced, 1, 1});
+  for (const Tensor4* w : {&out.w_reduce, &out.w_expand})
+    STD_TORCH_CHECK(w->stride[1] == 1 || w->size[1] == 1, "the input channels of se weights must be contiguous");
+  out.act = act_code("se_act", act);
+  out.gate = act_code("se_gate", gate);
+  return out;
+}
+
+float* fp32_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows, ", ", cols,
+                  "]");
+  STD_TORCH_CHECK(t.is_contiguous() && !is_bf16(name, t), name, " must be contiguous float32");
+  return static_cast<float*>(t.data_ptr());
+}
+
+Window window(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const Tensor4& x,
+              const Tensor4& weight, const Tensor4& y) {
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride must be two positive numbers");
+  STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");
+  for (int64_t p : padding) STD_TORCH_CHECK(p >= 0, "padding must not be negative, got ", p);
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t room = x.size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - weight.size[2 + axis];
+    STD_TORCH_CHECK(weight.size[2 + axis] > 0 && room >= 0, "the kernel does not fit the padded map");
+    STD_TORCH_CHECK(y.size[2 + axis] == room / stride[axis] + 1, "out has the wrong size in dimension ", 2 + axis);
+  }
+  return {stride[0], stride[1], padding[0], padding[2]};
+}
+
+void check_residual(bool residual, const Tensor4& x, const Tensor4& y) {
+  if (!residual) return;
+  check_nhwc("x with residual", x);
+  check_size("out with residual", y, {x.size[0], x.size[1], x.size[2], x.size[3]});
+}
+
+void check_out(const Tensor4& y, const Tensor4& x, int64_t channels) {
+  STD_TORCH_CHECK(y.is_bf16 == x.is_bf16, "out must have the dtype of x");
+  STD_TORCH_CHECK(y.size[0] == x.size[0] && y.size[1] == channels, "out must have shape [", x.size[0], ", ", channels,
+                  ", ...]");
+}
+
+bool empty(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3] == 0; }
+
+// ---- ops -------------------------------------------------------------------------------------------------
+
+void pointwise_conv_bn_act(Tensor out, Tensor x, Tensor w, Tensors bn, double eps, std::string act, OptionalTensor gate,
+                           OptionalTensor residual, bool pool_map) {
+  PointwiseParams p;
+  p.x = map("x", x);
+  const int64_t n = p.x.size[0], in = p.x.size[1], channels = w.dim() > 0 ? w.size(0) : 0;
+  p.weight = weight("weight", w, p.x, {channels, in, 1, 1});
+  p.bn = batch_norm("bn", bn, eps, channels);
+  p.act = act_code("act", act);
+  p.pool = pool_map;
+  if (pool_map) {
+    STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "out must be contiguous [N, C]");
+    p.y = {out.data_ptr(), is_bf16("out", out), {out.size(0), out.size(1), 1, 1}, {channels, 1, 1, 1}};
+  } else {
+    p.y = map("out", out);
+    check_size("out", p.y, {n, channels, p.x.size[2], p.x.size[3]});
+  }
+  check_out(p.y, p.x, channels);
+  if (gate) p.gate = fp32_matrix("gate", *gate, n, in);
+  if (residual) {
+    p.residual = map("residual", *residual);
+    check_size("residual", p.residual, {n, channels, p.x.size[2], p.x.size[3]});
+    STD_TORCH_CHECK(p.residual.is_bf16 == p.x.is_bf16, "residual must have the dtype of x");
+  }
+  if (!empty(p.y)) kernels().pointwise_conv_bn_act(p, pool());
+}
+
+void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensor x, Tensor w, Tensors bn, double eps,
+                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, bool with_mean) {
+  DepthwiseParams p;
+  p.x = map("x", x);
+  p.y = map("out", out);
+  const int64_t channels = p.x.size[1];
+  check_out(p.y, p.x, channels);
+  p.weight = weight("weight", w, p.x, {channels, 1, w.size(2), w.size(3)});
+  p.window = window(stride, padding, p.x, p.weight, p.y);
+  p.bn = batch_norm("bn", bn, eps, channels);
+  p.act = act_code("act", act);
+  if (with_mean) p.mean = fp32_matrix("mean", mean, p.x.size[0], channels);
+  if (!empty(p.y)) kernels().depthwise_conv_bn_act(p, pool());
+}
+
+void squeeze_excite_gate(Tensor out, Tensor mean, Tensors se, std::string act, std::string gate) {
+  GateParams p;
+  STD_TORCH_CHECK(mean.dim() == 2, "mean must have shape [N, C]");
+  p.n = mean.size(0);
+  const int64_t channels = mean.size(1);
+  p.se = squeeze_excite_weights(se, act, gate, channels);
+  p.mean = fp32_matrix("mean", mean, p.n, channels);
+  p.gate = fp32_matrix("out", out, p.n, channels);
+  if (p.n * channels > 0) kernels().squeeze_excite_gate(p, pool());
+}
+
+void squeeze_excite(Tensor out, Tensor x, Tensors se, std::string act, std::string gate) {
+  SqueezeExciteParams p;
+  p.x = map("x", x);
+  p.y = map("out", out);
+  check_out(p.y, p.x, p.x.size[1]);
+  check_size("out", p.y, {p.x.size[0], p.x.size[1], p.x.size[2], p.x.size[3]});
+  p.se = squeeze_excite_weights(se, act, gate, p.x.size[1]);
+  if (!empty(p.y)) kernels().squeeze_excite(p, pool());
+}
+
+void fused_mbconv(Tensor out, Tensor x, Tensor w, Tensors bn, double eps, std::vector<int64_t> stride,
+                  std::vector<int64_t> padding, std::string act, OptionalTensor project, Tensors project_bn,
+                  double project_eps, bool residual) {
+  FusedMBConvParams p;
+  p.x = tensor4("x", x);
+  p.y = map("out", out);
+  p.weight = tensor4("weight", w);
+  const int64_t mid = p.weight.size[0];
+  weight("weight", w, p.x, {mid, p.x.size[1], p.weight.size[2], p.weight.size[3]});
+  p.window = window(stride, padding, p.x, p.weight, p.y);
+  p.bn = batch_norm("bn", bn, eps, mid);
+  p.act = act_code("act", act);
+  int64_t channels = mid;
+  if (project) {
+    channels = project->dim() > 0 ? project->size(0) : 0;
+    p.project = weight("project_weight", *project, p.x, {channels, mid, 1, 1});
+    p.project_bn = batch_norm("project_bn", project_bn, project_eps, channels);
+  }
+  check_out(p.y, p.x, channels);
+  p.residual = residual;
+  check_residual(residual, p.x, p.y);
+  if (!empty(p.y)) kernels().fused_mbconv(p, pool());
+}
+
+void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor w, Tensors bn,
+            double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, Tensors se,
+            std::string se_act, std::string se_gate, Tensor project, Tensors project_bn, double project_eps,
+            std::string project_act, bool residual) {
+  MBConvParams p;
+  p.x = map("x", x);
+  p.y = map("out", out);
+  p.weight = tensor4("weight", w);
+  const int64_t in = p.x.size[1], mid = p.weight.size[0], channels = project.dim() > 0 ? project.size(0) : 0;
+  weight("weight", w, p.x, {expand ? mid : in, 1, p.weight.size[2], p.weight.size[3]});
+  p.window = window(stride, padding, p.x, p.weight, p.y);
+  p.bn = batch_norm("bn", bn, eps, mid);
+  if (expand) {
+    p.expand = weight("expand_weight", *expand, p.x, {mid, in, 1, 1});
+    p.expand_bn = batch_norm("expand_bn", expand_bn, expand_eps, mid);
+  }
+  if (!se.empty()) p.se = squeeze_excite_weights(se, se_act, se_gate, mid);
+  p.project = weight("project_weight", project, p.x, {channels, mid, 1, 1});
+  p.project_bn = batch_norm("project_bn", project_bn, project_eps, channels);
+  p.act = act_code("act", act);
+  p.project_act = act_code("project_act", project_act);
+  check_out(p.y, p.x, channels);
+  p.residual = residual;
+  check_residual(residual, p.x, p.y);
+  if (!empty(p.y)) kernels().mbconv(p, pool());
+}
+
+}  // namespace
+}  // namespace effnet
+
+STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
+  m.def("instruction_set() -> int");
+  m.def("set_instruction_set(int code) -> bool");
+  m.def(
+      "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
+      "Tensor? residual, bool pool) -> ()");
+  m.def(
+      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, float eps, "
+      "int[] stride, int[] padding, str act, bool with_mean) -> ()");
+  m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
+  m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
+  m.def(
+      "fused_mbconv(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
+      "str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual) -> ()");
+  m.def(
+      "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
+      "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&effnet::instruction_set));
+  m.impl("set_instruction_set", TORCH_BOX(&effnet::set_instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
+  m.impl("pointwise_conv_bn_act", TORCH_BOX(&effnet::pointwise_conv_bn_act));
+  m.impl("depthwise_conv_bn_act", TORCH_BOX(&effnet::depthwise_conv_bn_act));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&effnet::squeeze_excite_gate));
+  m.impl("squeeze_excite", TORCH_BOX(&effnet::squeeze_excite));
+  m.impl("fused_mbconv", TORCH_BOX(&effnet::fused_mbconv));
+  m.impl("mbconv", TORCH_BOX(&effnet::mbconv));
+}

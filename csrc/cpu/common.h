@@ -1,0 +1,133 @@
+// What the binding and every instruction-set build of the kernels agree on. Framework-free.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace effnet {
+
+// The codes of effnet_kernels/ops/activations.py.
+enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// A strided tensor in memory. Maps are indexed [n][c][h][w], convolution weights [o][i][kh][kw];
+// strides are in elements. data == nullptr: not given.
+struct Tensor4 {
+  void* data = nullptr;
+  bool is_bf16 = false;
+  int64_t size[4] = {0, 0, 0, 0};
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// A vector of one value per channel, fp32 or bf16.
+struct Vector {
+  const void* data = nullptr;
+  bool is_bf16 = false;
+  int64_t stride = 1;
+};
+
+struct BatchNorm {
+  Vector gamma, beta, mean, var;
+  float eps = 0;
+};
+
+struct SqueezeExcite {
+  Tensor4 w_reduce, w_expand;  // [R][C][1][1], [C][R][1][1]
+  Vector b_reduce, b_expand;
+  int act = kIdentity, gate = kSigmoid;
+};
+
+struct Window {
+  int64_t stride_h = 1, stride_w = 1;
+  int64_t top = 0, left = 0;  // padding; bottom and right follow from the output's size
+};
+
+// Runs task(context, 0..n-1), each once, in any order and on any thread.
+struct Pool {
+  int threads = 1;
+  void (*run)(int64_t n, void (*task)(void* context, int64_t i), void* context) = nullptr;
+};
+
+struct PointwiseParams {
+  Tensor4 x, weight, y;    // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
+  Tensor4 residual;        // optional
+  const float* gate = nullptr;  // [N][C_in], optional
+  BatchNorm bn;
+  int act = kIdentity;
+  bool pool = false;
+};
+
+struct DepthwiseParams {
+  Tensor4 x, weight, y;
+  float* mean = nullptr;  // [N][C], optional
+  BatchNorm bn;
+  Window window;
+  int act = kIdentity;
+};
+
+struct GateParams {
+  const float* mean = nullptr;  // [N][C]
+  float* gate = nullptr;        // [N][C]
+  int64_t n = 0;
+  SqueezeExcite se;
+};
+
+struct SqueezeExciteParams {
+  Tensor4 x, y;
+  SqueezeExcite se;
+};
+
+struct FusedMBConvParams {
+  Tensor4 x, weight, y;  // x: any strides
+  Tensor4 project;       // optional
+  BatchNorm bn, project_bn;
+  Window window;
+  int act = kIdentity;
+  bool residual = false;
+};
+
+struct MBConvParams {
+  Tensor4 x, y;
+  Tensor4 expand;  // optional
+  Tensor4 weight, project;
+  BatchNorm expand_bn, bn, project_bn;
+  SqueezeExcite se;  // optional: w_reduce.data == nullptr
+  Window window;
+  int act = kIdentity, project_act = kIdentity;
+  bool residual = false;
+};
+
+// One build of the kernels. x.is_bf16 selects the element type of the maps.
+struct Kernels {
+  void (*pointwise_conv_bn_act)(const PointwiseParams&, const Pool&);
+  void (*depthwise_conv_bn_act)(const DepthwiseParams&, const Pool&);
+  void (*squeeze_excite_gate)(const GateParams&, const Pool&);
+  void (*squeeze_excite)(const SqueezeExciteParams&, const Pool&);
+  void (*fused_mbconv)(const FusedMBConvParams&, const Pool&);
+  void (*mbconv)(const MBConvParams&, const Pool&);
+};
+
+// nullptr where this build has no such variant or this machine cannot run it.
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+// Scratch memory of one thread, released in reverse order of taking by the destructor. The memory is
+// kept for the next call: fresh pages cost more than the kernels that would touch them.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* take(int64_t floats);  // 64-byte aligned, uninitialised
+
+ private:
+  int64_t block_, used_;
+};
+
+}  // namespace effnet

@@ -1,0 +1,246 @@
+// depthwise_conv_bn_act: act(bn(depthwise(x))) and the channel means of the result, one pass over x.
+//
+// Works on one slice of kSlice channels at a time. Input rows of the slice are brought, zero-padded, into a
+// ring of KH rows; whoever owns them fills them in: a copy of x here, the expand GEMM in mbconv. So the
+// window needs no border cases and the expanded map exists only as those KH rows.
+#pragma once
+
+#include "gemm.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+struct Depthwise {
+  int64_t channels, h, w, oh, ow, kh, kw;
+  Window window;
+  int act;
+  const float* weights;  // [slice][KH * KW][kSlice]
+  Affine affine;
+
+  int64_t slices() const { return div_up(channels, kSlice); }
+  int64_t cols(int64_t slice) const { return min64(kVectors, div_up(channels - slice * kSlice, kWidth)); }
+  // Strips of output rows: parallel work for one image where there are few slices, and the first level of
+  // the channel sums. They depend on the shape alone, so the sums do not depend on the thread count.
+  int64_t strips() const { return max64(1, min64(div_up(16, slices()), oh / 8)); }
+  int64_t strip_begin(int64_t strip) const { return oh * strip / strips(); }
+};
+
+template <class T>
+static const float* pack_depthwise(const Tensor4& weight, Scratch& scratch) {
+  const int64_t channels = weight.size[0], kh = weight.size[2], kw = weight.size[3];
+  const int64_t slices = div_up(channels, kSlice);
+  float* packed = scratch.take(slices * kh * kw * kSlice);
+  std::memset(packed, 0, slices * kh * kw * kSlice * sizeof(float));
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vector window{static_cast<const T*>(weight.data) + c * weight.stride[0], weight.is_bf16, 1};
+    float* out = packed + c / kSlice * kh * kw * kSlice + c % kSlice;
+    for (int64_t y = 0; y < kh; ++y)
+      for (int64_t x = 0; x < kw; ++x)
+        out[(y * kw + x) * kSlice] = element(window, y * weight.stride[2] + x * weight.stride[3]);
+  }
+  return packed;
+}
+
+static inline Depthwise make_depthwise(const Tensor4& weight, const BatchNorm& bn, const Window& window, int act,
+                                       const Tensor4& x, const Tensor4& y, Scratch& scratch) {
+  Depthwise d{weight.size[0], x.size[2], x.size[3], y.size[2], y.size[3], weight.size[2], weight.size[3], window, act,
+              nullptr, {}};
+  d.weights = weight.is_bf16 ? pack_depthwise<bf16>(weight, scratch) : pack_depthwise<float>(weight, scratch);
+  d.affine = fold(bn, d.channels, scratch);
+  return d;
+}
+
+// kOut neighbouring output pixels of one vector of channels. Every input column is loaded once and feeds all
+// the outputs that see it; the weights of one window row stay in registers.
+template <int kKernel, int kStride, int kOut>
+static inline void window_block(const float* const* rows, int64_t offset, const float* weights, vf scale, vf shift,
+                                float* out) {
+  vf acc[kOut] = {};
+  for (int y = 0; y < kKernel; ++y) {
+    vf w[kKernel];
+#pragma GCC unroll 8
+    for (int x = 0; x < kKernel; ++x) w[x] = load(weights + (y * kKernel + x) * kSlice);
+    const float* row = rows[y] + offset;
+#pragma GCC unroll 32
+    for (int column = 0; column < (kOut - 1) * kStride + kKernel; ++column) {
+      const vf value = load(row + column * kSlice);
+#pragma GCC unroll 8
+      for (int x = 0; x < kKernel; ++x) {
+        const int ahead = column - x;
+        if (ahead >= 0 && ahead % kStride == 0 && ahead / kStride < kOut) acc[ahead / kStride] += value * w[x];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kOut; ++i) store(out + i * kSlice, acc[i] * scale + shift);
+}
+
+// Widths of the networks at 224 are multiples of 7; what is left goes in blocks of 4, 2 and 1.
+template <int kKernel, int kStride>
+static void window_row(const Depthwise&, const float* const* rows, const float* weights, vf scale, vf shift,
+                       int64_t ow, float* out) {
+  int64_t x = 0;
+  const auto run = [&](auto block) {
+    constexpr int kOut = decltype(block)::value;
+    for (; x + kOut <= ow; x += kOut)
+      window_block<kKernel, kStride, kOut>(rows, x * kStride * kSlice, weights, scale, shift, out + x * kSlice);
+  };
+  run(ActTag<7>());
+  run(ActTag<4>());
+  run(ActTag<2>());
+  run(ActTag<1>());
+}
+
+// Any other window.
+static void window_row_any(const Depthwise& d, const float* const* rows, const float* weights, vf scale, vf shift,
+                           int64_t ow, float* out) {
+  for (int64_t i = 0; i < ow; ++i) {
+    vf acc = {};
+    for (int64_t y = 0; y < d.kh; ++y)
+      for (int64_t x = 0; x < d.kw; ++x)
+        acc += load(rows[y] + (i * d.window.stride_w + x) * kSlice) * load(weights + (y * d.kw + x) * kSlice);
+    store(out + i * kSlice, acc * scale + shift);
+  }
+}
+
+using WindowRow = void (*)(const Depthwise&, const float* const*, const float*, vf, vf, int64_t, float*);
+
+static inline WindowRow choose_window_row(const Depthwise& d) {
+  if (d.kh != d.kw || d.window.stride_w > 2) return window_row_any;
+  const bool dense = d.window.stride_w == 1;
+  switch (d.kh) {
+    case 3: return dense ? window_row<3, 1> : window_row<3, 2>;
+    case 5: return dense ? window_row<5, 1> : window_row<5, 2>;
+    case 7: return dense ? window_row<7, 1> : window_row<7, 2>;
+    default: return window_row_any;
+  }
+}
+
+// Strips [begin, end) of one slice. fill(iy, row): the W pixels of input row iy, kSlice floats apart.
+// target(oy): where output row oy goes, likewise. finish(oy): it is there, activated. sums[strip]: kSlice
+// channel sums of the strip's outputs.
+template <class Fill, class Target, class Finish>
+static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, int64_t end, float* sums,
+                             int64_t sums_stride, const Fill& fill, const Target& target, const Finish& finish) {
+  const int64_t cols = d.cols(slice), left = d.window.left;
+  const int64_t width = max64(left + d.w, (d.ow - 1) * d.window.stride_w + d.kw);
+  const WindowRow window_row = choose_window_row(d);
+  Scratch scratch;
+  float* ring = scratch.take((d.kh + 1) * width * kSlice);
+  float* zeros = ring + d.kh * width * kSlice;
+  std::memset(zeros, 0, width * kSlice * sizeof(float));
+  for (int64_t i = 0; i < d.kh; ++i) {
+    float* row = ring + i * width * kSlice;
+    std::memset(row, 0, left * kSlice * sizeof(float));
+    std::memset(row + (left + d.w) * kSlice, 0, (width - left - d.w) * kSlice * sizeof(float));
+  }
+  const float** rows = reinterpret_cast<const float**>(scratch.take(d.kh * 2));  // a pointer is two floats
+  const float* weights = d.weights + slice * d.kh * d.kw * kSlice;
+  const float *scale = d.affine.scale + slice * kSlice, *shift = d.affine.shift + slice * kSlice;
+
+  int64_t next = 0;  // first input row not yet considered
+  for (int64_t strip = begin; strip < end; ++strip) {
+    vf strip_sum[kVectors] = {};
+    for (int64_t oy = d.strip_begin(strip); oy < d.strip_begin(strip + 1); ++oy) {
+      const int64_t top = oy * d.window.stride_h - d.window.top;
+      for (int64_t y = 0; y < d.kh; ++y) {
+        const int64_t iy = top + y;
+        if (iy < 0 || iy >= d.h) {
+          rows[y] = zeros;
+          continue;
+        }
+        float* row = ring + iy % d.kh * width * kSlice;
+        rows[y] = row;
+        if (iy >= next) {
+          fill(iy, row + left * kSlice);
+          next = iy + 1;
+        }
+      }
+      float* out = target(oy);
+      for (int64_t j = 0; j < cols; ++j) {
+        if (j > 0)
+          for (int64_t y = 0; y < d.kh; ++y) rows[y] += kWidth;
+        window_row(d, rows, weights + j * kWidth, load(scale + j * kWidth), load(shift + j * kWidth), d.ow,
+                   out + j * kWidth);
+      }
+      vf row_sum[kVectors] = {};
+      with_act(d.act, [&](auto tag) {
+        for (int64_t i = 0; i < d.ow; ++i) {
+          for (int64_t j = 0; j < cols; ++j) {
+            const vf value = activate<decltype(tag)::value>(load(out + i * kSlice + j * kWidth));
+            store(out + i * kSlice + j * kWidth, value);
+            row_sum[j] += value;
+          }
+        }
+      });
+      for (int64_t j = 0; j < cols; ++j) strip_sum[j] += row_sum[j];
+      finish(oy, out);
+    }
+    for (int64_t j = 0; j < cols; ++j) store(sums + strip * sums_stride + slice * kSlice + j * kWidth, strip_sum[j]);
+  }
+}
+
+// All slices and strips of one image, and the means from their sums. make(slice, run): calls
+// run(fill, target, finish) for that slice.
+template <class Make>
+static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, const Make& make) {
+  const int64_t slices = d.slices(), strips = d.strips(), padded = slices * kSlice;
+  Scratch scratch;
+  float* sums = scratch.take(strips * padded);
+  const auto run_strips = [&](int64_t slice, int64_t begin, int64_t end) {
+    make(slice, [&](const auto& fill, const auto& target, const auto& finish) {
+      depthwise_strips(d, slice, begin, end, sums, padded, fill, target, finish);
+    });
+  };
+  if (pool.threads > 1) {
+    parallel(pool, slices * strips, [&](int64_t i) { run_strips(i / strips, i % strips, i % strips + 1); });
+  } else {
+    for (int64_t slice = 0; slice < slices; ++slice) run_strips(slice, 0, strips);
+  }
+  if (mean == nullptr) return;
+  for (int64_t c = 0; c < d.channels; c += kWidth) {
+    vf total = {};
+    for (int64_t strip = 0; strip < strips; ++strip) total += load(sums + strip * padded + c);
+    store_first(mean + c, total / static_cast<float>(d.oh * d.ow), d.channels - c);
+  }
+}
+
+// One row of a slice of x as fp32, kSlice floats to a pixel.
+template <class T>
+static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols, float* row) {
+  const int64_t first = slice * kSlice;
+  for (int64_t i = 0; i < w; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      store(row + i * kSlice + j * kWidth,
+            load_first(x + i * channels + first + j * kWidth, channels - first - j * kWidth));
+}
+
+template <class T>
+static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
+  Scratch scratch;
+  const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, scratch);
+  parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
+    const T* x = at<const T>(p.x, image);
+    T* y = at<T>(p.y, image);
+    depthwise_image(d, inner, p.mean ? p.mean + image * d.channels : nullptr, [&](int64_t slice, const auto& run) {
+      Scratch row_scratch;
+      float* row = row_scratch.take(d.ow * kSlice);
+      const int64_t cols = d.cols(slice), first = slice * kSlice;
+      run([&](int64_t iy, float* to) { copy_row(x + iy * d.w * d.channels, d.w, d.channels, slice, cols, to); },
+          [&](int64_t) { return row; },
+          [&](int64_t oy, const float* from) {
+            for (int64_t i = 0; i < d.ow; ++i)
+              for (int64_t j = 0; j < cols; ++j)
+                store_first(y + (oy * d.ow + i) * d.channels + first + j * kWidth,
+                            load(from + i * kSlice + j * kWidth), d.channels - first - j * kWidth);
+          });
+    });
+  });
+}
+
+static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
+  p.x.is_bf16 ? depthwise_conv_bn_act<bf16>(p, pool) : depthwise_conv_bn_act<float>(p, pool);
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,112 @@
+// fused_mbconv: act(bn(conv(x))), then an optional 1x1 projection with its bn, then the residual.
+//
+// Works on strips of output rows. The input rows of a strip are copied once, zero-padded and in fp32, from
+// any layout (so an NCHW image costs no extra pass); a window row is then one contiguous stretch of KW * C_in
+// floats, a "tap" of the GEMM. The expanded strip stays in cache between the two products.
+#pragma once
+
+#include "gemm.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+constexpr int64_t kStripFloats = 1 << 16;  // expanded strip: 256 KiB, a share of L2
+
+struct FusedMBConv {
+  Packed expand, project;
+  Affine expand_affine, project_affine;
+  int64_t strip;  // output rows
+};
+
+// Rows [first, first + n) of the padded input, `width` pixels each, as fp32 [n][width][C].
+template <class T>
+static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int64_t n, int64_t left, int64_t width,
+                             float* to) {
+  const int64_t channels = x.size[1], h = x.size[2], w = x.size[3];
+  for (int64_t r = 0; r < n; ++r, to += width * channels) {
+    const int64_t y = first + r;
+    if (y < 0 || y >= h) {
+      std::memset(to, 0, width * channels * sizeof(float));
+      continue;
+    }
+    const int64_t copied = min64(w, width - left);
+    std::memset(to, 0, left * channels * sizeof(float));
+    std::memset(to + (left + copied) * channels, 0, (width - left - copied) * channels * sizeof(float));
+    const T* row = at<const T>(x, image) + y * x.stride[2];
+    float* inside = to + left * channels;
+    if (x.stride[1] == 1 && x.stride[3] == channels) {
+      for (int64_t i = 0; i < copied * channels; i += kWidth)
+        store_first(inside + i, load_first(row + i, copied * channels - i), copied * channels - i);
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vector line{row + c * x.stride[1], x.is_bf16, x.stride[3]};
+      for (int64_t i = 0; i < copied; ++i) inside[i * channels + c] = element(line, i);
+    }
+  }
+}
+
+template <class T>
+static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f, int64_t image, int64_t oy,
+                               int64_t rows) {
+  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.size[2], kw = p.weight.size[3];
+  const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
+  const int64_t slices = f.expand.panels(), pixels = rows * ow;
+  const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_floats = width * in;
+  Scratch scratch;
+  float* window = scratch.take(((rows - 1) * sh + kh) * row_floats);
+  copy_window_rows<T>(p.x, image, oy * sh - p.window.top, (rows - 1) * sh + kh, p.window.left, width, window);
+
+  const Taps taps{kh, row_floats, kw * in, kw * in};
+  const bool project = p.project.data != nullptr;
+  float* mid = project ? scratch.take(slices * pixels * kSlice) : nullptr;  // [slice][pixel][kSlice]
+  T* y = at<T>(p.y, image);
+  const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
+  const int64_t first_pixel = oy * ow;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const float* panel = f.expand.panel(slice);
+    const int64_t cols = f.expand.cols(slice);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* a = window + r * sh * row_floats;
+      if (!project) {
+        const Store<T> store_to{y, residual, mid_channels, p.act};
+        multiply(a, sw * in, taps, ow, f.expand, panel, slice, f.expand_affine, store_to, first_pixel + r * ow);
+        continue;
+      }
+      float* to = mid + (slice * pixels + r * ow) * kSlice;
+      for_each_tile(ow, [&](int64_t begin, int64_t n) {
+        run_tile(n, cols, a + begin * sw * in, sw * in, taps, panel, f.expand_affine.scale + slice * kSlice,
+                 f.expand_affine.shift + slice * kSlice, to + begin * kSlice, kSlice);
+      });
+      for (int64_t i = 0; i < ow; ++i) activate_all(p.act, to + i * kSlice, cols);
+    }
+  }
+  if (!project) return;
+  const Taps mid_taps{slices, pixels * kSlice, kSlice, mid_channels - (slices - 1) * kSlice};
+  const Store<T> store_to{y, residual, f.project.n, kIdentity};
+  for (int64_t panel = 0; panel < f.project.panels(); ++panel)
+    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, f.project_affine, store_to,
+             first_pixel);
+}
+
+static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
+  Scratch scratch;
+  FusedMBConv f{};
+  f.expand = reserve(p.weight, scratch);
+  f.expand_affine = fold(p.bn, f.expand.n, scratch);
+  if (p.project.data) {
+    f.project = reserve(p.project, scratch);
+    f.project_affine = fold(p.project_bn, f.project.n, scratch);
+  }
+  pack(pool, p.weight, f.expand, p.project, f.project);
+  const int64_t oh = p.y.size[2], ow = p.y.size[3];
+  f.strip = max64(1, min64(oh, kStripFloats / (ow * round_up(f.expand.n, kSlice))));
+  const int64_t strips = div_up(oh, f.strip);
+  parallel(pool, p.x.size[0] * strips, [&](int64_t i) {
+    const int64_t image = i / strips, oy = i % strips * f.strip, rows = min64(f.strip, oh - oy);
+    p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows) : fused_mbconv_strip<float>(p, f, image, oy, rows);
+  });
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,200 @@
+// The one matrix product behind every convolution here: rows of pixels times a panel of packed weights.
+//
+//   c[i][:] = (sum over t, k of a[i * a_stride + t * tap_stride + k] * panel[t][k][:]) * scale + shift
+//
+// A "tap" is a stretch of A that is contiguous in memory: all channels of a pixel for a 1x1 convolution,
+// one row of a kxk window for a dense one, one channel slice of a blocked map for a projection.
+//
+// A tile of kMaxRows x 2 vectors of accumulators stays in registers: per step of k, 2 loads of weights and
+// 12 broadcasts feed 24 FMAs (AVX-512), so the FMA units are the limit as long as the panel, K x 32 floats,
+// is in L1 or L2.
+#pragma once
+
+#include "simd.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+// The stretches of A that one output row sums over: `taps` of K elements, the last one of K_last.
+struct Taps {
+  int64_t count, stride, k, k_last;
+  int64_t total() const { return (count - 1) * k + k_last; }
+};
+
+template <int kRows, int kCols>
+static void tile(const float* a, int64_t a_stride, const Taps& taps, const float* panel, const float* scale,
+                 const float* shift, float* c, int64_t c_stride) {
+  vf acc[kRows][kCols] = {};
+  for (int64_t t = 0; t < taps.count; ++t) {
+    const int64_t depth = t + 1 < taps.count ? taps.k : taps.k_last;
+    // Three rows to a pointer: base, base + stride and base + 2 * stride are addressing modes.
+    const float* rows[(kRows + 2) / 3];
+    for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + t * taps.stride + g * 3 * a_stride;
+    for (int64_t k = 0; k < depth; ++k, panel += kCols * kWidth) {
+      vf weights[kCols];
+#pragma GCC unroll 8
+      for (int j = 0; j < kCols; ++j) weights[j] = load(panel + j * kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const vf value = splat(rows[i / 3][i % 3 * a_stride + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kCols; ++j) acc[i][j] += value * weights[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kCols; ++j) {
+    const vf s = load(scale + j * kWidth), b = load(shift + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) store(c + i * c_stride + j * kWidth, acc[i][j] * s + b);
+  }
+}
+
+template <int kRows>
+static void tiles_up_to(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
+                        const float* panel, const float* scale, const float* shift, float* c, int64_t c_stride) {
+  if (rows == kRows) {
+    if (cols == 1) return tile<kRows, 1>(a, a_stride, taps, panel, scale, shift, c, c_stride);
+    return tile<kRows, kVectors>(a, a_stride, taps, panel, scale, shift, c, c_stride);
+  }
+  if constexpr (kRows > 1) tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
+}
+
+// `rows` <= kMaxRows rows of c by `cols` <= kVectors vectors.
+static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
+                            const float* panel, const float* scale, const float* shift, float* c, int64_t c_stride) {
+  tiles_up_to<kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
+}
+
+// Splits [0, n) into the fewest tiles of at most kMaxRows rows, as even as they come.
+template <class Body>
+static inline void for_each_tile(int64_t n, const Body& body) {
+  int64_t tiles = div_up(n, kMaxRows);
+  for (int64_t begin = 0; begin < n; --tiles) {
+    const int64_t rows = div_up(n - begin, tiles);
+    body(begin, rows);
+    begin += rows;
+  }
+}
+
+// Weights packed for the tiles: panels of kSlice output channels (the last one of a single vector where
+// that is enough), each [K][columns], columns beyond the last channel zero.
+struct Packed {
+  float* data;
+  int64_t n, k;
+
+  int64_t panels() const { return div_up(n, kSlice); }
+  int64_t cols(int64_t panel) const { return min64(kVectors, div_up(n - panel * kSlice, kWidth)); }
+  float* panel(int64_t p) const { return data + p * kSlice * k; }
+  int64_t floats() const { return round_up(n, kWidth) * k; }
+};
+
+// kWidth x kWidth transpose in registers, log2(kWidth) rounds of pairwise exchanges.
+static inline void transpose(vf (&rows)[kWidth]) {
+#pragma GCC unroll 4
+  for (int d = 1; d < kWidth; d *= 2) {
+    vi low, high;
+    for (int l = 0; l < kWidth; ++l) {
+      low[l] = (l & d) == 0 ? l : kWidth + l - d;
+      high[l] = (l & d) == 0 ? l + d : kWidth + l;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & d) continue;
+      const vf a = rows[i], b = rows[i + d];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + d] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// One panel of a convolution weight [O][I][KH][KW] of any strides, in the order [KH][KW][I][columns].
+template <class T>
+static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
+  const int64_t cols = packed.cols(p), width = cols * kWidth, in = weight.size[1];
+  const int64_t so = weight.stride[0], si = weight.stride[1];
+  float* out = packed.panel(p);
+  for (int64_t y = 0; y < weight.size[2]; ++y) {
+    for (int64_t x = 0; x < weight.size[3]; ++x, out += in * width) {
+      const T* window = static_cast<const T*>(weight.data) + y * weight.stride[2] + x * weight.stride[3];
+      for (int64_t j = 0; j < cols; ++j) {
+        const int64_t first = p * kSlice + j * kWidth, valid = min64(kWidth, packed.n - first);
+        const T* src = window + first * so;
+        for (int64_t i = 0; i < in; i += kWidth) {
+          const int64_t depth = min64(kWidth, in - i);
+          vf block[kWidth];
+          for (int64_t o = 0; o < kWidth; ++o) {
+            if (o >= valid) {
+              block[o] = vf{};
+            } else if (si == 1) {
+              block[o] = load_first(src + o * so + i, depth);
+            } else {
+              T lanes[kWidth] = {};
+              for (int64_t d = 0; d < depth; ++d) lanes[d] = src[o * so + (i + d) * si];
+              block[o] = load(lanes);
+            }
+          }
+          transpose(block);
+          for (int64_t d = 0; d < depth; ++d) store(out + (i + d) * width + j * kWidth, block[d]);
+        }
+      }
+    }
+  }
+}
+
+static inline void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
+  weight.is_bf16 ? pack_panel<bf16>(weight, packed, p) : pack_panel<float>(weight, packed, p);
+}
+
+static inline Packed reserve(const Tensor4& weight, Scratch& scratch) {
+  Packed packed{nullptr, weight.size[0], weight.size[1] * weight.size[2] * weight.size[3]};
+  packed.data = scratch.take(packed.floats());
+  return packed;
+}
+
+// Packs up to two weights in one go over the pool.
+static inline void pack(const Pool& pool, const Tensor4& w0, const Packed& p0, const Tensor4& w1, const Packed& p1) {
+  const int64_t first = w0.data ? p0.panels() : 0, second = w1.data ? p1.panels() : 0;
+  parallel(pool, first + second, [&](int64_t i) { i < first ? pack_panel(w0, p0, i) : pack_panel(w1, p1, i - first); });
+}
+
+// What follows the affine step when a tile leaves for the output: activation, residual, rounding to T.
+template <class T>
+struct Store {
+  T* y;               // first pixel
+  const T* residual;  // may be null
+  int64_t channels;   // of y and residual: the stride of a pixel
+  int act;
+
+  // c: [rows][kSlice] for pixels [pixel, pixel + rows) and channels [channel, channel + n).
+  void operator()(float* c, int64_t rows, int64_t pixel, int64_t channel, int64_t n) const {
+    const int64_t cols = div_up(n, kWidth);
+    for (int64_t i = 0; i < rows; ++i) activate_all(act, c + i * kSlice, cols);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t offset = (pixel + i) * channels + channel;
+      for (int64_t j = 0; j < cols; ++j) {
+        const int64_t left = n - j * kWidth;
+        vf value = load(c + i * kSlice + j * kWidth);
+        if (residual) value = value + load_first(residual + offset + j * kWidth, left);
+        store_first(y + offset + j * kWidth, value, left);
+      }
+    }
+  }
+};
+
+// `pixels` rows of A against panel p of the packed weights, leaving through `out`.
+template <class T>
+static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, int64_t pixels, const Packed& packed,
+                            const float* panel, int64_t p, const Affine& affine, const Store<T>& out,
+                            int64_t first_pixel) {
+  const int64_t channel = p * kSlice, n = min64(kSlice, packed.n - channel);
+  for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
+    alignas(64) float c[kMaxRows * kSlice];
+    run_tile(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
+             affine.shift + channel, c, kSlice);
+    out(c, rows, first_pixel + begin, channel, n);
+  });
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,117 @@
+// mbconv: expand -> depthwise + means -> SE gate -> project, one image at a time.
+//
+// The expanded map is never whole: a channel slice of it exists as the KH rows that the depthwise window
+// sees, in L1 or L2. The depthwise output of one image is kept, in slices, because SE needs all of it before
+// the first product with the gate. The gate goes into the smaller operand of the projection.
+#pragma once
+
+#include "depthwise_conv_bn_act.h"
+#include "pointwise_conv_bn_act.h"
+#include "squeeze_excite.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+struct MBConv {
+  Depthwise depthwise;
+  Packed expand, project;
+  Affine expand_affine, project_affine;
+};
+
+// Multiplies slice [pixels][kSlice] by the gate of its channels.
+static inline void scale_slice(float* slice, int64_t pixels, const float* gate) {
+  vf g[kVectors];
+  for (int64_t j = 0; j < kVectors; ++j) g[j] = load(gate + j * kWidth);
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < kVectors; ++j)
+      store(slice + i * kSlice + j * kWidth, load(slice + i * kSlice + j * kWidth) * g[j]);
+}
+
+// to = panel with row k multiplied by gate[k].
+static inline void scale_panel(const float* panel, int64_t k, int64_t cols, const float* gate, float* to) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      store(to + (i * cols + j) * kWidth, load(panel + (i * cols + j) * kWidth) * gate[i]);
+}
+
+template <class T>
+static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, const Pool& pool) {
+  const Depthwise& d = m.depthwise;
+  const int64_t in = p.x.size[1], out = m.project.n, pixels = d.oh * d.ow, slices = d.slices();
+  const T* x = at<const T>(p.x, image);
+  const Pool alone;
+  Scratch scratch;
+  float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
+  float* mean = scratch.take(slices * kSlice);
+  float* gate = scratch.take(slices * kSlice);
+
+  const float* rows = nullptr;  // x in fp32, for the expand GEMM
+  if (p.expand.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
+
+  depthwise_image(d, pool, p.se.w_reduce.data ? mean : nullptr, [&](int64_t slice, const auto& run) {
+    const int64_t cols = d.cols(slice);
+    const auto target = [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; };
+    const auto finish = [](int64_t, const float*) {};
+    if (!p.expand.data) {
+      run([&](int64_t iy, float* row) { copy_row(x + iy * d.w * in, d.w, in, slice, cols, row); }, target, finish);
+      return;
+    }
+    const Taps taps{1, 0, in, in};
+    const float* panel = m.expand.panel(slice);
+    const float *scale = m.expand_affine.scale + slice * kSlice, *shift = m.expand_affine.shift + slice * kSlice;
+    const auto fill = [&](int64_t iy, float* row) {
+      for_each_tile(d.w, [&](int64_t begin, int64_t n) {
+        run_tile(n, cols, rows + (iy * d.w + begin) * in, in, taps, panel, scale, shift, row + begin * kSlice, kSlice);
+      });
+      if (cols == kVectors) return activate_all(p.act, row, d.w * kVectors);
+      for (int64_t i = 0; i < d.w; ++i) activate_all(p.act, row + i * kSlice, cols);
+    };
+    run(fill, target, finish);
+  });
+
+  const float* weights = m.project.data;
+  if (p.se.w_reduce.data) {
+    gate_of_image(p.se, mean, gate, pool);
+    for (int64_t c = d.channels; c < slices * kSlice; ++c) gate[c] = 0;
+    const bool small = d.channels * min64(out, pixels) < (1 << 16);
+    if (pixels <= out) {
+      parallel(small ? alone : pool, slices,
+               [&](int64_t slice) { scale_slice(mid + slice * pixels * kSlice, pixels, gate + slice * kSlice); });
+    } else {
+      float* scaled = scratch.take(m.project.floats());
+      parallel(small ? alone : pool, m.project.panels(), [&](int64_t panel) {
+        const float* from = m.project.panel(panel);
+        scale_panel(from, m.project.k, m.project.cols(panel), gate, scaled + (from - m.project.data));
+      });
+      weights = scaled;
+    }
+  }
+
+  const Taps taps{slices, pixels * kSlice, kSlice, d.channels - (slices - 1) * kSlice};
+  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
+  const int64_t panels = m.project.panels();
+  parallel(pool, div_up(pixels, kPixelBlock) * panels, [&](int64_t i) {
+    const int64_t panel = i % panels, first = i / panels * kPixelBlock;
+    multiply(mid + first * kSlice, kSlice, taps, min64(kPixelBlock, pixels - first), m.project,
+             weights + (m.project.panel(panel) - m.project.data), panel, m.project_affine, store_to, first);
+  });
+}
+
+static void mbconv(const MBConvParams& p, const Pool& pool) {
+  Scratch scratch;
+  MBConv m{};
+  m.depthwise = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, scratch);
+  m.project = reserve(p.project, scratch);
+  m.project_affine = fold(p.project_bn, m.project.n, scratch);
+  if (p.expand.data) {
+    m.expand = reserve(p.expand, scratch);
+    m.expand_affine = fold(p.expand_bn, m.expand.n, scratch);
+  }
+  pack(pool, p.project, m.project, p.expand, m.expand);
+  parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
+    p.x.is_bf16 ? mbconv_image<bf16>(p, m, image, inner) : mbconv_image<float>(p, m, image, inner);
+  });
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,95 @@
+// pointwise_conv_bn_act: act(bn((x * gate) @ W)) + residual, optionally averaged over the map.
+// Reads x once per block of pixels and writes y once.
+#pragma once
+
+#include "squeeze_excite.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+// A block of pixels as fp32 rows that the tiles can read: x itself where nothing needs doing, else a copy
+// with the gate multiplied in.
+template <class T>
+static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels, const float* gate,
+                                   Scratch& scratch) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (gate == nullptr) return x;
+  }
+  float* rows = scratch.take(pixels * channels);
+  for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      vf value = load_first(x + i * channels + c, channels - c);
+      if (gate) value = value * load_first(gate + c, channels - c);
+      store_first(rows + i * channels + c, value, channels - c);
+    }
+  }
+  return rows;
+}
+
+constexpr int64_t kPixelBlock = 8 * kMaxRows;
+
+template <class T>
+static void pointwise_image(const PointwiseParams& p, const Packed& packed, const Affine& affine, int64_t image,
+                            const Pool& pool) {
+  const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
+  const Taps taps{1, 0, in, in};
+  const T* x = at<const T>(p.x, image);
+  const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out, p.act};
+  parallel(pool, div_up(pixels, kPixelBlock), [&](int64_t block) {
+    const int64_t first = block * kPixelBlock, n = min64(kPixelBlock, pixels - first);
+    Scratch scratch;
+    const float* a = rows_of(x + first * in, n, in, p.gate ? p.gate + image * in : nullptr, scratch);
+    for (int64_t panel = 0; panel < packed.panels(); ++panel)
+      multiply(a, in, taps, n, packed, packed.panel(panel), panel, affine, store_to, first);
+  });
+}
+
+// The head: the map is averaged tile by tile and never written.
+template <class T>
+static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, const Affine& affine, int64_t image,
+                                 const Pool& pool) {
+  const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
+  const Taps taps{1, 0, in, in};
+  Scratch scratch;
+  const float* a = rows_of(at<const T>(p.x, image), pixels, in, p.gate ? p.gate + image * in : nullptr, scratch);
+  const T* residual = p.residual.data ? at<const T>(p.residual, image) : nullptr;
+  parallel(pool, packed.panels(), [&](int64_t panel) {
+    const int64_t channel = panel * kSlice, n = min64(kSlice, out - channel), cols = packed.cols(panel);
+    vf total[kVectors] = {};
+    for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
+      alignas(64) float c[kMaxRows * kSlice];
+      run_tile(rows, cols, a + begin * in, in, taps, packed.panel(panel), affine.scale + channel,
+               affine.shift + channel, c, kSlice);
+      for (int64_t j = 0; j < cols; ++j) {
+        vf sum = {};
+        for (int64_t i = 0; i < rows; ++i) {
+          activate_all(p.act, c + i * kSlice + j * kWidth, 1);
+          sum += load(c + i * kSlice + j * kWidth);
+          if (residual) sum += load_first(residual + (begin + i) * out + channel + j * kWidth, n - j * kWidth);
+        }
+        total[j] += sum;
+      }
+    });
+    for (int64_t j = 0; j < cols; ++j)
+      store_first(at<T>(p.y, image) + channel + j * kWidth, total[j] / static_cast<float>(pixels), n - j * kWidth);
+  });
+}
+
+template <class T>
+static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
+  Scratch scratch;
+  const Packed packed = reserve(p.weight, scratch);
+  const Affine affine = fold(p.bn, packed.n, scratch);
+  pack(pool, p.weight, packed, {}, packed);
+  parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
+    p.pool ? pointwise_pool_image<T>(p, packed, affine, image, inner)
+           : pointwise_image<T>(p, packed, affine, image, inner);
+  });
+}
+
+static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
+  p.x.is_bf16 ? pointwise_conv_bn_act<bf16>(p, pool) : pointwise_conv_bn_act<float>(p, pool);
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

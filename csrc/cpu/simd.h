@@ -1,0 +1,236 @@
+// Vectors of one instruction set, in GCC's vector extensions: the same source serves AVX-512, AVX2 and
+// plain C++. Everything is static inline in a namespace of its own, so that no function compiled for a
+// wide instruction set can be picked by the linker to serve a narrow one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "common.h"
+
+#if defined(__AVX512F__)
+#define EFFNET_ISA avx512
+#elif defined(__AVX2__)
+#define EFFNET_ISA avx2
+#else
+#define EFFNET_ISA generic
+#endif
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;     // floats in a vector
+constexpr int kMaxRows = 12;   // rows of a GEMM tile: 12 x 2 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kMaxRows = 6;    // 6 x 2 of 16 registers
+#else
+constexpr int kWidth = 4;
+constexpr int kMaxRows = 6;
+#endif
+constexpr int kVectors = 2;                  // vectors in a channel slice
+constexpr int kSlice = kVectors * kWidth;    // channels in a slice
+
+typedef float vf __attribute__((vector_size(kWidth * 4)));
+typedef float vf_unaligned __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
+
+static inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline vf splat(float value) { return value - vf{}; }
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+
+static inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+static inline vh narrow(vf v) {  // to nearest even; NaN stays NaN
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vh);
+}
+
+static inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof(h));
+  return widen(h);
+}
+
+static inline void store(bf16* p, vf v) {
+  const vh h = narrow(v);
+  std::memcpy(static_cast<void*>(p), &h, sizeof(h));
+}
+
+// The first n <= kWidth lanes; the rest of a loaded vector is zero, of a stored one untouched.
+template <class T>
+static inline vf load_first(const T* p, int64_t n) {
+  if (n >= kWidth) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#endif
+  T lanes[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T>
+static inline void store_first(T* p, vf v, int64_t n) {
+  if (n >= kWidth) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+#endif
+  T lanes[kWidth];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+static inline float sum_lanes(vf v) {
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+}
+
+// exp(x), at most 1 ulp (Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2]).
+// Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
+static inline vf exp(vf x) {
+  x = x > 104.0f ? splat(104.0f) : x;
+  x = x < -104.0f ? splat(-104.0f) : x;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf t = x * 1.44269504088896341f + magic;
+  const vf n = t - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // the plain form warns of an uninitialised operand in GCC 12
+#else
+  // 2^n in two factors, each of which is a normal number.
+  const vi i = (vi)t - (vi)magic, half = i >> 1;
+  return p * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
+#endif
+}
+
+static inline vf clamp(vf x, float low, float high) {
+  x = x < low ? splat(low) : x;
+  return x > high ? splat(high) : x;
+}
+
+template <int kAct>
+static inline vf activate(vf x) {
+  if constexpr (kAct == kRelu) return x < 0.0f ? vf{} : x;
+  if constexpr (kAct == kRelu6) return clamp(x, 0.0f, 6.0f);
+  if constexpr (kAct == kSilu) return x / (1.0f + exp(-x));
+  if constexpr (kAct == kHardswish) return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
+  if constexpr (kAct == kSigmoid) return 1.0f / (1.0f + exp(-x));
+  if constexpr (kAct == kHardsigmoid) return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
+  return x;
+}
+
+template <int kAct>
+struct ActTag {
+  static constexpr int value = kAct;
+};
+
+// body(ActTag<act>()): one compiled loop per activation instead of a branch per vector.
+template <class Body>
+static inline void with_act(int act, const Body& body) {
+  switch (act) {
+    case kRelu: return body(ActTag<kRelu>());
+    case kRelu6: return body(ActTag<kRelu6>());
+    case kSilu: return body(ActTag<kSilu>());
+    case kHardswish: return body(ActTag<kHardswish>());
+    case kSigmoid: return body(ActTag<kSigmoid>());
+    case kHardsigmoid: return body(ActTag<kHardsigmoid>());
+    default: return body(ActTag<kIdentity>());
+  }
+}
+
+// In place, over a whole number of vectors.
+static inline void activate_all(int act, float* p, int64_t vectors) {
+  if (act == kIdentity) return;
+  with_act(act, [&](auto tag) {
+    for (int64_t i = 0; i < vectors; ++i) store(p + i * kWidth, activate<decltype(tag)::value>(load(p + i * kWidth)));
+  });
+}
+
+// Runs body(i) for i in [0, n) on the pool, handing out indices one by one: which thread runs which
+// index varies, what is computed for an index does not.
+template <class Body>
+static inline void parallel(const Pool& pool, int64_t n, const Body& body) {
+  if (pool.threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  struct Shared {
+    const Body& body;
+    std::atomic<int64_t> next;
+    int64_t n;
+  } shared{body, {0}, n};
+  pool.run(
+      min64(n, pool.threads),
+      [](void* context, int64_t) {
+        auto& s = *static_cast<Shared*>(context);
+        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.n;) s.body(i);
+      },
+      &shared);
+}
+
+// One image a thread while whole rounds of images last, then all threads on each image that is left.
+// body(image, pool) must give the same bits for every pool.
+template <class Body>
+static inline void parallel_images(const Pool& pool, int64_t n, const Body& body) {
+  const int64_t rounds = n / pool.threads * pool.threads;
+  const Pool alone;
+  if (rounds > 0) parallel(pool, rounds, [&](int64_t image) { body(image, alone); });
+  for (int64_t image = rounds; image < n; ++image) body(image, pool);
+}
+
+template <class T>
+static inline T* at(const Tensor4& t, int64_t n) {
+  return static_cast<T*>(t.data) + n * t.stride[0];
+}
+
+static inline float element(const Vector& v, int64_t i) {
+  if (!v.is_bf16) return static_cast<const float*>(v.data)[i * v.stride];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const bf16*>(v.data)[i * v.stride].bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// BatchNorm in inference as y = x * scale + shift, zero beyond the last channel up to a whole slice.
+struct Affine {
+  float* scale;
+  float* shift;
+};
+
+static inline Affine fold(const BatchNorm& bn, int64_t channels, Scratch& scratch) {
+  const int64_t padded = round_up(channels, kSlice);
+  const Affine affine{scratch.take(padded), scratch.take(padded)};
+  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = c < channels ? element(bn.var, c) + bn.eps : 1.0f;
+  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = 1.0f / std::sqrt(affine.scale[c]);
+  for (int64_t c = 0; c < padded; ++c) {
+    affine.scale[c] = c < channels ? affine.scale[c] * element(bn.gamma, c) : 0.0f;
+    affine.shift[c] = c < channels ? element(bn.beta, c) - element(bn.mean, c) * affine.scale[c] : 0.0f;
+  }
+  return affine;
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet
