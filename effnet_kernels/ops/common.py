@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from effnet_kernels import backends
+from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.activations import FUNCTIONS
 
 LIBRARY = torch.library.Library("effnet_kernels", "DEF")
@@ -60,7 +60,7 @@ class Op:
     call for an op with this many arguments. Plain inference calls the backend straight away.
     """
 
-    def __init__(self, overload: Any, problem: Callable[..., backends.Problem]) -> None:
+    def __init__(self, overload: Any, problem: Callable[..., Problem]) -> None:
         self.overload = overload
         self.problem = problem
 
@@ -77,7 +77,7 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The op without the dispatcher: the last argument names the backend."""
-        return backends.implementation(self.problem(*args), args[-1])(*args[:-1])
+        return implementation(self.problem(*args), args[-1])(*args[:-1])
 
 
 def register(
@@ -85,7 +85,7 @@ def register(
     *,
     fake: Callable[..., Any],
     reference: Callable[..., Any],
-    problem: Callable[..., backends.Problem],
+    problem: Callable[..., Problem],
 ) -> Op:
     """Define one op from its schema: kernel, fake kernel and gradient.
 
