@@ -1,0 +1,220 @@
+"""Reading modules: from the children of a block to the arguments of the ops, or the reason why not.
+
+A block is read anew at every call, so a stride, an epsilon, an activation or a weight changed in place is
+seen at once, and nothing is kept that could go stale. That makes this code hot. It reads ``module.__dict__``,
+several times faster than ``nn.Module.__getattr__``, and tells modules apart by their exact type, which also
+turns away parametrized modules and subclasses with a forward of their own.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
+from effnet_kernels.modules import layers
+
+# Libraries add their own classes to these tables, see effnet_kernels/patching/.
+CONVOLUTIONS: dict[type, bool] = {nn.Conv2d: False, layers.Conv2dSame: True}  # True: padded as SAME
+BATCH_NORMS: dict[type, bool] = {nn.BatchNorm2d: False, layers.BatchNormAct2d: True}  # True: has a child `act`
+ACTIVATIONS: dict[type, str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
+SQUEEZE_EXCITES: dict[type, tuple[str, str, str, str]] = {}  # names of its reduce, act, expand and gate
+DROP_PATHS: dict[type, str] = {layers.DropPath: "drop_prob"}  # attribute with the probability
+
+
+# Kernel, stride and padding of a convolution; padding is None where the input's size decides (SAME).
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, ...] | None]
+
+
+class Unfusable(Exception):
+    """Why these modules cannot be run by an op."""
+
+
+def check_calls(modules: Iterable[nn.Module | None], training: bool = True) -> None:
+    """Raise Unfusable if leaving out the calls of these modules and their children could be noticed.
+
+    ``training=False`` lets BatchNorm in training mode pass: that is a state, not a structure.
+    """
+    for module in modules:
+        if module is None:
+            continue
+        if is_observed(module):
+            raise Unfusable(f"{_name(module)} has hooks or a forward of its own")
+        d = module.__dict__
+        if training and d["training"] and type(module) in BATCH_NORMS:
+            raise Unfusable(f"{_name(module)} is in training mode")
+        if d["_modules"]:
+            check_calls(d["_modules"].values(), training)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: hooks, or a forward put on the instance."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
+def pointwise(conv: nn.Module) -> Tensor:
+    """The weight of a plain 1x1 convolution."""
+    if type(conv) not in CONVOLUTIONS:
+        raise Unfusable(f"{_name(conv)} is not a plain convolution")
+    d = conv.__dict__
+    if d["kernel_size"] != (1, 1):
+        raise Unfusable(f"a pointwise convolution has a {d['kernel_size']} kernel")
+    if d["stride"] != (1, 1) or d["padding"] != (0, 0) or d["groups"] != 1:
+        raise Unfusable("a pointwise convolution is strided, padded or grouped")
+    return _weight(conv)
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether the convolution is one that ``pointwise`` reads."""
+    try:
+        pointwise(conv)
+    except Unfusable:
+        return False
+    return True
+
+
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether every channel of the convolution is a group of its own."""
+    d = conv.__dict__
+    return d.get("groups", 1) > 1 and d["groups"] == d.get("in_channels")
+
+
+def spatial(conv: nn.Module, *, depthwise: bool) -> tuple[Tensor, Geometry]:
+    """Weight and geometry of a dense or depthwise convolution."""
+    same = CONVOLUTIONS.get(type(conv))
+    if same is None:
+        raise Unfusable(f"{_name(conv)} is not a plain convolution")
+    d = conv.__dict__
+    groups = d["groups"]
+    if depthwise:
+        if groups != d["in_channels"] or groups != d["out_channels"]:
+            raise Unfusable(f"a convolution has {groups} groups: not depthwise")
+    elif groups != 1:
+        raise Unfusable(f"a convolution has {groups} groups: not dense")
+    if d["dilation"] != (1, 1):
+        raise Unfusable("a convolution is dilated")
+    padding = None
+    if not same:
+        if d["padding_mode"] != "zeros":
+            raise Unfusable(f"a convolution pads with {d['padding_mode']}")
+        padding = d["padding"]
+        if type(padding) is str:
+            raise Unfusable(f"a convolution has padding {padding!r}")
+    return _weight(conv), Geometry((d["kernel_size"], d["stride"], padding))
+
+
+def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, str]:
+    """Inference-mode BatchNorm and the activation behind it: its own child, or the module ``act``."""
+    has_act = BATCH_NORMS.get(type(bn))
+    if has_act is None:
+        raise Unfusable(f"{_name(bn)} is not BatchNorm2d")
+    d = bn.__dict__
+    if has_act:
+        if act is not None:
+            raise Unfusable("two activations in a row")
+        children = d["_modules"]
+        no_op(children.get("drop"), "BatchNorm drops")
+        act = children["act"]
+    name = "identity" if act is None else ACTIVATIONS.get(type(act))
+    if name is None:
+        raise Unfusable(f"there is no op for activation {_name(act)}")
+    parameters, buffers = d["_parameters"], d["_buffers"]
+    gamma, beta = parameters.get("weight"), parameters.get("bias")
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if gamma is None or beta is None:
+        raise Unfusable("BatchNorm has no weight or bias")
+    if mean is None or var is None:
+        raise Unfusable("BatchNorm has no running statistics")
+    return BatchNorm(gamma, beta, mean, var, d["eps"]), name
+
+
+def squeeze_excite(se: nn.Module | None) -> SqueezeExciteWeights | None:
+    """Weights, activation and gate of squeeze-and-excitation; None where there is none."""
+    if se is None or type(se) is nn.Identity:
+        return None
+    names = SQUEEZE_EXCITES.get(type(se))
+    if names is None:
+        raise Unfusable(f"there is no op for {_name(se)}")
+    children = se.__dict__["_modules"]
+    reduce, act, expand, gate = names
+    act_name = ACTIVATIONS.get(type(children[act]))
+    if act_name is None:
+        raise Unfusable(f"there is no op for {_name(children[act])} in squeeze-and-excitation")
+    gate_name = GATES.get(type(children[gate]))
+    if gate_name is None:
+        raise Unfusable(f"there is no op for gate {_name(children[gate])}")
+    w_reduce, b_reduce = _fully_connected(children[reduce])
+    w_expand, b_expand = _fully_connected(children[expand])
+    return SqueezeExciteWeights(w_reduce, b_reduce, w_expand, b_expand, act_name, gate_name)
+
+
+def padding_for(geometry: Geometry, x: Tensor) -> tuple[int, ...] | None:
+    """Padding for this input: (vertical, horizontal), or (top, bottom, left, right) for SAME."""
+    kernel, stride, padding = geometry
+    if padding is None and x.dim() == 4:
+        top, bottom = layers.same_padding(x.shape[2], kernel[0], stride[0])
+        left, right = layers.same_padding(x.shape[3], kernel[1], stride[1])
+        return top, bottom, left, right
+    return padding
+
+
+def drop_path(module: nn.Module | None) -> nn.Module | None:
+    """The module that must run between the block and its shortcut; None where it does nothing."""
+    if module is None or type(module) is nn.Identity:
+        return None
+    probability = DROP_PATHS.get(type(module))
+    d = module.__dict__
+    if probability is not None and (not d["training"] or d[probability] == 0.0):
+        return None
+    return module
+
+
+def no_op(module: nn.Module | None, what: str) -> None:
+    """Raise Unfusable unless the module is absent or Identity."""
+    if module is not None and type(module) is not nn.Identity:
+        raise Unfusable(f"{what} ({_name(module)})")
+
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+def _name(module: object) -> str:
+    return type(module).__name__
+
+
+def _weight(conv: nn.Module) -> Tensor:
+    parameters = conv.__dict__["_parameters"]
+    if parameters.get("bias") is not None:
+        raise Unfusable("a convolution has a bias")
+    weight = parameters.get("weight")
+    if weight is None:
+        raise Unfusable("the weight of a convolution is not a parameter")
+    if type(weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+        raise Unfusable(f"a weight is a {type(weight).__name__}")
+    return weight
+
+
+def _fully_connected(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    if type(conv) is not nn.Conv2d:
+        raise Unfusable(f"{_name(conv)} in squeeze-and-excitation is not a plain convolution")
+    d = conv.__dict__
+    if d["kernel_size"] != (1, 1) or d["stride"] != (1, 1) or d["padding"] != (0, 0) or d["groups"] != 1:
+        raise Unfusable("a convolution in squeeze-and-excitation is not a plain 1x1")
+    weight, bias = d["_parameters"].get("weight"), d["_parameters"].get("bias")
+    if weight is None or bias is None:
+        raise Unfusable("a convolution in squeeze-and-excitation has no weight or bias")
+    return weight, bias

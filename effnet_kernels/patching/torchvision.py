@@ -1,0 +1,160 @@
+"""torchvision's blocks, and the head of its EfficientNet."""
+
+import functools
+
+from torch import Tensor, nn
+from torchvision.models import efficientnet
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
+
+from effnet_kernels.functional import ConvBN
+from effnet_kernels.modules import reading, squeeze_excite
+from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, MBConvPlan, Plan, PointwisePlan, fuse
+from effnet_kernels.patching.core import Part, register
+
+
+def head(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ``read_head`` replaces."""
+    children = model.__dict__["_modules"]
+    name, last = next(reversed(children["features"]._modules.items()))
+    return {f"features.{name}": last, "avgpool": children["avgpool"]}
+
+
+def read_conv_norm_activation(module: nn.Module) -> Plan:
+    """The plan of a Conv2dNormActivation: pointwise, depthwise or dense."""
+    conv, bn, act = _conv_bn_act(module)
+    if reading.is_pointwise(conv):
+        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act)
+    if reading.is_depthwise(conv):
+        weight, geometry = reading.spatial(conv, depthwise=True)
+        return DepthwisePlan(ConvBN(weight, bn), geometry, act, False, None)
+    weight, geometry = reading.spatial(conv, depthwise=False)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, act, False, None)
+
+
+def read_mbconv(block: nn.Module) -> MBConvPlan:
+    """The plan of an MBConv: expand (or not), depthwise, squeeze-and-excitation, project."""
+    layers = _sequence(block.__dict__["_modules"]["block"], nn.Sequential)
+    if len(layers) not in (3, 4):
+        raise reading.Unfusable(f"{len(layers)} layers in an MBConv")
+    expand, expand_act = None, None
+    if len(layers) == 4:
+        expand_conv, expand_bn, expand_act = _conv_bn_act(layers[0])
+        expand = ConvBN(reading.pointwise(expand_conv), expand_bn)
+    conv, bn, act = _conv_bn_act(layers[-3])
+    if expand_act not in (None, act):
+        raise reading.Unfusable(f"two different activations, {expand_act} and {act}")
+    weight, geometry = reading.spatial(conv, depthwise=True)
+    se = reading.squeeze_excite(layers[-2])
+    project_conv, project_bn, project_act = _conv_bn_act(layers[-1])
+    return MBConvPlan(
+        expand,
+        ConvBN(weight, bn),
+        geometry,
+        se,
+        ConvBN(reading.pointwise(project_conv), project_bn),
+        act,
+        project_act,
+        *_shortcut(block),
+    )
+
+
+def read_fused_mbconv(block: nn.Module) -> FusedMBConvPlan:
+    """The plan of a FusedMBConv: dense convolution and, unless its expansion is 1, the projection."""
+    layers = _sequence(block.__dict__["_modules"]["block"], nn.Sequential)
+    if len(layers) not in (1, 2):
+        raise reading.Unfusable(f"{len(layers)} layers in a FusedMBConv")
+    conv, bn, act = _conv_bn_act(layers[0])
+    weight, geometry = reading.spatial(conv, depthwise=False)
+    project = None
+    if len(layers) == 2:
+        project_conv, project_bn, project_act = _conv_bn_act(layers[1])
+        if project_act != "identity":
+            raise reading.Unfusable(f"activation {project_act} after the projection")
+        project = ConvBN(reading.pointwise(project_conv), project_bn)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, project, act, *_shortcut(block))
+
+
+def read_head(model: nn.Module) -> PointwisePlan:
+    """The plan of an EfficientNet's last 1x1 convolution and global average pool."""
+    children = model.__dict__["_modules"]
+    pool = children["avgpool"]
+    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
+        raise reading.Unfusable(f"global pool {pool}")
+    conv, bn, act = _conv_bn_act(_sequence(children["features"], nn.Sequential)[-1])
+    return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, True)
+
+
+def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
+    if type(module) is not cls:
+        raise reading.Unfusable(f"{type(module).__name__} is not {cls.__name__}")
+    return list(module.__dict__["_modules"].values())
+
+
+def _conv_bn_act(module: nn.Module):  # type: ignore[no-untyped-def]
+    """The convolution, BatchNorm and activation name of a Conv2dNormActivation, patched or not."""
+    if type(module) is not PatchedConv2dNormActivation and type(module) is not Conv2dNormActivation:
+        raise reading.Unfusable(f"{type(module).__name__} is not Conv2dNormActivation")
+    layers = list(module.__dict__["_modules"].values())
+    if len(layers) not in (2, 3):
+        raise reading.Unfusable(f"{len(layers)} layers in a Conv2dNormActivation")
+    bn, act = reading.batch_norm(layers[1], layers[2] if len(layers) == 3 else None)
+    return layers[0], bn, act
+
+
+def _shortcut(block: nn.Module) -> tuple[bool, nn.Module | None]:
+    d = block.__dict__
+    return d["use_res_connect"], reading.drop_path(d["_modules"]["stochastic_depth"])
+
+
+class PatchedConv2dNormActivation(Conv2dNormActivation):
+    @functools.wraps(Conv2dNormActivation.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        y = fuse(read_conv_norm_activation, self, x)
+        return super().forward(x) if y is None else y
+
+
+class PatchedMBConv(efficientnet.MBConv):
+    @functools.wraps(efficientnet.MBConv.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        y = fuse(read_mbconv, self, x)
+        return super().forward(x) if y is None else y
+
+
+class PatchedFusedMBConv(efficientnet.FusedMBConv):
+    @functools.wraps(efficientnet.FusedMBConv.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        y = fuse(read_fused_mbconv, self, x)
+        return super().forward(x) if y is None else y
+
+
+class PatchedSqueezeExcitation(SqueezeExcitation):
+    @functools.wraps(SqueezeExcitation.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        y = fuse(squeeze_excite.read, self, x)
+        return super().forward(x) if y is None else y
+
+
+class PatchedEfficientNet(efficientnet.EfficientNet):
+    """The last convolution runs together with the global pool."""
+
+    @functools.wraps(efficientnet.EfficientNet._forward_impl)
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        features = self.features
+        if type(features) is not nn.Sequential or reading.is_observed(features):
+            return super()._forward_impl(x)
+        *trunk, last = features
+        for module in trunk:
+            x = module(x)
+        y = fuse(read_head, self, x, (last, self.avgpool))
+        return self.classifier(self.avgpool(last(x)).flatten(1) if y is None else y)
+
+
+reading.DROP_PATHS[StochasticDepth] = "p"
+for _se in (SqueezeExcitation, PatchedSqueezeExcitation):
+    reading.SQUEEZE_EXCITES[_se] = ("fc1", "activation", "fc2", "scale_activation")
+
+register(Conv2dNormActivation, PatchedConv2dNormActivation, Part(read_conv_norm_activation))
+register(efficientnet.MBConv, PatchedMBConv, Part(read_mbconv))
+register(efficientnet.FusedMBConv, PatchedFusedMBConv, Part(read_fused_mbconv))
+register(SqueezeExcitation, PatchedSqueezeExcitation, Part(squeeze_excite.read))
+register(efficientnet.EfficientNet, PatchedEfficientNet, Part(read_head, head))
