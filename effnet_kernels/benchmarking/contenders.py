@@ -1,0 +1,142 @@
+"""Who is compared: stock PyTorch in two layouts, torch.compile, other runtimes, and each of our backends."""
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import effnet_kernels
+from effnet_kernels.benchmarking import UserError, peers, timing
+from effnet_kernels.benchmarking.agreement import agreement, exact_output, max_error
+
+STOCK = "stock"
+CHANNELS_LAST = "stock channels_last"
+COMPILED = "torch.compile"
+PEERS = {"onnxruntime": peers.onnxruntime, "openvino": peers.openvino}
+OURS = "effnet_kernels"
+
+# Another runtime may round in another order (Winograd convolutions, other reductions) and still be right.
+# This only asks whether it computed the same network; ours are held to ``agreement``.
+PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def ours(backend: str) -> str:
+    """The name of our contender that runs on ``backend``."""
+    return f"{OURS} {backend}"
+
+
+def contender_names(device: str = "cpu", *, compiled: bool = True, with_peers: bool = True) -> list[str]:
+    """The contenders that this environment can field on ``device``."""
+    names = [STOCK, CHANNELS_LAST]
+    if compiled:
+        names.append(COMPILED)
+    if with_peers and device == "cpu":
+        names += [name for name in PEERS if importlib.util.find_spec(name)]
+    # The CPU backend serves CPU tensors only, GPU backends GPU tensors only; the reference serves both.
+    names += [
+        ours(backend)
+        for backend, (available, _) in effnet_kernels.backends().items()
+        if available and (backend == "reference" or (backend == "cpu") == (device == "cpu"))
+    ]
+    return names
+
+
+def patched(model: nn.Module, backend: str) -> nn.Module:
+    """A patched copy of a stock model."""
+    return effnet_kernels.patch(copy.deepcopy(model), backend=backend)
+
+
+def build(name: str, stock: nn.Module, x: Tensor, fused: Callable[[nn.Module, str], nn.Module]) -> timing.Call:
+    """The contender ``name`` as a call without arguments; on a GPU, a captured graph (see ``timing.Graph``)."""
+    if name in PEERS:
+        return PEERS[name](stock, x)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    if name == STOCK:
+        return _bind(copy.deepcopy(stock), x)
+    if name == CHANNELS_LAST:
+        return _bind(_channels_last(stock), nhwc)
+    if name == COMPILED:
+        torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
+        # Weights as constants, and on a GPU measured configurations: what it does best for inference.
+        options: dict[str, Any] = {"freezing": True, "max_autotune": x.device.type == "cuda"}
+        return _bind(torch.compile(_channels_last(stock), options=options), nhwc)
+    if name.startswith(f"{OURS} "):
+        return _bind(fused(stock, name.removeprefix(f"{OURS} ")), nhwc)
+    raise UserError(f"there is no contender {name!r}")
+
+
+def compare(
+    stock: nn.Module,
+    x: Tensor,
+    names: Iterable[str],
+    *,
+    fused: Callable[[nn.Module, str], nn.Module] = patched,
+    seconds: float = 2.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, Any]]:
+    """Check every contender against float64, then time those that agree, taking turns.
+
+    Args:
+        stock: the module in eval mode, in the dtype and on the device of x.
+        x: its input, [N, C, H, W].
+        names: contenders, see ``contender_names``.
+        fused: makes our module from a stock one and a backend's name.
+        seconds: timed for about so long each.
+        progress: told what is being done.
+
+    Returns:
+        Per contender ``error`` (largest, against float64), ``median``, ``q1``, ``q3`` and ``samples`` in seconds;
+        or ``wrong`` / ``failed`` with the reason, and no time: a wrong result is not timed.
+    """
+    with torch.inference_mode():
+        exact, stock_output = exact_output(stock, x), stock(x)
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, timing.Call] = {}
+    for name in names:
+        progress(f"checking {name}")
+        try:
+            call = build(name, stock, x, fused)
+            with torch.inference_mode():
+                output = call()
+        except Exception as error:  # a contender that cannot run is a result, and the others go on
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            results[name] = {"failed": f"{kind}{error}".splitlines()[0]}
+            continue
+        wrong = _wrong(name, output, stock_output, exact)
+        if wrong:
+            results[name] = {"wrong": wrong}
+            continue
+        results[name] = {"error": max_error(output, exact)}
+        calls[name] = call
+    progress(f"timing {len(calls)} contenders, about {seconds * len(calls):.0f} s")
+    device = x.device.type
+    for name, samples in timing.interleaved(calls, seconds=seconds, device=device).items():
+        graph = calls[name]
+        each = len(graph.inputs) if isinstance(graph, timing.Graph) else 1
+        samples = [sample / each for sample in samples]
+        results[name] |= {**timing.summary(samples), "samples": samples}
+    return results
+
+
+def _channels_last(stock: nn.Module) -> nn.Module:
+    return copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _bind(function: Callable[[Tensor], Tensor], x: Tensor) -> timing.Call:
+    if x.device.type == "cuda":
+        return timing.Graph(function, x)
+    return lambda: function(x)
+
+
+def _wrong(name: str, output: Tensor, stock_output: Tensor, exact: Tensor) -> str | None:
+    """Why the output is not the stock module's, or None."""
+    if name.startswith(OURS):
+        found = agreement(output, stock_output, exact)
+        if found.ok:
+            return None
+        return f"error {found.error:.3g}, allowed {found.bound:.3g} (stock {found.stock_error:.3g})"
+    error, allowed = max_error(output, exact), PEER_ERROR[stock_output.dtype] * exact.abs().max().item()
+    return None if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,98 @@
+"""Interleaved timing on a CPU, and through CUDA graphs on a GPU.
+
+Contenders take turns in random order, so that a slow minute of the machine falls on all of them.
+A turn is one untimed call, which brings the contender's weights and threads back, and then timed ones.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+TURN_SECONDS = 0.05
+MIN_ROUNDS = 5
+MAX_ROUNDS = 100
+
+
+@torch.inference_mode()
+def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds per call, one sample per turn, for each of ``calls``; about ``seconds`` are spent on each."""
+    measure = _measure_cuda if device == "cuda" else _measure_cpu
+    repeats, rounds = {}, MAX_ROUNDS
+    for name, call in calls.items():
+        call()
+        once = measure(call, 1)
+        repeats[name] = max(1, round(TURN_SECONDS / once))
+        rounds = min(rounds, int(seconds / (once * (repeats[name] + 1))))
+    rounds = max(rounds, MIN_ROUNDS)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, generator = list(calls), random.Random(0)
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            calls[name]()
+            samples[name].append(measure(calls[name], repeats[name]))
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def _measure_cpu(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _measure_cuda(call: Call, repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+class Graph:
+    """``function`` captured in one CUDA graph, once per input buffer, so that replays do not find x in the L2.
+
+    The buffers together are at least twice the L2. Outputs are kept, so no two calls write the same memory.
+    One call of the graph is ``len(inputs)`` calls of the function.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        cache = torch.cuda.get_device_properties(x.device).L2_cache_size
+        copies = min(256, 1 + -(-2 * cache // max(1, x.numel() * x.element_size())))
+        self.inputs = [x.clone() for _ in range(copies)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, tunes and fills caches before the capture
+                function(self.inputs[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self.graph):
+            self.outputs = [function(buffer) for buffer in self.inputs]
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.outputs[0]
+
+
+def copy_bandwidth(bytes_: int = 1 << 30) -> float:
+    """Bytes per second, read plus written, of a device-to-device copy far larger than the L2."""
+    source = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    samples = interleaved({"copy": lambda: target.copy_(source)}, seconds=1.0, device="cuda")
+    return 2 * bytes_ / statistics.median(samples["copy"])
