@@ -231,3 +231,22 @@ def _mbconv(case: MBConv, draw: Draw) -> Problem:
     kwargs = {"stride": case.stride, "padding": case.pads(), "project_act": case.project_act,
               "residual": case.residual}  # fmt: skip
     return Problem(functional.mbconv, (x, expand, depthwise, se, project, case.act), kwargs, steps)
+
+
+# One small problem per op and option, for the tests that ask how an op behaves rather than what it computes.
+SAMPLES: dict[str, tuple[Case, bool]] = {
+    "pointwise_conv_bn_act": (Pointwise(hw=(6, 5), cin=8, cout=12, gate=True, residual="nhwc"), False),
+    "pointwise_conv_bn_act-pool": (Pointwise(hw=(6, 5), cin=8, cout=12, pool=True), False),
+    "depthwise_conv_bn_act": (Depthwise(hw=(6, 5), c=12, stride=(2, 2), padding="tf"), False),
+    "squeeze_excite_gate": (Squeeze(c=12), True),
+    "squeeze_excite": (Squeeze(hw=(6, 5), c=12), False),
+    "fused_mbconv": (Fused(hw=(6, 5), cin=8, mid=12, cout=8, residual=True), False),
+    "fused_mbconv-stem": (Fused(hw=(6, 5), cin=3, mid=12, cout=None, stride=(2, 2), padding="tf"), False),
+    "mbconv": (MBConv(hw=(6, 5), cin=8, mid=12, cout=8, residual=True), False),
+    "mbconv-separable": (MBConv(hw=(6, 5), cin=8, mid=None, cout=12, stride=(2, 2), reduced=None), False),
+}
+
+
+def sample(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:
+    case, gate_only = SAMPLES[name]
+    return build(dataclasses.replace(case, **changes), dtype, gate_only)
