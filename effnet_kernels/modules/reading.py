@@ -114,7 +114,7 @@ def spatial(conv: nn.Module, *, depthwise: bool) -> tuple[Tensor, Geometry]:
         padding = d["padding"]
         if type(padding) is str:
             raise Unfusable(f"a convolution has padding {padding!r}")
-    return _weight(conv), Geometry((d["kernel_size"], d["stride"], padding))
+    return _weight(conv), (d["kernel_size"], d["stride"], padding)
 
 
 def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, str]:

@@ -2,7 +2,7 @@
 
 import functools
 
-import torch.nn.functional as torch_functional
+import torch
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,
@@ -144,7 +144,7 @@ class PatchedEfficientNet(EfficientNet):
             y = fuse(read_head, self, x, head(self).values())
             return self.forward_head(self.bn2(self.conv_head(x)) if y is None else y)
         if self.drop_rate > 0.0:
-            y = torch_functional.dropout(y, self.drop_rate, self.training)
+            y = torch.dropout(y, self.drop_rate, self.training)
         return self.classifier(y)
 
 

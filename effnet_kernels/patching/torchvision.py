@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import efficientnet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
@@ -146,7 +147,7 @@ class PatchedEfficientNet(efficientnet.EfficientNet):
         for module in trunk:
             x = module(x)
         y = fuse(read_head, self, x, (last, self.avgpool))
-        return self.classifier(self.avgpool(last(x)).flatten(1) if y is None else y)
+        return self.classifier(torch.flatten(self.avgpool(last(x)), 1) if y is None else y)
 
 
 reading.DROP_PATHS[StochasticDepth] = "p"
