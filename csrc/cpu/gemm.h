@@ -89,23 +89,23 @@ struct Packed {
   int64_t floats() const { return round_up(n, kWidth) * k; }
 };
 
-// kWidth x kWidth transpose in registers, log2(kWidth) rounds of pairwise exchanges.
+// kWidth x kWidth transpose in registers, log2(kWidth) rounds of pairwise exchanges at distance kApart.
+template <int kApart = 1>
 static inline void transpose(vf (&rows)[kWidth]) {
-#pragma GCC unroll 4
-  for (int d = 1; d < kWidth; d *= 2) {
-    vi low, high;
-    for (int l = 0; l < kWidth; ++l) {
-      low[l] = (l & d) == 0 ? l : kWidth + l - d;
-      high[l] = (l & d) == 0 ? l + d : kWidth + l;
-    }
+  vi low{}, high{};
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & d) continue;
-      const vf a = rows[i], b = rows[i + d];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + d] = __builtin_shuffle(a, b, high);
-    }
+  for (int l = 0; l < kWidth; ++l) {
+    low[l] = (l & kApart) == 0 ? l : kWidth + l - kApart;
+    high[l] = (l & kApart) == 0 ? l + kApart : kWidth + l;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & kApart) continue;
+    const vf a = rows[i], b = rows[i + kApart];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kApart] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * kApart < kWidth) transpose<2 * kApart>(rows);
 }
 
 // One panel of a convolution weight [O][I][KH][KW] of any strides, in the order [KH][KW][I][columns].
@@ -120,22 +120,22 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
       for (int64_t j = 0; j < cols; ++j) {
         const int64_t first = p * kSlice + j * kWidth, valid = min64(kWidth, packed.n - first);
         const T* src = window + first * so;
-        for (int64_t i = 0; i < in; i += kWidth) {
-          const int64_t depth = min64(kWidth, in - i);
-          vf block[kWidth];
-          for (int64_t o = 0; o < kWidth; ++o) {
-            if (o >= valid) {
-              block[o] = vf{};
-            } else if (si == 1) {
-              block[o] = load_first(src + o * so + i, depth);
-            } else {
-              T lanes[kWidth] = {};
-              for (int64_t d = 0; d < depth; ++d) lanes[d] = src[o * so + (i + d) * si];
-              block[o] = load(lanes);
-            }
+        float* to = out + j * kWidth;
+        int64_t i = 0;
+        if (si == 1 && valid == kWidth) {
+          for (; i + kWidth <= in; i += kWidth) {
+            vf block[kWidth];
+#pragma GCC unroll 16
+            for (int o = 0; o < kWidth; ++o) block[o] = load(src + o * so + i);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int d = 0; d < kWidth; ++d) store(to + (i + d) * width, block[d]);
           }
-          transpose(block);
-          for (int64_t d = 0; d < depth; ++d) store(out + (i + d) * width + j * kWidth, block[d]);
+        }
+        for (; i < in; ++i) {
+          float lanes[kWidth] = {};
+          for (int64_t o = 0; o < valid; ++o) lanes[o] = to_float(src[o * so + i * si]);
+          store(to + i * width, load(lanes));
         }
       }
     }

@@ -100,11 +100,22 @@ static inline float sum_lanes(vf v) {
   return total;
 }
 
+// x limited to [low, high]; NaN stays NaN (the second operand of min and max wins there).
+static inline vf clamp(vf x, float low, float high) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
+#elif defined(__AVX2__)
+  return _mm256_min_ps(splat(high), _mm256_max_ps(splat(low), x));
+#else
+  x = x < low ? splat(low) : x;
+  return x > high ? splat(high) : x;
+#endif
+}
+
 // exp(x), at most 1 ulp (Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2]).
 // Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
 static inline vf exp(vf x) {
-  x = x > 104.0f ? splat(104.0f) : x;
-  x = x < -104.0f ? splat(-104.0f) : x;
+  x = clamp(x, -104.0f, 104.0f);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf t = x * 1.44269504088896341f + magic;
   const vf n = t - magic;
@@ -124,11 +135,6 @@ static inline vf exp(vf x) {
   const vi i = (vi)t - (vi)magic, half = i >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
 #endif
-}
-
-static inline vf clamp(vf x, float low, float high) {
-  x = x < low ? splat(low) : x;
-  return x > high ? splat(high) : x;
 }
 
 template <int kAct>
@@ -206,12 +212,17 @@ static inline T* at(const Tensor4& t, int64_t n) {
   return static_cast<T*>(t.data) + n * t.stride[0];
 }
 
+static inline float to_float(float value) { return value; }
+static inline float to_float(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float widened;
+  std::memcpy(&widened, &bits, sizeof(widened));
+  return widened;
+}
+
 static inline float element(const Vector& v, int64_t i) {
-  if (!v.is_bf16) return static_cast<const float*>(v.data)[i * v.stride];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const bf16*>(v.data)[i * v.stride].bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return v.is_bf16 ? to_float(static_cast<const bf16*>(v.data)[i * v.stride])
+                   : static_cast<const float*>(v.data)[i * v.stride];
 }
 
 // BatchNorm in inference as y = x * scale + shift, zero beyond the last channel up to a whole slice.

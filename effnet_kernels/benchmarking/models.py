@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 from types import ModuleType
 
 import torch
@@ -29,6 +30,8 @@ def create_model(name: str, library: str = "timm", *, pretrained: bool = False, 
     (see ``calibrate``). Raises UserError for an unknown name, a missing library or weights out of reach.
     """
     check_name(name, library)
+    # Its retries, one log line each, would bury the one line that says what is wrong.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -66,7 +69,7 @@ def image_size(name: str, library: str = "timm") -> int:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, size: int = 96) -> None:
+def calibrate(model: nn.Module, size: int = 64) -> None:
     """Give every BatchNorm an affine part of its own and the statistics of one batch of noise.
 
     Freshly built BatchNorms are identities: folding, swapping or dropping one would go unseen, and
@@ -84,6 +87,8 @@ def calibrate(model: nn.Module, size: int = 96) -> None:
     model(_noise_at_all_scales(size))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        # No channel is amplified far beyond the others: what is faint in noise may be strong in a photograph.
+        norm.running_var.lerp_(norm.running_var.mean(), 0.5)
     model.eval()
 
 
@@ -94,12 +99,12 @@ def noise(batch: int, size: int, *, dtype: torch.dtype = torch.float32, device: 
 
 
 def _noise_at_all_scales(size: int) -> Tensor:
-    """[4, 3, size, size] with as much variance in coarse structure as in fine, like photographs.
+    """[16, 3, size, size] with as much variance in coarse structure as in fine, like photographs.
 
-    White noise would leave low-pass channels with hardly any variance, and a photograph would overdrive them.
+    White noise leaves low-pass channels with hardly any variance, and a photograph then overdrives them.
     """
     scales = [max(1, size >> shift) for shift in range(6)]
-    layers = [F.interpolate(torch.randn(4, 3, s, s), (size, size), mode="bilinear") for s in scales]
+    layers = [F.interpolate(torch.randn(16, 3, s, s), (size, size), mode="bilinear") for s in scales]
     return torch.stack(layers).sum(0) / len(layers) ** 0.5
 
 

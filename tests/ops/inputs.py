@@ -167,7 +167,7 @@ def _pointwise(case: Pointwise, draw: Draw) -> Problem:
     gate = residual = None
     steps: list[oracle.Step] = []
     if case.gate:
-        gate = draw.param(draw.uniform(case.n, case.cin, low=0, high=1).float())
+        gate = draw.param(draw.uniform(case.n, case.cin, low=0, high=1).to(draw.param_dtype))
         steps.append(oracle.Scale(gate))
     steps.append(oracle.Conv(weight, bn, case.act))
     if case.residual:
