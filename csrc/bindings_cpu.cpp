@@ -109,12 +109,28 @@ Tensor4 map(const char* name, const Tensor& t) {
   return out;
 }
 
-Tensor4 weight(const char* name, const Tensor& t, const Tensor4& x, const int64_t (&wanted)[4]) {
-  const Tensor4 out = tensor4(name, t);
-  check_size(name, out, wanted);
-  STD_TORCH_CHECK(out.is_bf16 == x.is_bf16, name, " must have the dtype of x");
-  return out;
-}
+// Takes the packed copies of an op's weights one after the other, in the order of its arguments.
+class PackedTensors {
+ public:
+  explicit PackedTensors(const Tensors& tensors) : tensors_(tensors) {}
+
+  Weight weight(const char* name, const Tensor& t, const Tensor4& x, const int64_t (&wanted)[4]) {
+    Weight out{tensor4(name, t), nullptr};
+    check_size(name, out.source, wanted);
+    STD_TORCH_CHECK(out.source.is_bf16 == x.is_bf16, name, " must have the dtype of x");
+    STD_TORCH_CHECK(next_ < tensors_.size(), "packed must have a tensor for ", name);
+    const Tensor& packed = tensors_[next_++];
+    STD_TORCH_CHECK(packed.dim() == 1 && packed.is_contiguous() && !is_bf16("packed", packed) &&
+                        packed.size(0) == kernels().packed_floats(out.source),
+                    "the packed copy of ", name, " is of another weight or instruction set");
+    out.packed = static_cast<float*>(packed.data_ptr());
+    return out;
+  }
+
+ private:
+  const Tensors& tensors_;
+  size_t next_ = 0;
+};
 
 Vector vector(const char* name, const Tensor& t, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
@@ -181,12 +197,20 @@ bool empty(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size
 
 // ---- ops -------------------------------------------------------------------------------------------------
 
-void pointwise_conv_bn_act(Tensor out, Tensor x, Tensor w, Tensors bn, double eps, std::string act, OptionalTensor gate,
+Tensor pack(Tensor w) {
+  Weight p{tensor4("weight", w), nullptr};
+  const Tensor packed = torch::stable::new_empty(w, {kernels().packed_floats(p.source)}, ScalarType::Float);
+  p.packed = static_cast<float*>(packed.data_ptr());
+  if (!empty(p.source)) kernels().pack(p, pool());
+  return packed;
+}
+
+void pointwise_conv_bn_act(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps, std::string act, OptionalTensor gate,
                            OptionalTensor residual, bool pool_map) {
   PointwiseParams p;
   p.x = map("x", x);
   const int64_t n = p.x.size[0], in = p.x.size[1], channels = w.dim() > 0 ? w.size(0) : 0;
-  p.weight = weight("weight", w, p.x, {channels, in, 1, 1});
+  p.weight = PackedTensors(packed).weight("weight", w, p.x, {channels, in, 1, 1});
   p.bn = batch_norm("bn", bn, eps, channels);
   p.act = act_code("act", act);
   p.pool = pool_map;
@@ -207,15 +231,16 @@ void pointwise_conv_bn_act(Tensor out, Tensor x, Tensor w, Tensors bn, double ep
   if (!empty(p.y)) kernels().pointwise_conv_bn_act(p, pool());
 }
 
-void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensor x, Tensor w, Tensors bn, double eps,
+void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps,
                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, bool with_mean) {
   DepthwiseParams p;
   p.x = map("x", x);
   p.y = map("out", out);
   const int64_t channels = p.x.size[1];
   check_out(p.y, p.x, channels);
-  p.weight = weight("weight", w, p.x, {channels, 1, w.size(2), w.size(3)});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
+  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
+  p.weight = PackedTensors(packed).weight("weight", w, p.x, {channels, 1, w.size(2), w.size(3)});
+  p.window = window(stride, padding, p.x, p.weight.source, p.y);
   p.bn = batch_norm("bn", bn, eps, channels);
   p.act = act_code("act", act);
   if (with_mean) p.mean = fp32_matrix("mean", mean, p.x.size[0], channels);
@@ -243,22 +268,23 @@ void squeeze_excite(Tensor out, Tensor x, Tensors se, std::string act, std::stri
   if (!empty(p.y)) kernels().squeeze_excite(p, pool());
 }
 
-void fused_mbconv(Tensor out, Tensor x, Tensor w, Tensors bn, double eps, std::vector<int64_t> stride,
+void fused_mbconv(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::string act, OptionalTensor project, Tensors project_bn,
                   double project_eps, bool residual) {
   FusedMBConvParams p;
   p.x = tensor4("x", x);
   p.y = map("out", out);
-  p.weight = tensor4("weight", w);
-  const int64_t mid = p.weight.size[0];
-  weight("weight", w, p.x, {mid, p.x.size[1], p.weight.size[2], p.weight.size[3]});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
+  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
+  const int64_t mid = w.size(0);
+  PackedTensors weights(packed);
+  p.weight = weights.weight("weight", w, p.x, {mid, p.x.size[1], w.size(2), w.size(3)});
+  p.window = window(stride, padding, p.x, p.weight.source, p.y);
   p.bn = batch_norm("bn", bn, eps, mid);
   p.act = act_code("act", act);
   int64_t channels = mid;
   if (project) {
     channels = project->dim() > 0 ? project->size(0) : 0;
-    p.project = weight("project_weight", *project, p.x, {channels, mid, 1, 1});
+    p.project = weights.weight("project_weight", *project, p.x, {channels, mid, 1, 1});
     p.project_bn = batch_norm("project_bn", project_bn, project_eps, channels);
   }
   check_out(p.y, p.x, channels);
@@ -267,24 +293,25 @@ void fused_mbconv(Tensor out, Tensor x, Tensor w, Tensors bn, double eps, std::v
   if (!empty(p.y)) kernels().fused_mbconv(p, pool());
 }
 
-void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor w, Tensors bn,
+void mbconv(Tensor out, Tensors packed, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor w, Tensors bn,
             double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, Tensors se,
             std::string se_act, std::string se_gate, Tensor project, Tensors project_bn, double project_eps,
             std::string project_act, bool residual) {
   MBConvParams p;
   p.x = map("x", x);
   p.y = map("out", out);
-  p.weight = tensor4("weight", w);
-  const int64_t in = p.x.size[1], mid = p.weight.size[0], channels = project.dim() > 0 ? project.size(0) : 0;
-  weight("weight", w, p.x, {expand ? mid : in, 1, p.weight.size[2], p.weight.size[3]});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
-  p.bn = batch_norm("bn", bn, eps, mid);
+  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
+  const int64_t in = p.x.size[1], mid = expand ? w.size(0) : in, channels = project.dim() > 0 ? project.size(0) : 0;
+  PackedTensors weights(packed);
   if (expand) {
-    p.expand = weight("expand_weight", *expand, p.x, {mid, in, 1, 1});
+    p.expand = weights.weight("expand_weight", *expand, p.x, {mid, in, 1, 1});
     p.expand_bn = batch_norm("expand_bn", expand_bn, expand_eps, mid);
   }
+  p.weight = weights.weight("weight", w, p.x, {mid, 1, w.size(2), w.size(3)});
+  p.window = window(stride, padding, p.x, p.weight.source, p.y);
+  p.bn = batch_norm("bn", bn, eps, mid);
   if (!se.empty()) p.se = squeeze_excite_weights(se, se_act, se_gate, mid);
-  p.project = weight("project_weight", project, p.x, {channels, mid, 1, 1});
+  p.project = weights.weight("project_weight", project, p.x, {channels, mid, 1, 1});
   p.project_bn = batch_norm("project_bn", project_bn, project_eps, channels);
   p.act = act_code("act", act);
   p.project_act = act_code("project_act", project_act);
@@ -299,20 +326,21 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
 
 STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("instruction_set() -> int");
+  m.def("pack(Tensor weight) -> Tensor");
   m.def("set_instruction_set(int code) -> bool");
   m.def(
-      "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
+      "pointwise_conv_bn_act(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
       "Tensor? residual, bool pool) -> ()");
   m.def(
-      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, float eps, "
+      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, "
       "int[] stride, int[] padding, str act, bool with_mean) -> ()");
   m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
   m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
   m.def(
-      "fused_mbconv(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
+      "fused_mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
       "str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual) -> ()");
   m.def(
-      "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
       "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
       "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
 }
@@ -323,6 +351,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
+  m.impl("pack", TORCH_BOX(&effnet::pack));
   m.impl("pointwise_conv_bn_act", TORCH_BOX(&effnet::pointwise_conv_bn_act));
   m.impl("depthwise_conv_bn_act", TORCH_BOX(&effnet::depthwise_conv_bn_act));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effnet::squeeze_excite_gate));

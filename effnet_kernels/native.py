@@ -5,9 +5,11 @@ They are built against PyTorch's stable ABI: one file serves every torch >= 2.11
 
 import functools
 import os
+import weakref
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
 INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512")
@@ -41,3 +43,26 @@ def set_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set must be one of {INSTRUCTION_SETS}, got {name!r}")
     if not torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name)):
         raise ValueError(f"instruction set {name!r} cannot run on this machine")
+    _packed.clear()  # the layout of the copies belongs to the instruction set
+
+
+# id of a weight -> (the weight, its version, its address, its packed copy).
+_packed: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The copy of a convolution weight in the order that the kernels read, made once per version.
+
+    It is dropped with the weight. Writes that bypass torch's version counter (``weight.data.copy_``) are
+    left to the kernels, which compare a diagonal of the two on every call.
+    """
+    if weight.is_inference():  # has no version counter
+        return torch.ops.effnet_kernels_cpu.pack.default(weight)
+    key, version, address = id(weight), weight._version, weight.data_ptr()
+    entry = _packed.get(key)
+    if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == address:
+        return entry[3]
+    with torch.inference_mode(False):
+        copy = torch.ops.effnet_kernels_cpu.pack.default(weight.detach())
+    _packed[key] = (weakref.ref(weight, lambda _: _packed.pop(key, None)), version, address, copy)
+    return copy

@@ -22,6 +22,13 @@ struct Tensor4 {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
+// A convolution weight and its copy in the order that the kernels read. The copy is made by Kernels::pack
+// and owned by the caller; a kernel makes it anew where it finds that the source was written behind it.
+struct Weight {
+  Tensor4 source;
+  float* packed = nullptr;
+};
+
 // A vector of one value per channel, fp32 or bf16.
 struct Vector {
   const void* data = nullptr;
@@ -52,8 +59,9 @@ struct Pool {
 };
 
 struct PointwiseParams {
-  Tensor4 x, weight, y;    // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
-  Tensor4 residual;        // optional
+  Tensor4 x, y;  // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
+  Weight weight;
+  Tensor4 residual;             // optional
   const float* gate = nullptr;  // [N][C_in], optional
   BatchNorm bn;
   int act = kIdentity;
@@ -61,7 +69,8 @@ struct PointwiseParams {
 };
 
 struct DepthwiseParams {
-  Tensor4 x, weight, y;
+  Tensor4 x, y;
+  Weight weight;
   float* mean = nullptr;  // [N][C], optional
   BatchNorm bn;
   Window window;
@@ -81,8 +90,9 @@ struct SqueezeExciteParams {
 };
 
 struct FusedMBConvParams {
-  Tensor4 x, weight, y;  // x: any strides
-  Tensor4 project;       // optional
+  Tensor4 x, y;  // x: any strides
+  Weight weight;
+  Weight project;  // optional
   BatchNorm bn, project_bn;
   Window window;
   int act = kIdentity;
@@ -91,8 +101,8 @@ struct FusedMBConvParams {
 
 struct MBConvParams {
   Tensor4 x, y;
-  Tensor4 expand;  // optional
-  Tensor4 weight, project;
+  Weight expand;  // optional
+  Weight weight, project;
   BatchNorm expand_bn, bn, project_bn;
   SqueezeExcite se;  // optional: w_reduce.data == nullptr
   Window window;
@@ -102,6 +112,8 @@ struct MBConvParams {
 
 // One build of the kernels. x.is_bf16 selects the element type of the maps.
 struct Kernels {
+  int64_t (*packed_floats)(const Tensor4& weight);
+  void (*pack)(const Weight&, const Pool&);
   void (*pointwise_conv_bn_act)(const PointwiseParams&, const Pool&);
   void (*depthwise_conv_bn_act)(const DepthwiseParams&, const Pool&);
   void (*squeeze_excite_gate)(const GateParams&, const Pool&);

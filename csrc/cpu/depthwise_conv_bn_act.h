@@ -14,52 +14,34 @@ struct Depthwise {
   int64_t channels, h, w, oh, ow, kh, kw;
   Window window;
   int act;
-  const float* weights;  // [slice][KH * KW][kSlice]
+  Packed weights;  // panels of [KH * KW][width]
   Affine affine;
 
-  int64_t slices() const { return div_up(channels, kSlice); }
-  int64_t cols(int64_t slice) const { return min64(kVectors, div_up(channels - slice * kSlice, kWidth)); }
+  int64_t slices() const { return weights.panels(); }
+  int64_t cols(int64_t slice) const { return weights.cols(slice); }
   // Strips of output rows: parallel work for one image where there are few slices, and the first level of
   // the channel sums. They depend on the shape alone, so the sums do not depend on the thread count.
   int64_t strips() const { return max64(1, min64(div_up(16, slices()), oh / 8)); }
   int64_t strip_begin(int64_t strip) const { return oh * strip / strips(); }
 };
 
-template <class T>
-static const float* pack_depthwise(const Tensor4& weight, Scratch& scratch) {
-  const int64_t channels = weight.size[0], kh = weight.size[2], kw = weight.size[3];
-  const int64_t slices = div_up(channels, kSlice);
-  float* packed = scratch.take(slices * kh * kw * kSlice);
-  std::memset(packed, 0, slices * kh * kw * kSlice * sizeof(float));
-  for (int64_t c = 0; c < channels; ++c) {
-    const Vector window{static_cast<const T*>(weight.data) + c * weight.stride[0], weight.is_bf16, 1};
-    float* out = packed + c / kSlice * kh * kw * kSlice + c % kSlice;
-    for (int64_t y = 0; y < kh; ++y)
-      for (int64_t x = 0; x < kw; ++x)
-        out[(y * kw + x) * kSlice] = element(window, y * weight.stride[2] + x * weight.stride[3]);
-  }
-  return packed;
-}
-
-static inline Depthwise make_depthwise(const Tensor4& weight, const BatchNorm& bn, const Window& window, int act,
-                                       const Tensor4& x, const Tensor4& y, Scratch& scratch) {
-  Depthwise d{weight.size[0], x.size[2], x.size[3], y.size[2], y.size[3], weight.size[2], weight.size[3], window, act,
-              nullptr, {}};
-  d.weights = weight.is_bf16 ? pack_depthwise<bf16>(weight, scratch) : pack_depthwise<float>(weight, scratch);
-  d.affine = fold(bn, d.channels, scratch);
-  return d;
+static inline Depthwise make_depthwise(const Weight& weight, const BatchNorm& bn, const Window& window, int act,
+                                       const Tensor4& x, const Tensor4& y, const Pool& pool, Scratch& scratch) {
+  const auto& size = weight.source.size;
+  return {size[0], x.size[2], x.size[3], y.size[2], y.size[3], size[2], size[3], window, act,
+          fresh(weight, pool), fold(bn, size[0], scratch)};
 }
 
 // kOut neighbouring output pixels of one vector of channels. Every input column is loaded once and feeds all
 // the outputs that see it; the weights of one window row stay in registers.
 template <int kKernel, int kStride, int kOut>
-static inline void window_block(const float* const* rows, int64_t offset, const float* weights, vf scale, vf shift,
-                                float* out) {
+static inline void window_block(const float* const* rows, int64_t offset, const float* weights, int64_t width,
+                                vf scale, vf shift, float* out) {
   vf acc[kOut] = {};
   for (int y = 0; y < kKernel; ++y) {
     vf w[kKernel];
 #pragma GCC unroll 8
-    for (int x = 0; x < kKernel; ++x) w[x] = load(weights + (y * kKernel + x) * kSlice);
+    for (int x = 0; x < kKernel; ++x) w[x] = load(weights + (y * kKernel + x) * width);
     const float* row = rows[y] + offset;
 #pragma GCC unroll 32
     for (int column = 0; column < (kOut - 1) * kStride + kKernel; ++column) {
@@ -77,13 +59,14 @@ static inline void window_block(const float* const* rows, int64_t offset, const 
 
 // Widths of the networks at 224 are multiples of 7; what is left goes in blocks of 4, 2 and 1.
 template <int kKernel, int kStride>
-static void window_row(const Depthwise&, const float* const* rows, const float* weights, vf scale, vf shift,
-                       int64_t ow, float* out) {
+static void window_row(const Depthwise& d, const float* const* rows, const float* weights, int64_t width, vf scale,
+                       vf shift, float* out) {
   int64_t x = 0;
   const auto run = [&](auto block) {
     constexpr int kOut = decltype(block)::value;
-    for (; x + kOut <= ow; x += kOut)
-      window_block<kKernel, kStride, kOut>(rows, x * kStride * kSlice, weights, scale, shift, out + x * kSlice);
+    for (; x + kOut <= d.ow; x += kOut)
+      window_block<kKernel, kStride, kOut>(rows, x * kStride * kSlice, weights, width, scale, shift,
+                                           out + x * kSlice);
   };
   run(ActTag<7>());
   run(ActTag<4>());
@@ -92,18 +75,18 @@ static void window_row(const Depthwise&, const float* const* rows, const float* 
 }
 
 // Any other window.
-static void window_row_any(const Depthwise& d, const float* const* rows, const float* weights, vf scale, vf shift,
-                           int64_t ow, float* out) {
-  for (int64_t i = 0; i < ow; ++i) {
+static void window_row_any(const Depthwise& d, const float* const* rows, const float* weights, int64_t width, vf scale,
+                           vf shift, float* out) {
+  for (int64_t i = 0; i < d.ow; ++i) {
     vf acc = {};
     for (int64_t y = 0; y < d.kh; ++y)
       for (int64_t x = 0; x < d.kw; ++x)
-        acc += load(rows[y] + (i * d.window.stride_w + x) * kSlice) * load(weights + (y * d.kw + x) * kSlice);
+        acc += load(rows[y] + (i * d.window.stride_w + x) * kSlice) * load(weights + (y * d.kw + x) * width);
     store(out + i * kSlice, acc * scale + shift);
   }
 }
 
-using WindowRow = void (*)(const Depthwise&, const float* const*, const float*, vf, vf, int64_t, float*);
+using WindowRow = void (*)(const Depthwise&, const float* const*, const float*, int64_t, vf, vf, float*);
 
 static inline WindowRow choose_window_row(const Depthwise& d) {
   if (d.kh != d.kw || d.window.stride_w > 2) return window_row_any;
@@ -135,7 +118,7 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
     std::memset(row + (left + d.w) * kSlice, 0, (width - left - d.w) * kSlice * sizeof(float));
   }
   const float** rows = reinterpret_cast<const float**>(scratch.take(d.kh * 2));  // a pointer is two floats
-  const float* weights = d.weights + slice * d.kh * d.kw * kSlice;
+  const float* weights = d.weights.panel(slice);
   const float *scale = d.affine.scale + slice * kSlice, *shift = d.affine.shift + slice * kSlice;
 
   int64_t next = 0;  // first input row not yet considered
@@ -160,8 +143,8 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
       for (int64_t j = 0; j < cols; ++j) {
         if (j > 0)
           for (int64_t y = 0; y < d.kh; ++y) rows[y] += kWidth;
-        window_row(d, rows, weights + j * kWidth, load(scale + j * kWidth), load(shift + j * kWidth), d.ow,
-                   out + j * kWidth);
+        window_row(d, rows, weights + j * kWidth, d.weights.width(slice), load(scale + j * kWidth),
+                   load(shift + j * kWidth), out + j * kWidth);
       }
       vf row_sum[kVectors] = {};
       with_act(d.act, [&](auto tag) {
@@ -218,7 +201,7 @@ static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t sli
 template <class T>
 static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
   Scratch scratch;
-  const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, scratch);
+  const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     const T* x = at<const T>(p.x, image);
     T* y = at<T>(p.y, image);

@@ -49,7 +49,7 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
 template <class T>
 static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f, int64_t image, int64_t oy,
                                int64_t rows) {
-  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.size[2], kw = p.weight.size[3];
+  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.source.size[2], kw = p.weight.source.size[3];
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
   const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_floats = width * in;
@@ -58,7 +58,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   copy_window_rows<T>(p.x, image, oy * sh - p.window.top, (rows - 1) * sh + kh, p.window.left, width, window);
 
   const Taps taps{kh, row_floats, kw * in, kw * in};
-  const bool project = p.project.data != nullptr;
+  const bool project = p.project.source.data != nullptr;
   float* mid = project ? scratch.take(slices * pixels * kSlice) : nullptr;  // [slice][pixel][kSlice]
   T* y = at<T>(p.y, image);
   const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
@@ -91,14 +91,9 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
   Scratch scratch;
-  FusedMBConv f{};
-  f.expand = reserve(p.weight, scratch);
+  FusedMBConv f{fresh(p.weight, pool), fresh(p.project, pool), {}, {}, 0};
   f.expand_affine = fold(p.bn, f.expand.n, scratch);
-  if (p.project.data) {
-    f.project = reserve(p.project, scratch);
-    f.project_affine = fold(p.project_bn, f.project.n, scratch);
-  }
-  pack(pool, p.weight, f.expand, p.project, f.project);
+  if (p.project.source.data) f.project_affine = fold(p.project_bn, f.project.n, scratch);
   const int64_t oh = p.y.size[2], ow = p.y.size[3];
   f.strip = max64(1, min64(oh, kStripFloats / (ow * round_up(f.expand.n, kSlice))));
   const int64_t strips = div_up(oh, f.strip);

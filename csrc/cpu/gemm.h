@@ -77,14 +77,15 @@ static inline void for_each_tile(int64_t n, const Body& body) {
   }
 }
 
-// Weights packed for the tiles: panels of kSlice output channels (the last one of a single vector where
-// that is enough), each [K][columns], columns beyond the last channel zero.
+// Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where
+// that is enough), each [K][width], columns beyond the last channel zero.
 struct Packed {
   float* data;
   int64_t n, k;
 
   int64_t panels() const { return div_up(n, kSlice); }
   int64_t cols(int64_t panel) const { return min64(kVectors, div_up(n - panel * kSlice, kWidth)); }
+  int64_t width(int64_t panel) const { return cols(panel) * kWidth; }
   float* panel(int64_t p) const { return data + p * kSlice * k; }
   int64_t floats() const { return round_up(n, kWidth) * k; }
 };
@@ -142,20 +143,49 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
   }
 }
 
-static inline void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
-  weight.is_bf16 ? pack_panel<bf16>(weight, packed, p) : pack_panel<float>(weight, packed, p);
+static inline Packed packed_of(const Weight& weight) {
+  const auto& size = weight.source.size;
+  return {weight.packed, size[0], size[1] * size[2] * size[3]};
 }
 
-static inline Packed reserve(const Tensor4& weight, Scratch& scratch) {
-  Packed packed{nullptr, weight.size[0], weight.size[1] * weight.size[2] * weight.size[3]};
-  packed.data = scratch.take(packed.floats());
+static int64_t packed_floats(const Tensor4& weight) { return packed_of({weight, nullptr}).floats(); }
+
+static void pack(const Weight& weight, const Pool& pool) {
+  const Packed packed = packed_of(weight);
+  parallel(pool, packed.panels(), [&](int64_t panel) {
+    weight.source.is_bf16 ? pack_panel<bf16>(weight.source, packed, panel)
+                          : pack_panel<float>(weight.source, packed, panel);
+  });
+}
+
+// Whether the copy equals its source along a diagonal that meets every row and every column. The caller
+// packs anew when torch says that a weight changed; this catches writes that torch does not see, such as
+// `weight.data.copy_(...)`, unless they are so sparse that they miss the diagonal.
+template <class T>
+static bool diagonal_matches(const Tensor4& source, const Packed& packed) {
+  const int64_t kw = source.size[3], area = source.size[2] * kw;
+  int64_t row = 0, column = 0;
+  for (int64_t i = max64(packed.n, packed.k); i > 0; --i) {
+    const int64_t in = column / area, y = column % area / kw, x = column % kw;
+    const float value = to_float(static_cast<const T*>(source.data)[row * source.stride[0] + in * source.stride[1] +
+                                                                    y * source.stride[2] + x * source.stride[3]]);
+    const int64_t panel = row / kSlice, k = column % area * source.size[1] + in;
+    const float copy = packed.panel(panel)[k * packed.width(panel) + row % kSlice];
+    if (std::memcmp(&value, &copy, sizeof(value)) != 0) return false;
+    if (++row == packed.n) row = 0;
+    if (++column == packed.k) column = 0;
+  }
+  return true;
+}
+
+// The packed copy, made anew where it is stale.
+static inline Packed fresh(const Weight& weight, const Pool& pool) {
+  const Packed packed = packed_of(weight);
+  if (weight.source.data != nullptr &&
+      !(weight.source.is_bf16 ? diagonal_matches<bf16>(weight.source, packed)
+                              : diagonal_matches<float>(weight.source, packed)))
+    pack(weight, pool);
   return packed;
-}
-
-// Packs up to two weights in one go over the pool.
-static inline void pack(const Pool& pool, const Tensor4& w0, const Packed& p0, const Tensor4& w1, const Packed& p1) {
-  const int64_t first = w0.data ? p0.panels() : 0, second = w1.data ? p1.panels() : 0;
-  parallel(pool, first + second, [&](int64_t i) { i < first ? pack_panel(w0, p0, i) : pack_panel(w1, p1, i - first); });
 }
 
 // What follows the affine step when a tile leaves for the output: activation, residual, rounding to T.

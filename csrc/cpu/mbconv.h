@@ -46,13 +46,13 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   float* gate = scratch.take(slices * kSlice);
 
   const float* rows = nullptr;  // x in fp32, for the expand GEMM
-  if (p.expand.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
+  if (p.expand.source.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
 
   depthwise_image(d, pool, p.se.w_reduce.data ? mean : nullptr, [&](int64_t slice, const auto& run) {
     const int64_t cols = d.cols(slice);
     const auto target = [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; };
     const auto finish = [](int64_t, const float*) {};
-    if (!p.expand.data) {
+    if (!p.expand.source.data) {
       run([&](int64_t iy, float* row) { copy_row(x + iy * d.w * in, d.w, in, slice, cols, row); }, target, finish);
       return;
     }
@@ -99,15 +99,10 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
 
 static void mbconv(const MBConvParams& p, const Pool& pool) {
   Scratch scratch;
-  MBConv m{};
-  m.depthwise = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, scratch);
-  m.project = reserve(p.project, scratch);
+  MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch), fresh(p.expand, pool),
+           fresh(p.project, pool), {}, {}};
   m.project_affine = fold(p.project_bn, m.project.n, scratch);
-  if (p.expand.data) {
-    m.expand = reserve(p.expand, scratch);
-    m.expand_affine = fold(p.expand_bn, m.expand.n, scratch);
-  }
-  pack(pool, p.project, m.project, p.expand, m.expand);
+  if (p.expand.source.data) m.expand_affine = fold(p.expand_bn, m.expand.n, scratch);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     p.x.is_bf16 ? mbconv_image<bf16>(p, m, image, inner) : mbconv_image<float>(p, m, image, inner);
   });

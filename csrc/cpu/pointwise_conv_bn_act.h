@@ -78,9 +78,8 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
 template <class T>
 static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
   Scratch scratch;
-  const Packed packed = reserve(p.weight, scratch);
+  const Packed packed = fresh(p.weight, pool);
   const Affine affine = fold(p.bn, packed.n, scratch);
-  pack(pool, p.weight, packed, {}, packed);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     p.pool ? pointwise_pool_image<T>(p, packed, affine, image, inner)
            : pointwise_image<T>(p, packed, affine, image, inner);

@@ -231,14 +231,25 @@ struct Affine {
   float* shift;
 };
 
+// The n values from `first` on, zero beyond them; none where n <= 0.
+static inline vf load_vector(const Vector& v, int64_t first, int64_t n) {
+  if (n <= 0) return vf{};
+  if (!v.is_bf16 && v.stride == 1) return load_first(static_cast<const float*>(v.data) + first, n);
+  float lanes[kWidth] = {};
+  for (int64_t i = 0; i < min64(n, kWidth); ++i) lanes[i] = element(v, first + i);
+  return load(lanes);
+}
+
 static inline Affine fold(const BatchNorm& bn, int64_t channels, Scratch& scratch) {
   const int64_t padded = round_up(channels, kSlice);
   const Affine affine{scratch.take(padded), scratch.take(padded)};
-  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = c < channels ? element(bn.var, c) + bn.eps : 1.0f;
-  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = 1.0f / std::sqrt(affine.scale[c]);
-  for (int64_t c = 0; c < padded; ++c) {
-    affine.scale[c] = c < channels ? affine.scale[c] * element(bn.gamma, c) : 0.0f;
-    affine.shift[c] = c < channels ? element(bn.beta, c) - element(bn.mean, c) * affine.scale[c] : 0.0f;
+  for (int64_t c = 0; c < padded; c += kWidth) store(affine.scale + c, load_vector(bn.var, c, channels - c) + bn.eps);
+  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = std::sqrt(affine.scale[c]);
+  for (int64_t c = 0; c < padded; c += kWidth) {
+    const int64_t n = channels - c;
+    const vf scale = n > 0 ? load_vector(bn.gamma, c, n) / load(affine.scale + c) : vf{};
+    store(affine.scale + c, scale);
+    store(affine.shift + c, load_vector(bn.beta, c, n) - load_vector(bn.mean, c, n) * scale);
   }
   return affine;
 }

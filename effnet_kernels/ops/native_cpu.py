@@ -6,19 +6,24 @@ from typing import Any
 import torch
 
 from effnet_kernels.backends import Problem
+from effnet_kernels.native import packed
 from effnet_kernels.ops.common import to_nhwc
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def bind(
-    op: str, fake: Callable[..., Any], dense: tuple[int, ...] = (0,)
+    op: str, fake: Callable[..., Any], *, dense: tuple[int, ...] = (0,), weights: tuple[int, ...] = ()
 ) -> tuple[Callable[[Problem], tuple[bool, str]], Callable[..., Any]]:
     """``supports`` and ``run`` of one op.
 
-    The native op has the op's own schema, with the outputs in front and without ``backend``. Outputs come
-    from the op's fake kernel, so the two cannot disagree. ``dense`` are the positions of the maps that the
-    native op takes in dense [N, H, W, C] only.
+    The native op has the op's own schema without ``backend``; in front of it come the outputs and, for ops
+    with convolution weights, a list of their packed copies. Outputs come from the op's fake kernel, so the
+    two cannot disagree.
+
+    Args:
+        dense: positions of the maps that the native op takes in dense [N, H, W, C] only.
+        weights: positions of the convolution weights.
     """
     native = getattr(torch.ops.effnet_kernels_cpu, op).default
 
@@ -35,10 +40,10 @@ def bind(
         for i in dense:
             if arguments[i] is not None:
                 arguments[i] = to_nhwc(arguments[i])
-        if isinstance(out, tuple):
-            native(*out, *arguments)
-        else:
-            native(out, *arguments)
+        leading = list(out) if isinstance(out, tuple) else [out]
+        if weights:
+            leading.append([packed(args[i]) for i in weights if args[i] is not None])
+        native(*leading, *arguments)
         return out
 
     return supports, run

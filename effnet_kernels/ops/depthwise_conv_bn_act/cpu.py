@@ -3,4 +3,4 @@
 from effnet_kernels.ops.native_cpu import bind
 from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 
-supports, run = bind("depthwise_conv_bn_act", fake)
+supports, run = bind("depthwise_conv_bn_act", fake, weights=(1,))

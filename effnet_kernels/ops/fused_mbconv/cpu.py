@@ -7,8 +7,8 @@ from effnet_kernels.ops.native_cpu import bind
 
 # The kernel copies its window of x anyway, from any strides: an NCHW image costs the stem no extra pass.
 # A residual is read in place, so there x must be dense.
-supports, _run_any = bind("fused_mbconv", fake, dense=())
-_, _run_dense = bind("fused_mbconv", fake)
+supports, _run_any = bind("fused_mbconv", fake, dense=(), weights=(1, 7))
+_, _run_dense = bind("fused_mbconv", fake, weights=(1, 7))
 
 
 def run(*args: Any) -> Any:
