@@ -37,6 +37,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         native.set_instruction_set("auto")
 
 
+NAMES = list(dict.fromkeys(variant[1] for variant in VARIANTS))
+
+
+@pytest.fixture(params=NAMES)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """The name of an available backend, once each: for what does not depend on the instruction set."""
+    return request.param
+
+
 @pytest.fixture
 def cpu_backend(backend: str) -> str:
     if backend != "cpu":

@@ -1,0 +1,152 @@
+"""Which backend serves: the order, the reasons, and the three ways to ask for one."""
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from effnet_kernels.backends import Problem, accelerates, backends, check_backend, implementation, requested, use_backend
+from effnet_kernels.ops.mbconv import reference
+
+module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
+PROBLEM = Problem("mbconv", "cpu", torch.float32)
+
+
+@pytest.fixture
+def unavailable(monkeypatch):
+    """The cpu backend, as if it had not been built."""
+    monkeypatch.setitem(module._AVAILABLE, "cpu", lambda: (False, "nobody built it"))
+    module._resolve.cache_clear()
+    yield
+    module._resolve.cache_clear()
+
+
+def served_by(problem: Problem, name: str = "auto") -> str:
+    return implementation(problem, name).__module__
+
+
+def test_every_backend_explains_itself():
+    table = backends()
+    assert set(table) >= {"cpu", "reference"}
+    assert table["reference"][0]
+    for available, reason in table.values():
+        assert isinstance(available, bool)
+        assert reason
+    with pytest.raises(TypeError):
+        table["cpu"] = (True, "")
+
+
+def test_auto_takes_the_first_that_can_serve(unavailable):
+    assert implementation(PROBLEM) is reference.run
+    assert not accelerates(PROBLEM, "auto")
+
+
+def test_auto_prefers_the_kernel_where_there_is_one():
+    if not backends()["cpu"][0]:
+        pytest.skip(backends()["cpu"][1])
+    assert implementation(PROBLEM) is not reference.run
+    assert accelerates(PROBLEM, "auto")
+    half = PROBLEM._replace(dtype=torch.float16)
+    assert implementation(half) is reference.run
+    assert not accelerates(half, "auto")
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cpu in torch.float16: only float32"):
+        implementation(half, "cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cuda.*the tensors are on cuda"):
+        implementation(PROBLEM._replace(device="cuda"), "cpu")
+
+
+def test_a_device_nobody_knows_is_served_by_the_reference():
+    assert implementation(PROBLEM._replace(device="xpu")) is reference.run
+
+
+def test_a_named_backend_is_always_worth_calling():
+    assert accelerates(PROBLEM, "reference")
+    with use_backend("reference"):
+        assert accelerates(PROBLEM, "auto")
+
+
+def test_the_argument_beats_the_context_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("EFFNET_KERNELS_BACKEND", "from-environment")
+    assert requested() == "from-environment"
+    with use_backend("reference"):
+        assert requested() == "reference"
+        assert requested("from-argument") == "from-argument"
+        with use_backend("auto"):
+            assert requested() == "from-environment"
+        assert requested() == "reference"
+    assert requested() == "from-environment"
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert requested() == "auto"
+
+
+def test_use_backend_belongs_to_its_thread():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("fast", ValueError, r"backend must be one of \('auto', .*'reference'\), got 'fast'"),
+        ("", ValueError, "backend must be one of .*, got ''"),
+        (None, TypeError, "backend must be a string, got NoneType"),
+        (3, TypeError, "backend must be a string, got int"),
+    ],
+)
+def test_names_that_are_no_backend(name, error, message):
+    with pytest.raises(error, match=message):
+        check_backend(name)
+    with pytest.raises(error, match=message), use_backend(name):
+        pass
+    assert requested() == "auto"
+
+
+def test_a_backend_that_is_not_available(unavailable):
+    message = "backend 'cpu' is not available: nobody built it"
+    with pytest.raises(RuntimeError, match=message), use_backend("cpu"):
+        pass
+    with pytest.raises(RuntimeError, match=message):
+        implementation(PROBLEM, "cpu")
+
+
+def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_variable_rules_a_process():
+    code = (
+        "import torch; from effnet_kernels.backends import *; from effnet_kernels.backends import Problem;"
+        "print(implementation(Problem('mbconv', 'cpu', torch.float32)).__module__)"
+    )
+    result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="reference")
+    assert result.stdout.strip() == "effnet_kernels.ops.mbconv.reference", result.stderr
+    result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="fast")
+    assert "ValueError: backend must be one of" in result.stderr
+
+
+def test_use_backend_decides_the_kernel_of_an_op(monkeypatch):
+    """Through the public function: a kernel that answers with a marker is the one that ran."""
+    monkeypatch.setattr(reference, "run", lambda *args: "reference ran")
+    module._resolve.cache_clear()
+    c = 4
+    vector = torch.ones(c)
+    part = F.ConvBN(torch.ones(c, 1, 3, 3), F.BatchNorm(vector, vector, vector, vector))
+    project = F.ConvBN(torch.ones(c, c, 1, 1), part.bn)
+    with torch.no_grad(), use_backend("reference"):
+        assert F.mbconv(torch.ones(1, c, 5, 5), None, part, None, project) == "reference ran"
+    module._resolve.cache_clear()
