@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, accelerates, backends, check_backend, implementation, requested, use_backend
+from effnet_kernels.backends import (
+    Problem,
+    accelerates,
+    backends,
+    check_backend,
+    implementation,
+    requested,
+    use_backend,
+)
 from effnet_kernels.ops.mbconv import reference
 
 module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
