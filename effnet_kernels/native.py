@@ -54,7 +54,7 @@ def packed(weight: Tensor) -> Tensor:
     """The copy of a convolution weight in the order that the kernels read, made once per version.
 
     It is dropped with the weight. Writes that bypass torch's version counter (``weight.data.copy_``) are
-    left to the kernels, which compare a diagonal of the two on every call.
+    left to the kernels, which compare a sample of the two on every call.
     """
     if weight.is_inference():  # has no version counter
         return torch.ops.effnet_kernels_cpu.pack.default(weight)

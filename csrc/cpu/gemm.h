@@ -158,22 +158,24 @@ static void pack(const Weight& weight, const Pool& pool) {
   });
 }
 
-// Whether the copy equals its source along a diagonal that meets every row and every column. The caller
-// packs anew when torch says that a weight changed; this catches writes that torch does not see, such as
-// `weight.data.copy_(...)`, unless they are so sparse that they miss the diagonal.
+constexpr int64_t kSamples = 64;
+
+// Whether the copy equals its source in a sample of places, spread over rows and columns. The caller packs
+// anew when torch says that a weight changed; this catches the writes that torch does not see, such as
+// `weight.data.copy_(...)`, unless they leave nearly all of the weight as it was.
 template <class T>
-static bool diagonal_matches(const Tensor4& source, const Packed& packed) {
-  const int64_t kw = source.size[3], area = source.size[2] * kw;
-  int64_t row = 0, column = 0;
-  for (int64_t i = max64(packed.n, packed.k); i > 0; --i) {
-    const int64_t in = column / area, y = column % area / kw, x = column % kw;
-    const float value = to_float(static_cast<const T*>(source.data)[row * source.stride[0] + in * source.stride[1] +
-                                                                    y * source.stride[2] + x * source.stride[3]]);
-    const int64_t panel = row / kSlice, k = column % area * source.size[1] + in;
+static bool sample_matches(const Tensor4& source, const Packed& packed) {
+  const int64_t in = source.size[1], kw = source.size[3], area = source.size[2] * kw;
+  const int64_t samples = min64(kSamples, max64(packed.n, packed.k));
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t row = i * packed.n / samples, k = i * packed.k / samples;  // k counts [KH][KW][I]
+    const int64_t tap = area == 1 ? 0 : k / in, y = area == 1 ? 0 : tap / kw;
+    const float value = to_float(static_cast<const T*>(
+        source.data)[row * source.stride[0] + (k - tap * in) * source.stride[1] + y * source.stride[2] +
+                     (tap - y * kw) * source.stride[3]]);
+    const int64_t panel = row / kSlice;
     const float copy = packed.panel(panel)[k * packed.width(panel) + row % kSlice];
     if (std::memcmp(&value, &copy, sizeof(value)) != 0) return false;
-    if (++row == packed.n) row = 0;
-    if (++column == packed.k) column = 0;
   }
   return true;
 }
@@ -182,8 +184,8 @@ static bool diagonal_matches(const Tensor4& source, const Packed& packed) {
 static inline Packed fresh(const Weight& weight, const Pool& pool) {
   const Packed packed = packed_of(weight);
   if (weight.source.data != nullptr &&
-      !(weight.source.is_bf16 ? diagonal_matches<bf16>(weight.source, packed)
-                              : diagonal_matches<float>(weight.source, packed)))
+      !(weight.source.is_bf16 ? sample_matches<bf16>(weight.source, packed)
+                              : sample_matches<float>(weight.source, packed)))
     pack(weight, pool);
   return packed;
 }
