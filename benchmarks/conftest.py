@@ -1,0 +1,177 @@
+"""Options, and the one way everything here is measured.
+
+All contenders of a case take turns (``effnet_kernels.benchmarking.timing``); the case's first test measures
+them all. Each contender then has a test of its own, in which pytest-benchmark's clock replays that
+contender's samples, so its tables, groups and options work on interleaved numbers.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import DEFAULT_MODELS, MODELS
+from effnet_kernels.benchmarking import contenders, timing
+from effnet_kernels.benchmarking.environment import environment
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RESULTS = Path(__file__).with_name("results")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("effnet_kernels")
+    group.addoption("--models", default=",".join(DEFAULT_MODELS), help=f"comma-separated, of {', '.join(MODELS)}")
+    group.addoption("--batches", default=None, help="comma-separated; default 1,8 for models, 1 below (GPU: 128)")
+    group.addoption("--dtypes", default="float16" if DEVICE == "cuda" else "float32", help="comma-separated")
+    group.addoption("--size", type=int, default=None, help="side of the image instead of each model's own")
+    group.addoption("--limit", type=int, default=3, help="op and block level: so many of each kind; 0: all")
+    group.addoption("--seconds", type=float, default=2.0, help="time for each contender of each case")
+    group.addoption("--threads", type=int, default=None, help="CPU threads; default: torch's")
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
+    group.addoption("--results", type=Path, default=RESULTS, help="where the JSON goes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+    config.stash[_SUITE] = Suite(config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contender" in metafunc.fixturenames:
+        compiled = not metafunc.config.getoption("--no-compile")
+        names = contenders.contender_names(DEVICE, compiled=compiled)
+        # The innermost parameter: a case's contenders stand together.
+        metafunc.parametrize("contender", names)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_SUITE].write()
+
+
+@pytest.fixture(scope="session")
+def suite(request: pytest.FixtureRequest) -> "Suite":
+    return request.config.stash[_SUITE]
+
+
+def models(config: pytest.Config) -> list[str]:
+    """The models asked for."""
+    names = config.getoption("--models").split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise pytest.UsageError(f"--models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    return names
+
+
+def batches(config: pytest.Config, on_cpu: str, on_gpu: str) -> list[int]:
+    """The batch sizes asked for, or a level's own default."""
+    return [
+        int(batch) for batch in (config.getoption("--batches") or (on_gpu if DEVICE == "cuda" else on_cpu)).split(",")
+    ]
+
+
+def dtypes(config: pytest.Config) -> list[str]:
+    """The dtypes asked for, by name."""
+    return config.getoption("--dtypes").split(",")
+
+
+class ReplayClock:
+    """A clock for pytest-benchmark that moves only when ``advance`` plays the next sample."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, samples: Any) -> None:
+        self.now += next(samples)
+
+
+CLOCK = ReplayClock()
+
+
+class Suite:
+    """Measures each case once and keeps what was measured until the session's end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.levels: dict[str, dict[str, dict[str, Any]]] = {}
+        self.bandwidth: float | None = None
+
+    def run(
+        self,
+        benchmark: Any,
+        contender: str,
+        *,
+        level: str,
+        case: str,
+        make: Callable[[], tuple[nn.Module, Tensor]],
+        fused: Callable[[nn.Module, str], nn.Module] = contenders.patched,
+        batch: int,
+        bytes_: int | None = None,
+        count: int = 1,
+    ) -> None:
+        """Measure the case unless that is done, then report ``contender`` through pytest-benchmark.
+
+        Fails on a wrong result and skips a contender that cannot run.
+        """
+        cases = self.levels.setdefault(level, {})
+        if case not in cases:
+            cases[case] = self._measure(make, fused, batch=batch, bytes_=bytes_, count=count)
+        result = cases[case]["contenders"][contender]
+        assert "wrong" not in result, f"{case}: {contender} is wrong and was not timed: {result['wrong']}"
+        if "failed" in result:
+            pytest.skip(result["failed"])
+        benchmark.group = case
+        benchmark.extra_info.update({key: value for key, value in result.items() if key != "samples"})
+        samples = iter(result["samples"])
+        benchmark.pedantic(CLOCK.advance, args=(samples,), rounds=len(result["samples"]), iterations=1)
+
+    def _measure(
+        self,
+        make: Callable[[], tuple[nn.Module, Tensor]],
+        fused: Callable[[nn.Module, str], nn.Module],
+        *,
+        batch: int,
+        bytes_: int | None,
+        count: int,
+    ) -> dict[str, Any]:
+        stock, x = make()
+        names = contenders.contender_names(DEVICE, compiled=not self.config.getoption("--no-compile"))
+        results = contenders.compare(stock, x, names, fused=fused, seconds=self.config.getoption("--seconds"))
+        record: dict[str, Any] = {"batch": batch, "count": count, "bytes": bytes_, "contenders": results}
+        if DEVICE == "cuda" and bytes_ is not None:
+            # Caches flatter a CPU at these sizes; on a GPU the graph rotates past them (timing.Graph).
+            self.bandwidth = self.bandwidth or timing.copy_bandwidth()
+            for result in results.values():
+                if "median" in result:
+                    result["bytes_per_second"] = bytes_ / result["median"]
+                    result["share_of_copy"] = result["bytes_per_second"] / self.bandwidth
+        return record
+
+    def write(self) -> None:
+        """One file per level, ``<device>-<threads>t-<level>.json``, replaced as a whole."""
+        folder: Path = self.config.getoption("--results")
+        for level, cases in self.levels.items():
+            record = environment(DEVICE)
+            if self.bandwidth:
+                record["copy_bytes_per_second"] = self.bandwidth
+            threads = f"-{record['threads']}t" if DEVICE == "cpu" else ""
+            name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", record["device"].lower())).strip("-")
+            folder.mkdir(parents=True, exist_ok=True)
+            for case in cases.values():
+                for result in case["contenders"].values():
+                    if "samples" in result:
+                        result["samples"] = len(result["samples"])
+            content = {"level": level, "environment": record, "cases": cases}
+            (folder / f"{name}{threads}-{level}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+_SUITE = pytest.StashKey[Suite]()
