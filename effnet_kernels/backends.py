@@ -100,11 +100,14 @@ def implementation(problem: Problem, backend: str = "auto") -> Callable[..., Any
     return _resolve(problem, requested(backend))[1]
 
 
-@torch.compiler.assume_constant_result
 def accelerates(problem: Problem, backend: str) -> bool:
     """Whether a fused call is worth making: a backend was named, or ``auto`` finds a real kernel."""
     asked = requested(backend)
     return asked != "auto" or _resolve(problem, asked)[0] != "reference"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton) here.
+accelerates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,6 +17,11 @@ def read(module: nn.Module) -> SqueezeExcitePlan:
     return SqueezeExcitePlan(se)
 
 
+def forward(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The fused forward; None in training mode, or as ``fuse``."""
+    return None if module.training else fuse(read, module, x)
+
+
 class SqueezeExcite(nn.Module):
     """``x * gate(expand(act(reduce(mean(x)))))`` over ``[N, C, H, W]``, dtype of x.
 
@@ -57,7 +62,7 @@ class SqueezeExcite(nn.Module):
         self.gate = layers.gate(gate_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read, self, x)
+        y = forward(self, x)
         if y is None:
             mean = x.mean((2, 3), keepdim=True)
             y = x * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))

@@ -133,38 +133,38 @@ def report(model: nn.Module) -> PatchReport:
         ValueError: there is no block of a known class in it.
     """
     result = PatchReport()
-    inside = ""  # the fused block that the walk is in, with a dot behind its name
+    covered: set[nn.Module] = set()  # modules whose calls a fused part replaces
     for name, module in _known(model):
-        if inside and name.startswith(inside):
+        if module in covered:
             continue
         adapter = ADAPTERS.get(type(module))
         if adapter is None:
             result.skipped.append((name, type(module).__name__, UNSUPPORTED[type(module)]))
             continue
         for part in adapter.parts:
-            row, fused = _row(name, module, adapter, part)
+            calls = dict(module.named_children()) if part.calls is None else part.calls(module)
+            row_name = name
+            if part.calls is not None:
+                row_name = " + ".join(f"{name}.{child}".lstrip(".") for child in calls)
+            fused, what = _explain(module, part, calls)
+            row = (row_name, adapter.stock.__name__, what)
             (result.patched if fused else result.skipped).append(row)
-            if fused and part.calls is None:
-                inside = f"{name}." if name else "."
+            if fused:
+                covered.update(inner for call in calls.values() for inner in call.modules())
     return result
 
 
-def _row(name: str, module: nn.Module, adapter: Adapter, part: Part) -> tuple[Row, bool]:
-    kind = adapter.stock.__name__
-    calls = list(module.children())
-    if part.calls is not None:
-        named = part.calls(module)
-        calls = list(named.values())
-        name = " + ".join(f"{name}.{child}".lstrip(".") for child in named)
+def _explain(module: nn.Module, part: Part, calls: dict[str, nn.Module]) -> tuple[bool, str]:
+    """Whether the part is fused, and as what, or why not."""
     try:
-        check_calls(calls, training=False)
+        check_calls(calls.values(), training=False)
         plan = part.read(module)
     except Unfusable as reason:
-        return (name, kind, str(reason)), False
-    if type(module) is adapter.stock:
-        return (name, kind, f"not patched: {plan}"), False
+        return False, str(reason)
+    if type(module) is ADAPTERS[type(module)].stock:
+        return False, f"not patched: {plan}"
     backend = module.__dict__.get(BACKEND_ATTRIBUTE)
-    return (name, kind, str(plan) if backend is None else f"{plan} [{backend}]"), True
+    return True, str(plan) if backend is None else f"{plan} [{backend}]"
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

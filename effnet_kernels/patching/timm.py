@@ -118,7 +118,7 @@ class PatchedEdgeResidual(blocks.EdgeResidual):
 class PatchedSqueezeExcite(blocks.SqueezeExcite):
     @functools.wraps(blocks.SqueezeExcite.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(squeeze_excite.read, self, x)
+        y = squeeze_excite.forward(self, x)
         return super().forward(x) if y is None else y
 
 

@@ -131,7 +131,7 @@ class PatchedFusedMBConv(efficientnet.FusedMBConv):
 class PatchedSqueezeExcitation(SqueezeExcitation):
     @functools.wraps(SqueezeExcitation.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(squeeze_excite.read, self, x)
+        y = squeeze_excite.forward(self, x)
         return super().forward(x) if y is None else y
 
 

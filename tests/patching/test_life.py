@@ -1,0 +1,306 @@
+"""The life of a patched model: what patching must keep, and every way of using the model afterwards."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effnet_kernels as ek
+from tests.models import in_double, rms, timm_model
+from tests.patching.conftest import build
+
+
+def assert_accurate(stock: nn.Module, y: Tensor, x: Tensor) -> None:
+    """y is what ``stock`` gives for x, with at most twice its error."""
+    exact = in_double(stock, x)
+    with torch.no_grad():
+        allowed = 2 * rms(stock(x) - exact) + 2 * torch.finfo(y.dtype).eps * rms(exact)
+    assert rms(y - exact) <= allowed
+
+
+def test_state_is_kept(model, x, backend):
+    before = copy.deepcopy(model)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    classes = {name: type(m) for name, m in model.named_modules()}
+    assert ek.patch(model, backend=backend) is model
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert all(b is buffers[name] for name, b in model.named_buffers())
+    assert all(isinstance(m, classes[name]) for name, m in model.named_modules())
+    model.load_state_dict(before.state_dict(), strict=True)
+    before.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert_accurate(before, model(x), x)
+
+
+def test_patched_outputs_come_from_the_ops(model, x):
+    """Every comparison with stock would also pass if nothing were ever fused."""
+    ek.patch(model, backend="reference")
+    calls = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with calls:
+        model(x)  # with gradients, so the ops go through the dispatcher
+    called = [event.name for event in calls.events() if event.name.startswith("effnet_kernels::")]
+    assert len(called) >= len(ek.report(model).patched)
+    assert not any(event.name == "aten::silu_" for event in calls.events())
+
+
+def test_patch_twice(model, x, backend):
+    with torch.no_grad():
+        y = ek.patch(model, backend=backend)(x)
+        classes = [type(m) for m in model.modules()]
+        ek.patch(model, backend=backend)
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(model(x), y)
+
+
+def test_unpatch_is_the_inverse(model, x, backend):
+    classes = [type(m) for m in model.modules()]
+    state = [dict(m.__dict__) for m in model.modules()]
+    with torch.no_grad():
+        y = model(x)
+        ek.patch(model, backend=backend)(x)
+        assert ek.unpatch(model) is model
+        assert [type(m) for m in model.modules()] == classes
+        assert [set(m.__dict__) for m in model.modules()] == [set(d) for d in state]
+        assert torch.equal(model(x), y)
+        ek.unpatch(model)
+        assert torch.equal(model(x), y)
+
+
+def test_the_backend_is_remembered_and_replaced(x):
+    model = build("test_efficientnet")
+    ek.patch(model, backend="reference")
+    assert all("[reference]" in detail for _, _, detail in ek.report(copy.deepcopy(model)).patched)
+    ek.patch(model)
+    assert not any("[" in detail for _, _, detail in ek.report(model).patched)
+    assert list(ek.unpatch(model).state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_independent(model, x, backend, clone):
+    with torch.no_grad():
+        y = ek.patch(model, backend=backend)(x)
+        twin = clone(model)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        for p in model.parameters():
+            p.zero_()
+        assert torch.equal(twin(x), y)
+
+
+def test_pickle_in_a_fresh_process(model, x, backend, tmp_path):
+    with torch.no_grad():
+        y = ek.patch(model, backend=backend)(x)
+    torch.save((model, x, y), tmp_path / "model.pt")
+    code = f"""
+import torch
+model, x, y = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+import effnet_kernels
+assert effnet_kernels.report(model).patched
+with torch.no_grad():
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_averaged_copy(x, backend):
+    """torch's EMA wrapper deep-copies and then updates in place."""
+    model = ek.patch(build("test_efficientnet"), backend=backend)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    average.update_parameters(model)
+    stock = ek.unpatch(copy.deepcopy(average.module)).eval()
+    with torch.no_grad():
+        assert_accurate(stock, average.eval()(x), x)
+
+
+def test_changes_in_place_are_seen(model, x, backend):
+    """Weights, statistics, epsilon, stride and activation changed after the first forward."""
+    ek.patch(model, backend=backend)
+    with torch.no_grad():
+        first = model(x)
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.weight.mul_(1.05)
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.add_(0.05)
+                m.eps = 0.01
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+        convs[1].stride = (1, 1)
+        for m in model.modules():
+            for name, child in list(m.named_children()):
+                if isinstance(child, nn.SiLU):
+                    setattr(m, name, nn.Hardswish())
+        y = model(x)
+    assert not torch.allclose(first, y)
+    assert_accurate(ek.unpatch(model), y, x)
+
+
+def test_training_is_stock(model, x, backend):
+    """Same loss, gradients and running statistics, bit by bit, with stochastic depth and dropout on."""
+    twin = ek.patch(copy.deepcopy(model), backend=backend)
+    results = []
+    for m in (model, twin):
+        torch.manual_seed(5)
+        y = m.train()(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in m.parameters()), *m.buffers()])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
+def test_stochastic_depth_with_frozen_norms(name, backend):
+    """Training with BatchNorm in eval mode is fused, and drops the same samples as stock."""
+    stock = build(name, **({"stochastic_depth_prob": 0.5} if name == "torchvision" else {"drop_path_rate": 0.5}))
+    x = torch.randn(6, 3, 37, 37, generator=torch.Generator().manual_seed(0))
+    patched = ek.patch(copy.deepcopy(stock), backend=backend)
+    outputs = []
+    for m in (stock, patched):
+        m.train()
+        for child in m.modules():
+            if isinstance(child, (nn.BatchNorm2d, nn.Dropout)):
+                child.eval()
+        torch.manual_seed(9)
+        outputs.append(m(x))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(outputs[1], outputs[0])  # it was fused
+    assert not torch.allclose(outputs[0], stock.eval()(x), rtol=1e-2, atol=1e-2)  # and it did drop
+
+
+def test_gradients_in_eval(model, x, backend):
+    twin = ek.patch(copy.deepcopy(model), backend=backend)
+    grads = []
+    for m in (copy.deepcopy(model).double(), model, twin):
+        m(x.to(next(m.parameters()).dtype)).square().sum().backward()
+        grads.append(torch.cat([p.grad.double().flatten() for p in m.parameters()]))
+    exact, stock, patched = grads
+    assert rms(patched - exact) <= 2 * rms(stock - exact) + 1e-6 * rms(exact)
+
+
+@pytest.mark.parametrize("change", ["half", "bfloat16", "channels_last", "double"])
+def test_conversions_after_patching(model, x, change):
+    """Whatever the automatic choice of backend runs it on: the result is of stock's dtype and quality."""
+    exact = in_double(model, x)
+
+    def convert(m, x):
+        if change == "channels_last":
+            return m.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        return getattr(m, change)(), getattr(x, change)()
+
+    with torch.no_grad():
+        stock_model, cx = convert(copy.deepcopy(model), x)
+        stock = stock_model(cx)
+        y = convert(ek.patch(model), x)[0](cx)
+    assert y.dtype == stock.dtype
+    ulp = torch.finfo(y.dtype).eps * rms(exact)
+    assert rms(y - exact) <= 2 * rms(stock - exact) + 2 * ulp
+
+
+def test_autocast(model, x, backend):
+    exact = in_double(model, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        stock = model(x)
+        y = ek.patch(model, backend=backend)(x)
+    assert y.dtype == stock.dtype == torch.bfloat16
+    ulp = torch.finfo(y.dtype).eps * rms(exact)
+    assert rms(y.double() - exact) <= 2 * rms(stock.double() - exact) + 2 * ulp
+
+
+def test_two_threads_use_one_model(model, x, backend):
+    ek.patch(model, backend=backend)
+    inputs = [x, x.flip(3)]
+    with torch.no_grad():
+        expected = [model(i) for i in inputs]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            wrong.extend(n for n in range(5) if not torch.equal(model(inputs[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_features_only(x, backend):
+    for name in ("test_efficientnet", "mobilenetv3_small_050"):
+        stock = timm_model(name, features_only=True)
+        patched = ek.patch(copy.deepcopy(stock), backend=backend)
+        assert any("conv_stem" in row[0] for row in ek.report(patched).patched)
+        with torch.no_grad():
+            for y, s in zip(patched(x), stock(x), strict=True):
+                torch.testing.assert_close(y, s, rtol=1e-4, atol=1e-4)
+
+
+def test_features_from_inside_a_block(x):
+    """These features come from hooks on children: those blocks must run stock, the others must not."""
+    stock = timm_model("test_efficientnet", features_only=True, feature_location="expansion")
+    patched = ek.patch(copy.deepcopy(stock), backend="reference")
+    assert ek.report(patched).patched
+    assert any("hooks" in reason for _, _, reason in ek.report(patched).skipped)
+    with torch.no_grad():
+        for y, s in zip(patched(x), stock(x), strict=True):
+            torch.testing.assert_close(y, s, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050"])
+def test_timm_methods(name, x, backend):
+    """forward_intermediates, forward_features, forward_head, reset_classifier, pruning, checkpointing."""
+    stock = build(name)
+    patched = ek.patch(copy.deepcopy(stock), backend=backend)
+
+    def close(call):
+        with torch.no_grad():
+            torch.testing.assert_close(call(patched), call(stock), rtol=1e-4, atol=1e-4)
+
+    close(lambda m: m.forward_intermediates(x))
+    close(lambda m: m.forward_features(x))
+    close(lambda m: m.forward_head(m.forward_features(x), pre_logits=True))
+    for m in (stock, patched):
+        m.set_grad_checkpointing(True)
+    grads = []
+    for m in (stock, patched):
+        m(x).sum().backward()
+        grads.append(m.conv_stem.weight.grad)
+        m.set_grad_checkpointing(False)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    for m in (stock, patched):
+        torch.manual_seed(0)
+        m.reset_classifier(7, "avg" if name == "test_efficientnet" else None)
+    close(lambda m: m(x))
+    if name == "test_efficientnet":
+        for pool in ("max", "catavgmax", "fast", ""):
+            for m in (stock, patched):
+                torch.manual_seed(0)
+                m.reset_classifier(0, pool)
+            close(lambda m: m(x))
+    for m in (stock, patched):
+        m.prune_intermediate_layers([1])
+    close(lambda m: m.forward_intermediates(x, intermediates_only=True))
+
+
+def test_state_dict_through_a_file(model, x, backend):
+    """Weights saved by a patched model load into a stock one of the same kind and the other way round."""
+    stock = copy.deepcopy(model)
+    ek.patch(model, backend=backend)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.9)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    stock.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    with torch.no_grad():
+        assert_accurate(stock, model(x), x)
