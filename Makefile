@@ -41,7 +41,7 @@ test: build  ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
-	@$(BIN)/python -m pytest benchmarks --benchmark-only -q $(BENCH_ARGS)
+	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)
 
 report: build  ## turn benchmarks/results/ into the tables and plots of the documentation
 	@$(BIN)/python -m benchmarks.report

@@ -47,7 +47,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         compiled = not metafunc.config.getoption("--no-compile")
         names = contenders.contender_names(DEVICE, compiled=compiled)
-        # The innermost parameter: a case's contenders stand together.
         metafunc.parametrize("contender", names)
 
 

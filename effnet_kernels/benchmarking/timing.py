@@ -73,7 +73,8 @@ class Graph:
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-        copies = min(256, 1 + -(-2 * cache // max(1, x.numel() * x.element_size())))
+        copies = min(64, 1 + -(-2 * cache // max(1, x.numel() * x.element_size())))
+        self.function = function  # the graph reads its weights
         self.inputs = [x.clone() for _ in range(copies)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

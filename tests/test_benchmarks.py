@@ -1,0 +1,139 @@
+"""The benchmarks' machinery: problems, refusal of wrong results, timing, report."""
+
+import functools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_kernels.benchmarking import contenders, timing
+from effnet_kernels.benchmarking.agreement import agreement
+
+pytest.importorskip("timm")
+shapes = pytest.importorskip("benchmarks.shapes")
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize(("model", "count"), [("efficientnet_b0", 16), ("tf_efficientnetv2_s", 40 - 2)])
+def test_blocks_are_those_of_the_network(model, count):
+    """V2-S opens with two plain convolutions, which are no MBConv."""
+    assert sum(shapes.blocks(model).values()) == count
+
+
+def test_ops_of_b0_are_those_of_the_paper():
+    found = shapes.ops("efficientnet_b0")
+    count = {kind: sum(n for op, n in found.items() if op.kind == kind) for kind in {op.kind for op in found}}
+    assert count == {"pointwise": 15 + 16, "depthwise": 16, "squeeze_excite": 16}
+    assert shapes.Op("depthwise", (96, 96), 112, 3, 2) in found  # MBConv6 k3x3 at the head of stage 3
+    assert shapes.Op("depthwise", (1152, 1152), 7, 5, 1) in found
+
+
+def test_bytes_count_each_map_once():
+    op = shapes.Op("depthwise", (32, 32), 8, 3, 2)
+    assert op.bytes(2, 4) == 4 * (2 * 32 * 64 + 2 * 32 * 16 + 32 * 9)
+
+
+@pytest.mark.parametrize("model", ["efficientnet_b0", "tf_efficientnetv2_s"])
+def test_every_kind_of_op_agrees_with_stock(model):
+    from benchmarks.stock import OurOp, stock_op
+
+    for op in shapes.largest(shapes.ops(model, 64), 1):
+        stock, x = stock_op(op), torch.randn(1, op.channels[0], op.size, op.size)
+        results = contenders.compare(
+            stock,
+            x,
+            [contenders.STOCK, contenders.ours("auto")],
+            fused=lambda s, b, op=op: OurOp(op, s, b),
+            seconds=0.01,
+        )
+        assert all("median" in result for result in results.values()), (op, results)
+
+
+def test_a_wrong_result_is_refused_and_the_others_are_timed():
+    x = torch.randn(1, 8, 4, 4)
+    names = [contenders.STOCK, contenders.ours("reference")]
+    results = contenders.compare(Scale(2.0), x, names, fused=lambda stock, backend: Scale(2.001), seconds=0.01)
+    assert "median" in results[contenders.STOCK]
+    assert "median" not in results[contenders.ours("reference")]
+    assert "allowed" in results[contenders.ours("reference")]["wrong"]
+
+
+def test_a_contender_that_cannot_run_is_reported():
+    def broken(stock, backend):
+        raise RuntimeError("no such kernel")
+
+    results = contenders.compare(Scale(2.0), torch.randn(1, 8, 4, 4), [contenders.ours("cpu")], fused=broken)
+    assert results == {contenders.ours("cpu"): {"failed": "RuntimeError: no such kernel"}}
+
+
+@pytest.mark.parametrize("peer", contenders.PEERS)
+def test_peers_compute_the_same_network(peer):
+    pytest.importorskip(peer)
+    pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU()).eval()
+    results = contenders.compare(stock, torch.randn(2, 3, 16, 16), [peer], seconds=0.01)
+    assert "median" in results[peer], results
+
+
+def test_agreement_is_twice_stocks_error_and_never_nan():
+    exact = torch.ones(4, dtype=torch.float64)
+    stock = torch.full((4,), 1.0 + 1e-3)
+    assert agreement(torch.full((4,), 1.0 + 1.9e-3), stock, exact).ok
+    assert not agreement(torch.full((4,), 1.0 + 2.1e-3), stock, exact).ok
+    assert not agreement(torch.full((4,), float("nan")), stock, exact).ok
+    assert not agreement(torch.ones(3), stock, exact).ok
+
+
+def test_turns_are_shared_out_evenly():
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    samples = timing.interleaved({name: lambda name=name: count(name) for name in calls}, seconds=0.2)
+    assert len(samples["a"]) == len(samples["b"]) >= timing.MIN_ROUNDS
+    assert all(calls.values())
+
+
+def test_report_fills_the_marked_block_with_losses_and_machine(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import report
+
+    def timed(median):
+        return {"median": median, "q1": median, "q3": median, "error": 0.0, "samples": 5}
+
+    environment = {
+        "device": "Abacus 3000", "device_type": "cpu", "threads": 2, "versions": {"torch": "9.9"},
+        "commit": "c0ffee", "date": "today",
+    }  # fmt: skip
+    results = {
+        contenders.STOCK: timed(4e-3),
+        contenders.CHANNELS_LAST: timed(2e-3),
+        "onnxruntime": {"wrong": "error 1, allowed 0"},
+        contenders.ours("cpu"): timed(5e-3),
+    }
+    content = {"level": "model", "environment": environment, "cases": {"B0": {"contenders": results}}}
+    (tmp_path / "abacus-model.json").write_text(json.dumps(content))
+    document = tmp_path / "README.md"
+    document.write_text(
+        "before\n<!-- benchmark:model -->\nold\n<!-- /benchmark -->\n<!-- benchmark:op -->\n<!-- /benchmark -->\n"
+    )
+    for _ in range(2):  # filling twice is filling once
+        report.main(["--results", str(tmp_path), "--plots", str(tmp_path), str(document)])
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert "old" not in text
+    assert text.count("| B0 | 4.00 ms | 2.00 ms | wrong | 5.00 ms | 0.40x | 0.40x |") == 1
+    assert "Abacus 3000, 2 threads; torch 9.9; commit c0ffee; today" in text
+    assert text.endswith("<!-- benchmark:op -->\n<!-- /benchmark -->\n")
+    assert (tmp_path / "benchmark-abacus-model.png").stat().st_size > 0
