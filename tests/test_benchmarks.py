@@ -1,6 +1,5 @@
 """The benchmarks' machinery: problems, refusal of wrong results, timing, report."""
 
-import functools
 import json
 
 import pytest
