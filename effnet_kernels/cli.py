@@ -60,7 +60,10 @@ def verify(options: argparse.Namespace) -> int:
     device = _device(options.device)
     size = options.size or image_size(options.model, options.library)
     stock = create_model(options.model, options.library, seed=options.seed).to(device)
-    report = effnet_kernels.report(effnet_kernels.patch(copy.deepcopy(stock)))
+    try:
+        report = effnet_kernels.report(effnet_kernels.patch(copy.deepcopy(stock)))
+    except ValueError as error:
+        raise UserError(f"--model {options.model}: {error}") from error
     print(f"{options.library} {options.model}, {options.batch} x 3 x {size} x {size} on {device}")
     print(f"{len(report.patched)} modules patched, {len(report.skipped)} left as they are")
     header = ("backend", "dtype", "max error", "stock's", "ratio", "allowed", "")

@@ -109,6 +109,7 @@ def test_demo_compares_three_models_and_plots(tmp_path, capsys):
         (["verify", "--model", "efficientnet_b99"], "timm has no model 'efficientnet_b99'; close: efficientnet_b"),
         (["bench", "--model", "no", "--library", "torchvision"], "torchvision has no model 'no'"),
         (["verify", *MODEL, "--backend", "abacus"], "got 'abacus'"),
+        (["verify", "--model", "resnet18", "--size", "32"], "--model resnet18: model must have blocks"),
         (["demo", "--image", "/no/such/photograph.jpg"], "/no/such/photograph.jpg"),
     ],
 )
