@@ -1,0 +1,168 @@
+"""Patched models under torch.compile, torch.export, fx feature extraction and DistributedDataParallel."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import effnet_kernels as ek
+from tests.models import images
+from tests.patching.conftest import build
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counting(targets):
+    """A compiler backend that runs the graph as it is and notes the fused ops in it."""
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("effnet_kernels."))
+        return graph
+
+    return compiler
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "tf_efficientnetv2_b0", "torchvision"])
+def test_one_graph_with_the_ops_in_it(name, x, backend):
+    model = ek.patch(build(name), backend=backend)
+    targets = []
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, backend=counting(targets))(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-6)
+    assert len(targets) == len(ek.report(model).patched)
+
+
+def test_gradients_through_aot(x, backend):
+    model = ek.patch(build("test_efficientnet"), backend=backend)
+    gradients = []
+    for m in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        m(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor(x, backend):
+    model = ek.patch(build("test_efficientnet"), backend=backend)
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True)(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_training_mode_compiles(x):
+    model = ek.patch(build("test_efficientnet"), backend="reference")
+    targets = []
+    y = torch.compile(model.train(), fullgraph=True, backend=counting(targets))(x)
+    assert y.shape == (2, 10)
+    assert not targets
+
+
+def test_a_changed_attribute_recompiles(x):
+    model = ek.patch(build("test_efficientnet"), backend="reference")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eps = 0.5
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(model, x, strict):
+    ek.patch(model, backend="reference")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        called = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("effnet_kernels.")]
+        assert len(called) == len(ek.report(model).patched)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_export_with_a_batch_of_any_size(x):
+    model = ek.patch(build("tf_efficientnetv2_b0"), backend="reference")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        for n in (1, 5):
+            more = images(n, 37)
+            torch.testing.assert_close(program.module()(more), model(more), rtol=1e-5, atol=1e-6)
+
+
+def test_exported_program_in_a_fresh_process(x, backend, tmp_path):
+    model = ek.patch(build("test_efficientnet"), backend=backend)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+        torch.save((x, model(x)), tmp_path / "data.pt")
+    code = f"""
+import sys, torch, effnet_kernels
+program = torch.export.load({str(tmp_path / "model.pt2")!r})
+x, y = torch.load({str(tmp_path / "data.pt")!r})
+torch.testing.assert_close(program.module()(x), y, rtol=1e-5, atol=1e-6)
+assert "timm" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_feature_extraction_by_fx(x):
+    pytest.importorskip("timm")
+    from timm.models import create_feature_extractor
+
+    stock = build("mobilenetv3_small_050")
+    patched = ek.patch(copy.deepcopy(stock), backend="reference")
+    nodes = ["blocks.1.0", "blocks.3"]
+    with torch.no_grad():
+        for got, expected in zip(
+            create_feature_extractor(patched, nodes)(x).values(),
+            create_feature_extractor(stock, nodes)(x).values(),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+_DDP = """
+import sys, torch, timm, effnet_kernels as ek
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.models import timm_model
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.set_num_threads(1)
+grads = []
+for patched in (False, True):
+    model = timm_model("test_efficientnet", num_classes=10)
+    if patched:
+        ek.patch(model, backend="reference")
+    parallel = DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(4, 3, 33, 33, generator=generator)
+    parallel.train()(x).square().sum().backward()
+    train = torch.cat([p.grad.flatten() for p in model.parameters()])
+    parallel.zero_grad()
+    parallel.eval()(x).square().sum().backward()
+    grads.append((train, torch.cat([p.grad.flatten() for p in model.parameters()])))
+assert torch.equal(grads[0][0], grads[1][0]), "training"
+torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-3, atol=1e-3)
+everyone = [torch.empty_like(grads[1][1]) for _ in range(2)]
+dist.all_gather(everyone, grads[1][1])
+assert torch.equal(*everyone), "ranks differ"
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_under_ddp(tmp_path):
+    pytest.importorskip("timm")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _DDP, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
