@@ -1,15 +1,15 @@
 // Registers the CPU kernels as torch.ops.effnet_kernels_cpu.*, against PyTorch's stable ABI: the only file
 // of csrc/ that knows torch. It checks all that the kernels rely on; a call that passes cannot touch memory
 // outside its tensors.
-#include <optional>
-#include <string>
-#include <vector>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "cpu/common.h"
 
@@ -67,7 +67,8 @@ Pool pool() {
 }
 
 int act_code(const char* name, const std::string& act) {
-  static const char* const names[] = {"identity", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"};
+  static const char* const names[] = {"identity",  "relu",    "relu6",      "silu",
+                                      "hardswish", "sigmoid", "hardsigmoid"};
   for (int code = 0; code <= kHardsigmoid; ++code)
     if (act == names[code]) return code;
   STD_TORCH_CHECK(false, name, " is no activation that the CPU kernels know: ", act);
@@ -77,7 +78,8 @@ int act_code(const char* name, const std::string& act) {
 bool is_bf16(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   const auto type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  " must be float32 or bfloat16");
   return type == ScalarType::BFloat16;
 }
 
@@ -93,14 +95,14 @@ Tensor4 tensor4(const char* name, const Tensor& t) {
 
 void check_size(const char* name, const Tensor4& t, const int64_t (&wanted)[4]) {
   for (int i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(t.size[i] == wanted[i], name, " must have size ", wanted[i], " in dimension ", i, ", got ",
-                    t.size[i]);
+    STD_TORCH_CHECK(t.size[i] == wanted[i], name, " must have size ", wanted[i], " in dimension ", i,
+                    ", got ", t.size[i]);
 }
 
 void check_nhwc(const char* name, const Tensor4& t) {
   const int64_t c = t.size[1], h = t.size[2], w = t.size[3];
-  STD_TORCH_CHECK(t.stride[0] == h * w * c && t.stride[1] == 1 && t.stride[2] == w * c && t.stride[3] == c, name,
-                  " must be dense in [N, H, W, C] memory");
+  STD_TORCH_CHECK(t.stride[0] == h * w * c && t.stride[1] == 1 && t.stride[2] == w * c && t.stride[3] == c,
+                  name, " must be dense in [N, H, W, C] memory");
 }
 
 Tensor4 map(const char* name, const Tensor& t) {
@@ -138,14 +140,16 @@ Vector vector(const char* name, const Tensor& t, int64_t size) {
 }
 
 BatchNorm batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) {
-  STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(), " tensors");
+  STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
+                  " tensors");
   return {vector(name, bn[0], channels), vector(name, bn[1], channels), vector(name, bn[2], channels),
           vector(name, bn[3], channels), static_cast<float>(eps)};
 }
 
 SqueezeExcite squeeze_excite_weights(const Tensors& se, const std::string& act, const std::string& gate,
                                      int64_t channels) {
-  STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(), " tensors");
+  STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(),
+                  " tensors");
   const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
   SqueezeExcite out;
   out.w_reduce = tensor4("se.w_reduce", se[0]);
@@ -155,28 +159,31 @@ SqueezeExcite squeeze_excite_weights(const Tensors& se, const std::string& act, 
   check_size("se.w_reduce", out.w_reduce, {reduced, channels, 1, 1});
   check_size("se.w_expand", out.w_expand, {channels, reduced, 1, 1});
   for (const Tensor4* w : {&out.w_reduce, &out.w_expand})
-    STD_TORCH_CHECK(w->stride[1] == 1 || w->size[1] == 1, "the input channels of se weights must be contiguous");
+    STD_TORCH_CHECK(w->stride[1] == 1 || w->size[1] == 1,
+                    "the input channels of se weights must be contiguous");
   out.act = act_code("se_act", act);
   out.gate = act_code("se_gate", gate);
   return out;
 }
 
 float* fp32_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows, ", ", cols,
-                  "]");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows,
+                  ", ", cols, "]");
   STD_TORCH_CHECK(t.is_contiguous() && !is_bf16(name, t), name, " must be contiguous float32");
   return static_cast<float*>(t.data_ptr());
 }
 
 Window window(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const Tensor4& x,
               const Tensor4& weight, const Tensor4& y) {
-  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride must be two positive numbers");
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                  "stride must be two positive numbers");
   STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");
   for (int64_t p : padding) STD_TORCH_CHECK(p >= 0, "padding must not be negative, got ", p);
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t room = x.size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - weight.size[2 + axis];
     STD_TORCH_CHECK(weight.size[2 + axis] > 0 && room >= 0, "the kernel does not fit the padded map");
-    STD_TORCH_CHECK(y.size[2 + axis] == room / stride[axis] + 1, "out has the wrong size in dimension ", 2 + axis);
+    STD_TORCH_CHECK(y.size[2 + axis] == room / stride[axis] + 1, "out has the wrong size in dimension ",
+                    2 + axis);
   }
   return {stride[0], stride[1], padding[0], padding[2]};
 }
@@ -189,8 +196,8 @@ void check_residual(bool residual, const Tensor4& x, const Tensor4& y) {
 
 void check_out(const Tensor4& y, const Tensor4& x, int64_t channels) {
   STD_TORCH_CHECK(y.is_bf16 == x.is_bf16, "out must have the dtype of x");
-  STD_TORCH_CHECK(y.size[0] == x.size[0] && y.size[1] == channels, "out must have shape [", x.size[0], ", ", channels,
-                  ", ...]");
+  STD_TORCH_CHECK(y.size[0] == x.size[0] && y.size[1] == channels, "out must have shape [", x.size[0], ", ",
+                  channels, ", ...]");
 }
 
 bool empty(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3] == 0; }
@@ -205,8 +212,8 @@ Tensor pack(Tensor w) {
   return packed;
 }
 
-void pointwise_conv_bn_act(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps, std::string act, OptionalTensor gate,
-                           OptionalTensor residual, bool pool_map) {
+void pointwise_conv_bn_act(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps,
+                           std::string act, OptionalTensor gate, OptionalTensor residual, bool pool_map) {
   PointwiseParams p;
   p.x = map("x", x);
   const int64_t n = p.x.size[0], in = p.x.size[1], channels = w.dim() > 0 ? w.size(0) : 0;
@@ -231,8 +238,9 @@ void pointwise_conv_bn_act(Tensor out, Tensors packed, Tensor x, Tensor w, Tenso
   if (!empty(p.y)) kernels().pointwise_conv_bn_act(p, pool());
 }
 
-void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps,
-                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, bool with_mean) {
+void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensors packed, Tensor x, Tensor w, Tensors bn,
+                           double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                           std::string act, bool with_mean) {
   DepthwiseParams p;
   p.x = map("x", x);
   p.y = map("out", out);
@@ -268,9 +276,9 @@ void squeeze_excite(Tensor out, Tensor x, Tensors se, std::string act, std::stri
   if (!empty(p.y)) kernels().squeeze_excite(p, pool());
 }
 
-void fused_mbconv(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps, std::vector<int64_t> stride,
-                  std::vector<int64_t> padding, std::string act, OptionalTensor project, Tensors project_bn,
-                  double project_eps, bool residual) {
+void fused_mbconv(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, double eps,
+                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act,
+                  OptionalTensor project, Tensors project_bn, double project_eps, bool residual) {
   FusedMBConvParams p;
   p.x = tensor4("x", x);
   p.y = map("out", out);
@@ -293,15 +301,16 @@ void fused_mbconv(Tensor out, Tensors packed, Tensor x, Tensor w, Tensors bn, do
   if (!empty(p.y)) kernels().fused_mbconv(p, pool());
 }
 
-void mbconv(Tensor out, Tensors packed, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor w, Tensors bn,
-            double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act, Tensors se,
-            std::string se_act, std::string se_gate, Tensor project, Tensors project_bn, double project_eps,
-            std::string project_act, bool residual) {
+void mbconv(Tensor out, Tensors packed, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps,
+            Tensor w, Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+            std::string act, Tensors se, std::string se_act, std::string se_gate, Tensor project,
+            Tensors project_bn, double project_eps, std::string project_act, bool residual) {
   MBConvParams p;
   p.x = map("x", x);
   p.y = map("out", out);
   STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
-  const int64_t in = p.x.size[1], mid = expand ? w.size(0) : in, channels = project.dim() > 0 ? project.size(0) : 0;
+  const int64_t in = p.x.size[1], mid = expand ? w.size(0) : in,
+                channels = project.dim() > 0 ? project.size(0) : 0;
   PackedTensors weights(packed);
   if (expand) {
     p.expand = weights.weight("expand_weight", *expand, p.x, {mid, in, 1, 1});
@@ -329,18 +338,22 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("pack(Tensor weight) -> Tensor");
   m.def("set_instruction_set(int code) -> bool");
   m.def(
-      "pointwise_conv_bn_act(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
+      "pointwise_conv_bn_act(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float "
+      "eps, str act, Tensor? gate, "
       "Tensor? residual, bool pool) -> ()");
   m.def(
-      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, "
+      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor[] packed, Tensor x, Tensor weight, "
+      "Tensor[] bn, float eps, "
       "int[] stride, int[] padding, str act, bool with_mean) -> ()");
   m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
   m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
   m.def(
-      "fused_mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
+      "fused_mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] "
+      "stride, int[] padding, "
       "str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual) -> ()");
   m.def(
-      "mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float "
+      "expand_eps, Tensor weight, "
       "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
       "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
 }

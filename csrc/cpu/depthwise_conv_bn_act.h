@@ -25,11 +25,21 @@ struct Depthwise {
   int64_t strip_begin(int64_t strip) const { return oh * strip / strips(); }
 };
 
-static inline Depthwise make_depthwise(const Weight& weight, const BatchNorm& bn, const Window& window, int act,
-                                       const Tensor4& x, const Tensor4& y, const Pool& pool, Scratch& scratch) {
+static inline Depthwise make_depthwise(const Weight& weight, const BatchNorm& bn, const Window& window,
+                                       int act, const Tensor4& x, const Tensor4& y, const Pool& pool,
+                                       Scratch& scratch) {
   const auto& size = weight.source.size;
-  return {size[0], x.size[2], x.size[3], y.size[2], y.size[3], size[2], size[3], window, act,
-          fresh(weight, pool), fold(bn, size[0], scratch)};
+  return {size[0],
+          x.size[2],
+          x.size[3],
+          y.size[2],
+          y.size[3],
+          size[2],
+          size[3],
+          window,
+          act,
+          fresh(weight, pool),
+          fold(bn, size[0], scratch)};
 }
 
 // kOut neighbouring output pixels of one vector of channels. Every input column is loaded once and feeds all
@@ -49,7 +59,8 @@ static inline void window_block(const float* const* rows, int64_t offset, const 
 #pragma GCC unroll 8
       for (int x = 0; x < kKernel; ++x) {
         const int ahead = column - x;
-        if (ahead >= 0 && ahead % kStride == 0 && ahead / kStride < kOut) acc[ahead / kStride] += value * w[x];
+        if (ahead >= 0 && ahead % kStride == 0 && ahead / kStride < kOut)
+          acc[ahead / kStride] += value * w[x];
       }
     }
   }
@@ -59,8 +70,8 @@ static inline void window_block(const float* const* rows, int64_t offset, const 
 
 // Widths of the networks at 224 are multiples of 7; what is left goes in blocks of 4, 2 and 1.
 template <int kKernel, int kStride>
-static void window_row(const Depthwise& d, const float* const* rows, const float* weights, int64_t width, vf scale,
-                       vf shift, float* out) {
+static void window_row(const Depthwise& d, const float* const* rows, const float* weights, int64_t width,
+                       vf scale, vf shift, float* out) {
   int64_t x = 0;
   const auto run = [&](auto block) {
     constexpr int kOut = decltype(block)::value;
@@ -75,8 +86,8 @@ static void window_row(const Depthwise& d, const float* const* rows, const float
 }
 
 // Any other window.
-static void window_row_any(const Depthwise& d, const float* const* rows, const float* weights, int64_t width, vf scale,
-                           vf shift, float* out) {
+static void window_row_any(const Depthwise& d, const float* const* rows, const float* weights, int64_t width,
+                           vf scale, vf shift, float* out) {
   for (int64_t i = 0; i < d.ow; ++i) {
     vf acc = {};
     for (int64_t y = 0; y < d.kh; ++y)
@@ -92,10 +103,14 @@ static inline WindowRow choose_window_row(const Depthwise& d) {
   if (d.kh != d.kw || d.window.stride_w > 2) return window_row_any;
   const bool dense = d.window.stride_w == 1;
   switch (d.kh) {
-    case 3: return dense ? window_row<3, 1> : window_row<3, 2>;
-    case 5: return dense ? window_row<5, 1> : window_row<5, 2>;
-    case 7: return dense ? window_row<7, 1> : window_row<7, 2>;
-    default: return window_row_any;
+    case 3:
+      return dense ? window_row<3, 1> : window_row<3, 2>;
+    case 5:
+      return dense ? window_row<5, 1> : window_row<5, 2>;
+    case 7:
+      return dense ? window_row<7, 1> : window_row<7, 2>;
+    default:
+      return window_row_any;
   }
 }
 
@@ -104,7 +119,8 @@ static inline WindowRow choose_window_row(const Depthwise& d) {
 // channel sums of the strip's outputs.
 template <class Fill, class Target, class Finish>
 static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, int64_t end, float* sums,
-                             int64_t sums_stride, const Fill& fill, const Target& target, const Finish& finish) {
+                             int64_t sums_stride, const Fill& fill, const Target& target,
+                             const Finish& finish) {
   const int64_t cols = d.cols(slice), left = d.window.left;
   const int64_t width = max64(left + d.w, (d.ow - 1) * d.window.stride_w + d.kw);
   const WindowRow window_row = choose_window_row(d);
@@ -159,7 +175,8 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
       for (int64_t j = 0; j < cols; ++j) strip_sum[j] += row_sum[j];
       finish(oy, out);
     }
-    for (int64_t j = 0; j < cols; ++j) store(sums + strip * sums_stride + slice * kSlice + j * kWidth, strip_sum[j]);
+    for (int64_t j = 0; j < cols; ++j)
+      store(sums + strip * sums_stride + slice * kSlice + j * kWidth, strip_sum[j]);
   }
 }
 
@@ -190,7 +207,8 @@ static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, c
 
 // One row of a slice of x as fp32, kSlice floats to a pixel.
 template <class T>
-static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols, float* row) {
+static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols,
+                            float* row) {
   const int64_t first = slice * kSlice;
   for (int64_t i = 0; i < w; ++i)
     for (int64_t j = 0; j < cols; ++j)
@@ -205,19 +223,21 @@ static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     const T* x = at<const T>(p.x, image);
     T* y = at<T>(p.y, image);
-    depthwise_image(d, inner, p.mean ? p.mean + image * d.channels : nullptr, [&](int64_t slice, const auto& run) {
-      Scratch row_scratch;
-      float* row = row_scratch.take(d.ow * kSlice);
-      const int64_t cols = d.cols(slice), first = slice * kSlice;
-      run([&](int64_t iy, float* to) { copy_row(x + iy * d.w * d.channels, d.w, d.channels, slice, cols, to); },
-          [&](int64_t) { return row; },
-          [&](int64_t oy, const float* from) {
-            for (int64_t i = 0; i < d.ow; ++i)
-              for (int64_t j = 0; j < cols; ++j)
-                store_first(y + (oy * d.ow + i) * d.channels + first + j * kWidth,
-                            load(from + i * kSlice + j * kWidth), d.channels - first - j * kWidth);
-          });
-    });
+    depthwise_image(
+        d, inner, p.mean ? p.mean + image * d.channels : nullptr, [&](int64_t slice, const auto& run) {
+          Scratch row_scratch;
+          float* row = row_scratch.take(d.ow * kSlice);
+          const int64_t cols = d.cols(slice), first = slice * kSlice;
+          run([&](int64_t iy,
+                  float* to) { copy_row(x + iy * d.w * d.channels, d.w, d.channels, slice, cols, to); },
+              [&](int64_t) { return row; },
+              [&](int64_t oy, const float* from) {
+                for (int64_t i = 0; i < d.ow; ++i)
+                  for (int64_t j = 0; j < cols; ++j)
+                    store_first(y + (oy * d.ow + i) * d.channels + first + j * kWidth,
+                                load(from + i * kSlice + j * kWidth), d.channels - first - j * kWidth);
+              });
+        });
   });
 }
 

@@ -20,8 +20,8 @@ struct FusedMBConv {
 
 // Rows [first, first + n) of the padded input, `width` pixels each, as fp32 [n][width][C].
 template <class T>
-static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int64_t n, int64_t left, int64_t width,
-                             float* to) {
+static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int64_t n, int64_t left,
+                             int64_t width, float* to) {
   const int64_t channels = x.size[1], h = x.size[2], w = x.size[3];
   for (int64_t r = 0; r < n; ++r, to += width * channels) {
     const int64_t y = first + r;
@@ -49,7 +49,8 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
 template <class T>
 static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f, int64_t image, int64_t oy,
                                int64_t rows) {
-  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.source.size[2], kw = p.weight.source.size[3];
+  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.source.size[2],
+                kw = p.weight.source.size[3];
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
   const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_floats = width * in;
@@ -70,7 +71,8 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
       const float* a = window + r * sh * row_floats;
       if (!project) {
         const Store<T> store_to{y, residual, mid_channels, p.act};
-        multiply(a, sw * in, taps, ow, f.expand, panel, slice, f.expand_affine, store_to, first_pixel + r * ow);
+        multiply(a, sw * in, taps, ow, f.expand, panel, slice, f.expand_affine, store_to,
+                 first_pixel + r * ow);
         continue;
       }
       float* to = mid + (slice * pixels + r * ow) * kSlice;
@@ -85,8 +87,8 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   const Taps mid_taps{slices, pixels * kSlice, kSlice, mid_channels - (slices - 1) * kSlice};
   const Store<T> store_to{y, residual, f.project.n, kIdentity};
   for (int64_t panel = 0; panel < f.project.panels(); ++panel)
-    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, f.project_affine, store_to,
-             first_pixel);
+    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, f.project_affine,
+             store_to, first_pixel);
 }
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
@@ -99,7 +101,8 @@ static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
   const int64_t strips = div_up(oh, f.strip);
   parallel(pool, p.x.size[0] * strips, [&](int64_t i) {
     const int64_t image = i / strips, oy = i % strips * f.strip, rows = min64(f.strip, oh - oy);
-    p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows) : fused_mbconv_strip<float>(p, f, image, oy, rows);
+    p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows)
+                : fused_mbconv_strip<float>(p, f, image, oy, rows);
   });
 }
 

@@ -52,17 +52,20 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
 
 template <int kRows>
 static void tiles_up_to(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
-                        const float* panel, const float* scale, const float* shift, float* c, int64_t c_stride) {
+                        const float* panel, const float* scale, const float* shift, float* c,
+                        int64_t c_stride) {
   if (rows == kRows) {
     if (cols == 1) return tile<kRows, 1>(a, a_stride, taps, panel, scale, shift, c, c_stride);
     return tile<kRows, kVectors>(a, a_stride, taps, panel, scale, shift, c, c_stride);
   }
-  if constexpr (kRows > 1) tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
+  if constexpr (kRows > 1)
+    tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
 }
 
 // `rows` <= kMaxRows rows of c by `cols` <= kVectors vectors.
 static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
-                            const float* panel, const float* scale, const float* shift, float* c, int64_t c_stride) {
+                            const float* panel, const float* scale, const float* shift, float* c,
+                            int64_t c_stride) {
   tiles_up_to<kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
 }
 
@@ -170,9 +173,9 @@ static bool sample_matches(const Tensor4& source, const Packed& packed) {
   for (int64_t i = 0; i < samples; ++i) {
     const int64_t row = i * packed.n / samples, k = i * packed.k / samples;  // k counts [KH][KW][I]
     const int64_t tap = area == 1 ? 0 : k / in, y = area == 1 ? 0 : tap / kw;
-    const float value = to_float(static_cast<const T*>(
-        source.data)[row * source.stride[0] + (k - tap * in) * source.stride[1] + y * source.stride[2] +
-                     (tap - y * kw) * source.stride[3]]);
+    const float value = to_float(
+        static_cast<const T*>(source.data)[row * source.stride[0] + (k - tap * in) * source.stride[1] +
+                                           y * source.stride[2] + (tap - y * kw) * source.stride[3]]);
     const int64_t panel = row / kSlice;
     const float copy = packed.panel(panel)[k * packed.width(panel) + row % kSlice];
     if (std::memcmp(&value, &copy, sizeof(value)) != 0) return false;
@@ -216,9 +219,9 @@ struct Store {
 
 // `pixels` rows of A against panel p of the packed weights, leaving through `out`.
 template <class T>
-static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, int64_t pixels, const Packed& packed,
-                            const float* panel, int64_t p, const Affine& affine, const Store<T>& out,
-                            int64_t first_pixel) {
+static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, int64_t pixels,
+                            const Packed& packed, const float* panel, int64_t p, const Affine& affine,
+                            const Store<T>& out, int64_t first_pixel) {
   const int64_t channel = p * kSlice, n = min64(kSlice, packed.n - channel);
   for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
     alignas(64) float c[kMaxRows * kSlice];

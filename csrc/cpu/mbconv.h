@@ -53,15 +53,18 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
     const auto target = [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; };
     const auto finish = [](int64_t, const float*) {};
     if (!p.expand.source.data) {
-      run([&](int64_t iy, float* row) { copy_row(x + iy * d.w * in, d.w, in, slice, cols, row); }, target, finish);
+      run([&](int64_t iy, float* row) { copy_row(x + iy * d.w * in, d.w, in, slice, cols, row); }, target,
+          finish);
       return;
     }
     const Taps taps{1, 0, in, in};
     const float* panel = m.expand.panel(slice);
-    const float *scale = m.expand_affine.scale + slice * kSlice, *shift = m.expand_affine.shift + slice * kSlice;
+    const float *scale = m.expand_affine.scale + slice * kSlice,
+                *shift = m.expand_affine.shift + slice * kSlice;
     const auto fill = [&](int64_t iy, float* row) {
       for_each_tile(d.w, [&](int64_t begin, int64_t n) {
-        run_tile(n, cols, rows + (iy * d.w + begin) * in, in, taps, panel, scale, shift, row + begin * kSlice, kSlice);
+        run_tile(n, cols, rows + (iy * d.w + begin) * in, in, taps, panel, scale, shift, row + begin * kSlice,
+                 kSlice);
       });
       if (cols == kVectors) return activate_all(p.act, row, d.w * kVectors);
       for (int64_t i = 0; i < d.w; ++i) activate_all(p.act, row + i * kSlice, cols);
@@ -75,8 +78,9 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
     for (int64_t c = d.channels; c < slices * kSlice; ++c) gate[c] = 0;
     const bool small = d.channels * min64(out, pixels) < (1 << 16);
     if (pixels <= out) {
-      parallel(small ? alone : pool, slices,
-               [&](int64_t slice) { scale_slice(mid + slice * pixels * kSlice, pixels, gate + slice * kSlice); });
+      parallel(small ? alone : pool, slices, [&](int64_t slice) {
+        scale_slice(mid + slice * pixels * kSlice, pixels, gate + slice * kSlice);
+      });
     } else {
       float* scaled = scratch.take(m.project.floats());
       parallel(small ? alone : pool, m.project.panels(), [&](int64_t panel) {
@@ -99,8 +103,11 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
 
 static void mbconv(const MBConvParams& p, const Pool& pool) {
   Scratch scratch;
-  MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch), fresh(p.expand, pool),
-           fresh(p.project, pool), {}, {}};
+  MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch),
+           fresh(p.expand, pool),
+           fresh(p.project, pool),
+           {},
+           {}};
   m.project_affine = fold(p.project_bn, m.project.n, scratch);
   if (p.expand.source.data) m.expand_affine = fold(p.expand_bn, m.expand.n, scratch);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {

@@ -29,12 +29,13 @@ static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels,
 constexpr int64_t kPixelBlock = 8 * kMaxRows;
 
 template <class T>
-static void pointwise_image(const PointwiseParams& p, const Packed& packed, const Affine& affine, int64_t image,
-                            const Pool& pool) {
+static void pointwise_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
+                            int64_t image, const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
   const Taps taps{1, 0, in, in};
   const T* x = at<const T>(p.x, image);
-  const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out, p.act};
+  const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out,
+                          p.act};
   parallel(pool, div_up(pixels, kPixelBlock), [&](int64_t block) {
     const int64_t first = block * kPixelBlock, n = min64(kPixelBlock, pixels - first);
     Scratch scratch;
@@ -46,12 +47,13 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, cons
 
 // The head: the map is averaged tile by tile and never written.
 template <class T>
-static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, const Affine& affine, int64_t image,
-                                 const Pool& pool) {
+static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
+                                 int64_t image, const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
   const Taps taps{1, 0, in, in};
   Scratch scratch;
-  const float* a = rows_of(at<const T>(p.x, image), pixels, in, p.gate ? p.gate + image * in : nullptr, scratch);
+  const float* a =
+      rows_of(at<const T>(p.x, image), pixels, in, p.gate ? p.gate + image * in : nullptr, scratch);
   const T* residual = p.residual.data ? at<const T>(p.residual, image) : nullptr;
   parallel(pool, packed.panels(), [&](int64_t panel) {
     const int64_t channel = panel * kSlice, n = min64(kSlice, out - channel), cols = packed.cols(panel);
@@ -65,13 +67,15 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
         for (int64_t i = 0; i < rows; ++i) {
           activate_all(p.act, c + i * kSlice + j * kWidth, 1);
           sum += load(c + i * kSlice + j * kWidth);
-          if (residual) sum += load_first(residual + (begin + i) * out + channel + j * kWidth, n - j * kWidth);
+          if (residual)
+            sum += load_first(residual + (begin + i) * out + channel + j * kWidth, n - j * kWidth);
         }
         total[j] += sum;
       }
     });
     for (int64_t j = 0; j < cols; ++j)
-      store_first(at<T>(p.y, image) + channel + j * kWidth, total[j] / static_cast<float>(pixels), n - j * kWidth);
+      store_first(at<T>(p.y, image) + channel + j * kWidth, total[j] / static_cast<float>(pixels),
+                  n - j * kWidth);
   });
 }
 

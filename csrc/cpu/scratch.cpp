@@ -7,9 +7,9 @@ namespace effnet {
 namespace {
 
 constexpr int kMaxBlocks = 32;
-constexpr int64_t kAlign = 16;                   // floats: one cache line
-constexpr int64_t kSmallest = 1 << 16;           // floats: 256 KiB
-constexpr int64_t kKept = int64_t{16} << 20;     // floats: 64 MiB stay with a thread between calls
+constexpr int64_t kAlign = 16;                // floats: one cache line
+constexpr int64_t kSmallest = 1 << 16;        // floats: 256 KiB
+constexpr int64_t kKept = int64_t{16} << 20;  // floats: 64 MiB stay with a thread between calls
 
 struct Block {
   float* data = nullptr;

@@ -21,21 +21,24 @@
 #define EFFNET_ISA generic
 #endif
 
+// For what must not become a call inside a loop over vectors.
+#define EFFNET_INLINE static inline __attribute__((always_inline))
+
 namespace effnet {
 namespace EFFNET_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16;     // floats in a vector
-constexpr int kMaxRows = 12;   // rows of a GEMM tile: 12 x 2 accumulators of 32 registers
+constexpr int kWidth = 16;    // floats in a vector
+constexpr int kMaxRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators of 32 registers
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
-constexpr int kMaxRows = 6;    // 6 x 2 of 16 registers
+constexpr int kMaxRows = 6;  // 6 x 2 of 16 registers
 #else
 constexpr int kWidth = 4;
 constexpr int kMaxRows = 6;
 #endif
-constexpr int kVectors = 2;                  // vectors in a channel slice
-constexpr int kSlice = kVectors * kWidth;    // channels in a slice
+constexpr int kVectors = 2;                // vectors in a channel slice
+constexpr int kSlice = kVectors * kWidth;  // channels in a slice
 
 typedef float vf __attribute__((vector_size(kWidth * 4)));
 typedef float vf_unaligned __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
@@ -48,32 +51,32 @@ static inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static inline vf splat(float value) { return value - vf{}; }
-static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+EFFNET_INLINE vf splat(float value) { return value - vf{}; }
+EFFNET_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+EFFNET_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 
-static inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+EFFNET_INLINE vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
-static inline vh narrow(vf v) {  // to nearest even; NaN stays NaN
+EFFNET_INLINE vh narrow(vf v) {  // to nearest even; NaN stays NaN
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vh);
 }
 
-static inline vf load(const bf16* p) {
+EFFNET_INLINE vf load(const bf16* p) {
   vh h;
   std::memcpy(&h, p, sizeof(h));
   return widen(h);
 }
 
-static inline void store(bf16* p, vf v) {
+EFFNET_INLINE void store(bf16* p, vf v) {
   const vh h = narrow(v);
   std::memcpy(static_cast<void*>(p), &h, sizeof(h));
 }
 
 // The first n <= kWidth lanes; the rest of a loaded vector is zero, of a stored one untouched.
 template <class T>
-static inline vf load_first(const T* p, int64_t n) {
+EFFNET_INLINE vf load_first(const T* p, int64_t n) {
   if (n >= kWidth) return load(p);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -84,7 +87,7 @@ static inline vf load_first(const T* p, int64_t n) {
 }
 
 template <class T>
-static inline void store_first(T* p, vf v, int64_t n) {
+EFFNET_INLINE void store_first(T* p, vf v, int64_t n) {
   if (n >= kWidth) return store(p, v);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
@@ -101,7 +104,7 @@ static inline float sum_lanes(vf v) {
 }
 
 // x limited to [low, high]; NaN stays NaN (the second operand of min and max wins there).
-static inline vf clamp(vf x, float low, float high) {
+EFFNET_INLINE vf clamp(vf x, float low, float high) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
 #elif defined(__AVX2__)
@@ -114,20 +117,19 @@ static inline vf clamp(vf x, float low, float high) {
 
 // exp(x), at most 1 ulp (Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2]).
 // Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
-static inline vf exp(vf x) {
+EFFNET_INLINE vf exp(vf x) {
   x = clamp(x, -104.0f, 104.0f);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf t = x * 1.44269504088896341f + magic;
   const vf n = t - magic;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  // Pairs instead of Horner's chain: the loop around this is bound by latency.
+  const vf r2 = r * r;
+  const vf p0 = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const vf p1 = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  const vf p2 = r * 1.6666665459e-1f + 5.0000001201e-1f;
+  const vf p = ((p0 * r2 + p1) * r2 + p2) * r2 + r + 1.0f;
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(0xffff, p, n);  // the plain form warns of an uninitialised operand in GCC 12
 #else
@@ -138,7 +140,7 @@ static inline vf exp(vf x) {
 }
 
 template <int kAct>
-static inline vf activate(vf x) {
+EFFNET_INLINE vf activate(vf x) {
   if constexpr (kAct == kRelu) return x < 0.0f ? vf{} : x;
   if constexpr (kAct == kRelu6) return clamp(x, 0.0f, 6.0f);
   if constexpr (kAct == kSilu) return x / (1.0f + exp(-x));
@@ -157,13 +159,20 @@ struct ActTag {
 template <class Body>
 static inline void with_act(int act, const Body& body) {
   switch (act) {
-    case kRelu: return body(ActTag<kRelu>());
-    case kRelu6: return body(ActTag<kRelu6>());
-    case kSilu: return body(ActTag<kSilu>());
-    case kHardswish: return body(ActTag<kHardswish>());
-    case kSigmoid: return body(ActTag<kSigmoid>());
-    case kHardsigmoid: return body(ActTag<kHardsigmoid>());
-    default: return body(ActTag<kIdentity>());
+    case kRelu:
+      return body(ActTag<kRelu>());
+    case kRelu6:
+      return body(ActTag<kRelu6>());
+    case kSilu:
+      return body(ActTag<kSilu>());
+    case kHardswish:
+      return body(ActTag<kHardswish>());
+    case kSigmoid:
+      return body(ActTag<kSigmoid>());
+    case kHardsigmoid:
+      return body(ActTag<kHardsigmoid>());
+    default:
+      return body(ActTag<kIdentity>());
   }
 }
 
@@ -171,7 +180,8 @@ static inline void with_act(int act, const Body& body) {
 static inline void activate_all(int act, float* p, int64_t vectors) {
   if (act == kIdentity) return;
   with_act(act, [&](auto tag) {
-    for (int64_t i = 0; i < vectors; ++i) store(p + i * kWidth, activate<decltype(tag)::value>(load(p + i * kWidth)));
+    for (int64_t i = 0; i < vectors; ++i)
+      store(p + i * kWidth, activate<decltype(tag)::value>(load(p + i * kWidth)));
   });
 }
 
@@ -243,7 +253,8 @@ static inline vf load_vector(const Vector& v, int64_t first, int64_t n) {
 static inline Affine fold(const BatchNorm& bn, int64_t channels, Scratch& scratch) {
   const int64_t padded = round_up(channels, kSlice);
   const Affine affine{scratch.take(padded), scratch.take(padded)};
-  for (int64_t c = 0; c < padded; c += kWidth) store(affine.scale + c, load_vector(bn.var, c, channels - c) + bn.eps);
+  for (int64_t c = 0; c < padded; c += kWidth)
+    store(affine.scale + c, load_vector(bn.var, c, channels - c) + bn.eps);
   for (int64_t c = 0; c < padded; ++c) affine.scale[c] = std::sqrt(affine.scale[c]);
   for (int64_t c = 0; c < padded; c += kWidth) {
     const int64_t n = channels - c;

@@ -30,7 +30,8 @@ static inline void fully_connected(const Tensor4& w, const Vector& b, const floa
     const int64_t begin = chunk * kChunk, n = min64(kChunk, outputs - begin);
     alignas(64) float row[kChunk] = {};
     for (int64_t o = 0; o < n; ++o)
-      row[o] = dot(static_cast<const T*>(w.data) + (begin + o) * w.stride[0], x, inputs) + element(b, begin + o);
+      row[o] =
+          dot(static_cast<const T*>(w.data) + (begin + o) * w.stride[0], x, inputs) + element(b, begin + o);
     activate_all(act, row, kChunk / kWidth);
     std::memcpy(out + begin, row, n * sizeof(float));
   });
@@ -71,7 +72,8 @@ static void squeeze_excite_image(const SqueezeExciteParams& p, int64_t image, co
     const int64_t end = min64(pixels, (block + 1) * kSumBlock);
     for (int64_t c = 0; c < channels; c += kWidth) {
       vf total = {};
-      for (int64_t i = block * kSumBlock; i < end; ++i) total += load_first(x + i * channels + c, channels - c);
+      for (int64_t i = block * kSumBlock; i < end; ++i)
+        total += load_first(x + i * channels + c, channels - c);
       store(sums + block * padded + c, total);
     }
   });
