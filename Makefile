@@ -6,11 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
-NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-# Two test processes beat one on two cores: most tests are Python work on small tensors. One thread each,
-# or their thread pools fight over the cores.
+# One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 
@@ -25,7 +23,7 @@ $(VENV)/.requirements: constraints.txt pyproject.toml
 	@$(PIP) install --constraint constraints.txt torch setuptools wheel
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
+$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP)
 	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(BIN)/effnet-kernels info
