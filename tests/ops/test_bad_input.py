@@ -61,7 +61,8 @@ TABLE = [
     *((op, {"act": "gelu"}, ValueError, r"^act must be one of .*'silu'.*, got 'gelu'")
       for op in (pointwise, depthwise, fused, mbconv)),
     *((op, {"backend": "fast"}, ValueError, r"^backend must be one of .*'reference'.*, got 'fast'") for op in ALL_OPS),
-    *((op, {"backend": 3}, (TypeError, RuntimeError), r"^backend must be a string, got int|of type 'str' for argument 'backend'") for op in ALL_OPS),
+    *((op, {"backend": 3}, (TypeError, RuntimeError),
+       r"^backend must be a string, got int|of type 'str' for argument 'backend'") for op in ALL_OPS),
     # geometry
     *((op, {"stride": 0}, ValueError, r"^stride must be a positive int or two of them, got \[0, 0\]")
       for op in WINDOW_OPS),
