@@ -1,6 +1,7 @@
 """Stock models with reproducible, lively numbers: seeded weights, randomised BatchNorm statistics."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -59,12 +60,22 @@ def images(n: int = 2, size: int = 64, channels: int = 3, seed: int = 1) -> Tens
 
 def timm_model(name: str, **kwargs: object) -> nn.Module:
     """A randomised timm model in eval mode."""
+    return copy.deepcopy(_timm_model(name, **kwargs))
+
+
+@functools.cache
+def _timm_model(name: str, **kwargs: object) -> nn.Module:
     timm = pytest.importorskip("timm")
     return calibrate(randomize(timm.create_model(name, pretrained=False, **kwargs)), images(4, seed=2))
 
 
 def torchvision_model(name: str, **kwargs: object) -> nn.Module:
     """A randomised torchvision model in eval mode."""
+    return copy.deepcopy(_torchvision_model(name, **kwargs))
+
+
+@functools.cache
+def _torchvision_model(name: str, **kwargs: object) -> nn.Module:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)  # stochastic depth while calibrating
     return calibrate(randomize(torchvision.models.get_model(name, weights=None, **kwargs)), images(4, seed=2))

@@ -93,9 +93,7 @@ def conv2d(
             conv, padding = Conv2dSame, 0
     else:
         raise ValueError(f"pad_type must be '', 'same' or an int >= 0, got {pad_type!r}")
-    return conv(
-        in_chs, out_chs, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **factory
-    )
+    return conv(in_chs, out_chs, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **factory)
 
 
 def batch_norm_act(channels: int, act_layer: Layer, norm_layer: NormLayer, **factory: Any) -> BatchNormAct2d:
@@ -133,7 +131,7 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 def _layer(argument: str, layer: Layer, table: dict[str, type[nn.Module]]) -> nn.Module:
     found = table.get(layer) if isinstance(layer, str) else layer
-    if found not in table.values():
+    if found is None or found not in table.values():
         raise ValueError(f"{argument} must be one of {tuple(table)} or the torch.nn class of one, got {layer!r}")
     return found()
 

@@ -33,7 +33,7 @@ DROP_PATHS: dict[type, str] = {layers.DropPath: "drop_prob"}  # attribute with t
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, ...] | None]
 
 
-class Unfusable(Exception):
+class Unfusable(Exception):  # noqa: N818 (a reason, not an error)
     """Why these modules cannot be run by an op."""
 
 

@@ -182,7 +182,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _set(module: nn.Module, cls: type[nn.Module], backend: str | None) -> None:
-    module.__class__ = cls  # type: ignore[assignment]
+    module.__class__ = cls
     if backend is None:
         module.__dict__.pop(BACKEND_ATTRIBUTE, None)
     else:

@@ -177,7 +177,7 @@ def _children(model: nn.Module, *names: str) -> dict[str, nn.Module]:
     return {name: children[name] for name in names if name in children}
 
 
-def _stem(model: nn.Module, x: Tensor) -> Tensor:
+def _stem(model: EfficientNet | MobileNetV3, x: Tensor) -> Tensor:
     y = fuse(read_stem, model, x, stem(model).values())
     return model.bn1(model.conv_stem(x)) if y is None else y
 

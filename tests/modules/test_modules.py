@@ -26,30 +26,43 @@ def se_layers():
     return functools.partial(ek.SqueezeExcite, rd_ratio=0.25), functools.partial(blocks.SqueezeExcite, rd_ratio=0.25)
 
 
+TIMM = {
+    "MBConv": "InvertedResidual",
+    "DepthwiseSeparableConv": "DepthwiseSeparableConv",
+    "FusedMBConv": "EdgeResidual",
+    "SqueezeExcite": "SqueezeExcite",
+}
+
+
+def case(ours, se=False, **kwargs):
+    """Class, timm's class, arguments, and whether the block has squeeze-and-excitation."""
+    return ours, TIMM[ours], {"in_chs": 12, **kwargs}, se
+
+
 CASES = [
-    ("MBConv", "InvertedResidual", dict(in_chs=12, out_chs=12, exp_ratio=4.0, act_layer=nn.SiLU), True),
-    ("MBConv", "InvertedResidual", dict(in_chs=12, out_chs=20, exp_ratio=3.0, stride=2, dw_kernel_size=5), True),
-    ("MBConv", "InvertedResidual", dict(in_chs=12, out_chs=12, stride=2, pad_type="same", act_layer=nn.ReLU6), False),
-    ("MBConv", "InvertedResidual", dict(in_chs=12, out_chs=12, noskip=True, drop_path_rate=0.3), False),
-    ("MBConv", "InvertedResidual", dict(in_chs=12, out_chs=12, dilation=2, drop_path_rate=0.3), True),
-    ("DepthwiseSeparableConv", "DepthwiseSeparableConv", dict(in_chs=12, out_chs=12, act_layer=nn.Hardswish), True),
-    ("DepthwiseSeparableConv", "DepthwiseSeparableConv", dict(in_chs=12, out_chs=8, pw_act=True, stride=2), False),
-    ("DepthwiseSeparableConv", "DepthwiseSeparableConv", dict(in_chs=6, out_chs=6, drop_path_rate=0.5), False),
-    ("FusedMBConv", "EdgeResidual", dict(in_chs=12, out_chs=12, exp_ratio=4.0, act_layer=nn.SiLU), False),
-    ("FusedMBConv", "EdgeResidual", dict(in_chs=12, out_chs=20, exp_ratio=4.0, stride=2, pad_type="same"), False),
-    ("FusedMBConv", "EdgeResidual", dict(in_chs=12, out_chs=12, force_in_chs=8, drop_path_rate=0.4), True),
-    ("FusedMBConv", "EdgeResidual", dict(in_chs=12, out_chs=20, pad_type=2, exp_kernel_size=5), True),
-    ("SqueezeExcite", "SqueezeExcite", dict(in_chs=12, rd_ratio=0.5, act_layer=nn.SiLU), False),
-    ("SqueezeExcite", "SqueezeExcite", dict(in_chs=12, rd_channels=3, gate_layer=nn.Hardsigmoid), False),
-    ("SqueezeExcite", "SqueezeExcite", dict(in_chs=12, force_act_layer=nn.Hardswish, rd_round_fn=int), False),
-]  # ours, timm's, arguments, squeeze-and-excitation
+    case("MBConv", se=True, out_chs=12, exp_ratio=4.0, act_layer=nn.SiLU),
+    case("MBConv", se=True, out_chs=20, exp_ratio=3.0, stride=2, dw_kernel_size=5),
+    case("MBConv", out_chs=12, stride=2, pad_type="same", act_layer=nn.ReLU6),
+    case("MBConv", out_chs=12, noskip=True, drop_path_rate=0.3),
+    case("MBConv", se=True, out_chs=12, dilation=2, drop_path_rate=0.3),
+    case("DepthwiseSeparableConv", se=True, out_chs=12, act_layer=nn.Hardswish),
+    case("DepthwiseSeparableConv", out_chs=8, pw_act=True, stride=2),
+    case("DepthwiseSeparableConv", out_chs=12, drop_path_rate=0.5),
+    case("FusedMBConv", out_chs=12, exp_ratio=4.0, act_layer=nn.SiLU),
+    case("FusedMBConv", out_chs=20, exp_ratio=4.0, stride=2, pad_type="same"),
+    case("FusedMBConv", se=True, out_chs=12, force_in_chs=8, drop_path_rate=0.4),
+    case("FusedMBConv", se=True, out_chs=20, pad_type=2, exp_kernel_size=5),
+    case("SqueezeExcite", rd_ratio=0.5, act_layer=nn.SiLU),
+    case("SqueezeExcite", rd_channels=3, gate_layer=nn.Hardsigmoid),
+    case("SqueezeExcite", force_act_layer=nn.Hardswish, rd_round_fn=int),
+]
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
 
 
 def pair(ours, theirs, kwargs, se):
     """Our module and timm's block with the same weights."""
     our_se, their_se = se_layers()
-    extra = [dict(se_layer=layer) if se else {} for layer in (our_se, their_se)]
+    extra = [{"se_layer": layer} if se else {} for layer in (our_se, their_se)]
     mine = getattr(ek, ours)(**kwargs, **extra[0])
     stock = randomize(getattr(timm_blocks(), theirs)(**kwargs, **extra[1]))
     mine.load_state_dict(stock.state_dict(), strict=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from tests.models import in_double, rms, timm_model
-from tests.patching.conftest import build
+from tests.models import BACKENDS, in_double, rms, timm_model
+from tests.patching.conftest import NAMES, build
 
 
 def assert_accurate(stock: nn.Module, y: Tensor, x: Tensor) -> None:
@@ -93,17 +93,21 @@ def test_copies_are_independent(model, x, backend, clone):
         assert torch.equal(twin(x), y)
 
 
-def test_pickle_in_a_fresh_process(model, x, backend, tmp_path):
-    with torch.no_grad():
-        y = ek.patch(model, backend=backend)(x)
-    torch.save((model, x, y), tmp_path / "model.pt")
+def test_pickle_in_a_fresh_process(x, tmp_path):
+    samples = []
+    for name in NAMES:
+        model = ek.patch(build(name), backend=BACKENDS[-1])
+        with torch.no_grad():
+            samples.append((model, model(x)))
+    torch.save((samples, x), tmp_path / "models.pt")
     code = f"""
 import torch
-model, x, y = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+samples, x = torch.load({str(tmp_path / "models.pt")!r}, weights_only=False)
 import effnet_kernels
-assert effnet_kernels.report(model).patched
-with torch.no_grad():
-    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+for model, y in samples:
+    assert effnet_kernels.report(model).patched
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,6 +1,7 @@
 """patch, unpatch and report themselves: bad input, rollback, what the report says."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -30,13 +31,12 @@ def test_nothing_to_patch():
 def test_bad_backend_leaves_the_model_alone(monkeypatch):
     model = build("test_efficientnet")
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match="backend must be one of .*'tpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*'tpu'"):
         ek.patch(model, backend="tpu")
     with pytest.raises(TypeError, match="backend must be a string"):
         ek.patch(model, backend=3)
-    monkeypatch.setitem(
-        __import__("sys").modules["effnet_kernels.backends"]._AVAILABLE, "cpu", lambda: (False, "it was not built")
-    )
+    available = sys.modules["effnet_kernels.backends"]._AVAILABLE  # the attribute of that name is the function
+    monkeypatch.setitem(available, "cpu", lambda: (False, "it was not built"))
     with pytest.raises(RuntimeError, match="'cpu' is not available: it was not built"):
         ek.patch(model, backend="cpu")
     assert [type(m) for m in model.modules()] == classes
@@ -131,5 +131,5 @@ def test_bad_input_to_a_patched_model(backend):
             model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         with pytest.raises(TypeError, match="dtype of x"):
             model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))
-        with pytest.raises(ValueError, match="expand.weight must have shape"):
+        with pytest.raises(ValueError, match=r"expand\.weight must have shape"):
             model(torch.zeros(1, 4, 32, 32))
