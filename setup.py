@@ -15,8 +15,17 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
-QUIET = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", *QUIET]
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+COMMON = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    *WARNINGS,
+]
 # One build of kernels.cpp per instruction set; bindings_cpu.cpp chooses among them at run time.
 INSTRUCTION_SETS = {
     "generic": [],

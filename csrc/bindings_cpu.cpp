@@ -158,9 +158,6 @@ SqueezeExcite squeeze_excite_weights(const Tensors& se, const std::string& act, 
   out.b_expand = vector("se.b_expand", se[3], channels);
   check_size("se.w_reduce", out.w_reduce, {reduced, channels, 1, 1});
   check_size("se.w_expand", out.w_expand, {channels, reduced, 1, 1});
-  for (const Tensor4* w : {&out.w_reduce, &out.w_expand})
-    STD_TORCH_CHECK(w->stride[1] == 1 || w->size[1] == 1,
-                    "the input channels of se weights must be contiguous");
   out.act = act_code("se_act", act);
   out.gate = act_code("se_gate", gate);
   return out;

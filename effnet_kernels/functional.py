@@ -19,7 +19,7 @@ A backend that was named but cannot serve raises ValueError or RuntimeError with
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def pointwise_conv_bn_act(
         weight: ``[C_out, C_in, 1, 1]``.
         bn: vectors of ``[C_out]``.
         act: activation.
-        gate: ``[N, C_in]`` float32, multiplied into x as it is loaded (SE's scale).
+        gate: ``[N, C_in]``, float32 or the dtype of x, multiplied into x as it is loaded (SE's scale).
         residual: ``[N, C_out, H, W]``, added after the activation.
         pool: return the mean over H and W, the head's global average pool, instead of the map.
         backend: see the module's docstring.
@@ -360,7 +360,7 @@ def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
 def _check_se(name: str, se: SqueezeExciteWeights, x: Tensor, channels: int) -> None:
     if not isinstance(se, SqueezeExciteWeights):
         raise TypeError(f"{name} must be SqueezeExciteWeights, got {type(se).__name__}")
-    reduced = se.w_reduce.shape[0]
+    reduced = se.w_reduce.shape[0] if isinstance(se.w_reduce, Tensor) and se.w_reduce.dim() > 0 else 0
     _check_vector(name, ".w_reduce", se.w_reduce, (reduced, channels, 1, 1), x)
     _check_vector(name, ".b_reduce", se.b_reduce, (reduced,), x)
     _check_vector(name, ".w_expand", se.w_expand, (channels, reduced, 1, 1), x)
@@ -407,9 +407,9 @@ def _autocasting(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """x and the weights in autocast's dtype where autocast is on; as they came where it is off."""
     if not _autocasting(x):
-        return (x, *weights)  # type: ignore[return-value]
+        return (x, *weights)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in (x, *weights))  # type: ignore[return-value]
+    return tuple(t if t is None else t.to(dtype) for t in (x, *weights))

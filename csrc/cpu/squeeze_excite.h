@@ -18,7 +18,7 @@ static inline float dot(const T* w, const float* x, int64_t n) {
   return sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// out = act(W @ x + b), W: [size[0]][size[1]][1][1]. The input channels of W must be contiguous.
+// out = act(W @ x + b), W: [size[0]][size[1]][1][1].
 template <class T>
 static inline void fully_connected(const Tensor4& w, const Vector& b, const float* x, int act, float* out,
                                    const Pool& pool) {
@@ -29,9 +29,15 @@ static inline void fully_connected(const Tensor4& w, const Vector& b, const floa
   parallel(outputs * inputs < (1 << 14) ? alone : pool, div_up(outputs, kChunk), [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk, n = min64(kChunk, outputs - begin);
     alignas(64) float row[kChunk] = {};
-    for (int64_t o = 0; o < n; ++o)
-      row[o] =
-          dot(static_cast<const T*>(w.data) + (begin + o) * w.stride[0], x, inputs) + element(b, begin + o);
+    for (int64_t o = 0; o < n; ++o) {
+      const T* weights = static_cast<const T*>(w.data) + (begin + o) * w.stride[0];
+      row[o] = element(b, begin + o);
+      if (w.stride[1] == 1) {
+        row[o] += dot(weights, x, inputs);
+      } else {
+        for (int64_t i = 0; i < inputs; ++i) row[o] += to_float(weights[i * w.stride[1]]) * x[i];
+      }
+    }
     activate_all(act, row, kChunk / kWidth);
     std::memcpy(out + begin, row, n * sizeof(float));
   });

@@ -94,7 +94,8 @@ def calibrate(model: nn.Module, size: int = 192) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         # No channel is amplified far beyond the others: what is faint in noise may be strong in a photograph.
-        norm.running_var.lerp_(norm.running_var.mean(), 0.5)
+        if norm.running_var is not None:
+            norm.running_var.lerp_(norm.running_var.mean(), 0.5)
     model.eval()
 
 

@@ -35,7 +35,7 @@ def to_nhwc(x: Tensor) -> Tensor:
     ``is_contiguous(memory_format=...)`` says yes to ambiguous strides where C, H or W is 1, so the
     strides are written out.
     """
-    n, c, h, w = x.shape
+    _, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
     return empty_nhwc(x, c, h, w).copy_(x)
@@ -76,7 +76,14 @@ class Op:
         return self.run(*args)
 
     def run(self, *args: Any) -> Any:
-        """The op without the dispatcher: the last argument names the backend."""
+        """The op without the dispatcher: the last argument names the backend.
+
+        Dtypes are settled before (``functional``), so autocast ends here: it would reach into the reference.
+        """
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.run(*args)
         return implementation(self.problem(*args), args[-1])(*args[:-1])
 
 
@@ -120,7 +127,7 @@ def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Calla
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
         tensors = iter(t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
         leaves = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
             outputs = reference(*tree_unflatten(leaves, ctx.spec))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]

@@ -13,7 +13,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def bind(
-    op: str, fake: Callable[..., Any], *, dense: tuple[int, ...] = (0,), weights: tuple[int, ...] = ()
+    op: str,
+    fake: Callable[..., Any],
+    *,
+    dense: tuple[int, ...] = (0,),
+    weights: tuple[int, ...] = (),
+    vectors: tuple[int, ...] = (),
 ) -> tuple[Callable[[Problem], tuple[bool, str]], Callable[..., Any]]:
     """``supports`` and ``run`` of one op.
 
@@ -24,6 +29,7 @@ def bind(
     Args:
         dense: positions of the maps that the native op takes in dense [N, H, W, C] only.
         weights: positions of the convolution weights.
+        vectors: positions of the [N, C] tensors that it takes in contiguous float32 only.
     """
     native = getattr(torch.ops.effnet_kernels_cpu, op).default
 
@@ -40,6 +46,9 @@ def bind(
         for i in dense:
             if arguments[i] is not None:
                 arguments[i] = to_nhwc(arguments[i])
+        for i in vectors:
+            if arguments[i] is not None:
+                arguments[i] = arguments[i].to(torch.float32).contiguous()
         leading = list(out) if isinstance(out, tuple) else [out]
         if weights:
             leading.append([packed(args[i]) for i in weights if args[i] is not None])

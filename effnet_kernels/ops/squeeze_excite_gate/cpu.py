@@ -3,4 +3,4 @@
 from effnet_kernels.ops.native_cpu import bind
 from effnet_kernels.ops.squeeze_excite_gate.op import fake
 
-supports, run = bind("squeeze_excite_gate", fake, dense=())
+supports, run = bind("squeeze_excite_gate", fake, dense=(), vectors=(0,))
