@@ -106,7 +106,7 @@ def pointwise_conv_bn_act(
     _check_bn("bn", bn, weight.shape[0], x)
     _check_choice("act", act, ACTIVATIONS)
     if gate is not None:
-        _check_vector("gate", "", gate, (x.shape[0], x.shape[1]), x)
+        _check_vector("gate", gate, (x.shape[0], x.shape[1]), x)
     if residual is not None:
         residual = residual.to(x.dtype) if _autocasting(x) else residual
         _check_weight("residual", residual, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
@@ -317,54 +317,75 @@ def _check_map(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
+# The checks below run at every call of every block, so each first asks for all that is wanted in one
+# expression, and looks for what is missing only when that fails.
+
+
 def _check_weight(name: str, weight: Tensor, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    try:
+        o, i, h, w = weight.shape
+        if (
+            (o == shape[0] or shape[0] is None)
+            and (i == shape[1] or shape[1] is None)
+            and (h == shape[2] or shape[2] is None)
+            and (w == shape[3] or shape[3] is None)
+            and weight.dtype is x.dtype
+            and weight.device == x.device
+        ):
+            return
+    except (AttributeError, ValueError):
+        pass
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
-    got = weight.shape
-    if len(got) != 4 or tuple(g if s is None else s for s, g in zip(shape, got, strict=True)) != got:
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {_describe(weight)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
+    wanted = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} must have shape [{wanted}], got {_describe(weight)}")
 
 
-def _check_vector(name: str, field: str, vector: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    # isinstance is last: on tensors it costs more than the rest of the check.
-    try:
-        dtype = vector.dtype
-        if vector.shape == shape and (dtype is torch.float32 or dtype is x.dtype) and vector.device == x.device:
-            return
-    except AttributeError:
-        pass
+def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if not isinstance(vector, Tensor):
-        raise TypeError(f"{name}{field} must be a tensor, got {type(vector).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     if vector.shape != shape:
-        raise ValueError(f"{name}{field} must have shape {list(shape)}, got {_describe(vector)}")
+        raise ValueError(f"{name} must have shape {list(shape)}, got {_describe(vector)}")
     if vector.device != x.device:
-        raise ValueError(f"{name}{field} must be on the device of x, {x.device}, got {vector.device}")
-    raise TypeError(f"{name}{field} must be float32 or have the dtype of x, {x.dtype}, got {vector.dtype}")
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {vector.device}")
+    if vector.dtype != x.dtype and vector.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32 or have the dtype of x, {x.dtype}, got {vector.dtype}")
 
 
 def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
+    shape, dtypes, device = (channels,), (torch.float32, x.dtype), x.device
+    if type(bn) is BatchNorm:
+        gamma, beta, mean, var, _ = bn
+        try:
+            if (
+                gamma.shape == beta.shape == mean.shape == var.shape == shape
+                and gamma.device == beta.device == mean.device == var.device == device
+                and gamma.dtype in dtypes
+                and beta.dtype in dtypes
+                and mean.dtype in dtypes
+                and var.dtype in dtypes
+            ):
+                return
+        except AttributeError:
+            pass
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"{name} must be a BatchNorm, got {type(bn).__name__}")
-    shape = (channels,)
-    _check_vector(name, ".gamma", bn.gamma, shape, x)
-    _check_vector(name, ".beta", bn.beta, shape, x)
-    _check_vector(name, ".running_mean", bn.running_mean, shape, x)
-    _check_vector(name, ".running_var", bn.running_var, shape, x)
+    for field, vector in zip(BatchNorm._fields, bn[:4], strict=False):
+        _check_vector(f"{name}.{field}", vector, shape, x)
 
 
 def _check_se(name: str, se: SqueezeExciteWeights, x: Tensor, channels: int) -> None:
     if not isinstance(se, SqueezeExciteWeights):
         raise TypeError(f"{name} must be SqueezeExciteWeights, got {type(se).__name__}")
     reduced = se.w_reduce.shape[0] if isinstance(se.w_reduce, Tensor) and se.w_reduce.dim() > 0 else 0
-    _check_vector(name, ".w_reduce", se.w_reduce, (reduced, channels, 1, 1), x)
-    _check_vector(name, ".b_reduce", se.b_reduce, (reduced,), x)
-    _check_vector(name, ".w_expand", se.w_expand, (channels, reduced, 1, 1), x)
-    _check_vector(name, ".b_expand", se.b_expand, (channels,), x)
+    _check_vector(f"{name}.w_reduce", se.w_reduce, (reduced, channels, 1, 1), x)
+    _check_vector(f"{name}.b_reduce", se.b_reduce, (reduced,), x)
+    _check_vector(f"{name}.w_expand", se.w_expand, (channels, reduced, 1, 1), x)
+    _check_vector(f"{name}.b_expand", se.b_expand, (channels,), x)
     _check_choice(f"{name}.act", se.act, ACTIVATIONS)
     _check_choice(f"{name}.gate", se.gate, GATES)
 
