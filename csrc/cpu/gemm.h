@@ -161,7 +161,7 @@ static void pack(const Weight& weight, const Pool& pool) {
   });
 }
 
-constexpr int64_t kSamples = 64;
+constexpr int64_t kSamples = 16;
 
 // Whether the copy equals its source in a sample of places, spread over rows and columns. The caller packs
 // anew when torch says that a weight changed; this catches the writes that torch does not see, such as
