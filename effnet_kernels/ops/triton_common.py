@@ -1,0 +1,193 @@
+"""What the Triton kernels share: activation and BatchNorm in an epilogue, tile configurations, the launch.
+
+The file of an op, ``ops/<op>/triton.py``, has three functions:
+
+* ``supports(problem)``, usually ``triton_common.supports``;
+* ``launch(out, *args)``: enqueue the kernels that fill ``out``, what the op's fake kernel allocates;
+* ``run(*args)``: allocate and launch.
+
+``mbconv`` is made of the ``launch`` functions of the other ops.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effnet_kernels.backends import Problem
+from effnet_kernels.ops.activations import CODES
+from effnet_kernels.ops.common import to_nhwc
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+RELU = tl.constexpr(CODES["relu"])
+RELU6 = tl.constexpr(CODES["relu6"])
+SILU = tl.constexpr(CODES["silu"])
+HARDSWISH = tl.constexpr(CODES["hardswish"])
+SIGMOID = tl.constexpr(CODES["sigmoid"])
+HARDSIGMOID = tl.constexpr(CODES["hardsigmoid"])
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    """Device and dtype; the kernels take every shape, kernel size, stride and padding."""
+    if problem.device != ("cpu" if INTERPRETED else "cuda"):
+        return False, f"the tensors are on {problem.device}"
+    if problem.dtype not in DTYPES:
+        return False, "only float32, float16 and bfloat16 have Triton kernels"
+    if problem.dtype == torch.bfloat16 and not INTERPRETED:
+        # Any visible GPU may be the one of the call; Triton has no bfloat16 before compute capability 8.0.
+        for i in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(i) < (8, 0):
+                return False, f"bfloat16 needs compute capability 8.0, {torch.cuda.get_device_name(i)} has less"
+    return True, "any shape"
+
+
+# ---- device code ----
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
+    """1 / (1 + exp(-x)), NaN only for NaN: the exponential of -|x| cannot overflow.
+
+    Rounding |x| log2(e) costs exp2 up to 80 ulp at |x| = 80, which vanishes in a 16-bit result. ``EXACT`` splits
+    |x| into n ln(2) + r, |r| <= ln(2) / 2, first: every product with the upper part of ln(2) is exact.
+    """
+    a = tl.minimum(tl.abs(x), 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
+    if EXACT:
+        n = tl.floor(a * 1.4426950408889634 + 0.5)
+        r = (a - n * 0.693359375) + n * 2.12194440e-4
+        e = tl.exp2(r * -1.4426950408889634) * tl.exp2(-n)
+    else:
+        e = tl.exp2(a * -1.4426950408889634)
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
+    """Activation number ``ACT`` of ``ops.activations`` of float32 values; NaN stays NaN.
+
+    ``EXACT`` may be False where the result is rounded to 16 bits: see ``sigmoid``.
+    """
+    if ACT == RELU:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == RELU6:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == SILU:
+        x = x * sigmoid(x, EXACT)
+    elif ACT == SIGMOID:
+        x = sigmoid(x, EXACT)
+    elif ACT == HARDSWISH or ACT == HARDSIGMOID:
+        gate = tl.maximum(x + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        gate = tl.minimum(gate, 6.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACT == HARDSWISH:
+            x = x * gate / 6.0
+        else:
+            x = gate / 6.0
+    return x
+
+
+@triton.jit
+def bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, offs, mask):
+    """BatchNorm as y * scale + shift for the channels ``offs``, in float32; zeros outside the mask."""
+    gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + offs, mask=mask, other=1.0).to(tl.float32)
+    scale = tl.div_rn(gamma, tl.sqrt_rn(var + eps))
+    return scale, beta - mean * scale
+
+
+# ---- host code ----
+
+
+def dense_map(x: Tensor | None) -> Tensor | None:
+    """The map in dense [N, H, W, C] memory; None stays None."""
+    return None if x is None else to_nhwc(x)
+
+
+def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters in contiguous memory, copied only where they are not."""
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+class Config(NamedTuple):
+    """Tile of one kernel: ``block`` in the order that the op's file states, and how Triton compiles it."""
+
+    block: tuple[int, ...]
+    num_warps: int
+    num_stages: int = 2
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int | float],
+    constants: tuple[Any, ...],
+    config: Config,
+) -> None:
+    """Enqueue ``kernel[(programs,)](*tensors, *sizes, *constants)`` on the current stream of the tensors' device.
+
+    Triton finds a kernel's compiled variant by formatting the types and values of all arguments into a string. Here
+    the first call goes through Triton, and later ones through a dictionary. Its key is all that a variant may
+    depend on, if the kernel lists every one of ``sizes`` under ``do_not_specialize`` and
+    ``do_not_specialize_on_alignment``.
+
+    Raises:
+        RuntimeError: the variant would have to be compiled during a CUDA graph capture.
+    """
+    if programs == 0:
+        return
+    if INTERPRETED:
+        kernel[(programs,)](*tensors, *sizes, *constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        return
+    device = tensors[0].get_device()  # type: ignore[union-attr]
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, programs, tensors, sizes, constants, config)
+    key = (
+        kernel.fn, device, constants, config.num_warps, config.num_stages, max(sizes) < 2**31,
+        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+    )  # fmt: skip
+    variant = _compiled.get(key)
+    if variant is not None:
+        variant[(programs, 1, 1)](*tensors, *sizes, *constants)
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.fn.__name__} is not compiled for these arguments: run them once before capturing a CUDA graph"
+        )
+    _compiled[key] = kernel[(programs,)](
+        *tensors, *sizes, *constants, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def generation(device: torch.device) -> int:
+    """The newest of 75, 80, 90, 100 that this GPU is not older than; 80 under the interpreter."""
+    return 80 if INTERPRETED else _generation(device.index)
+
+
+@functools.cache
+def _generation(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return max(g for g in (75, 80, 90, 100) if g <= 10 * major + minor)
