@@ -11,7 +11,7 @@ The file of an op, ``ops/<op>/triton.py``, has three functions:
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effnet_kernels import tuning
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.common import to_nhwc
@@ -26,6 +27,7 @@ from effnet_kernels.ops.common import to_nhwc
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 RELU = tl.constexpr(CODES["relu"])
 RELU6 = tl.constexpr(CODES["relu6"])
 SILU = tl.constexpr(CODES["silu"])
@@ -104,6 +106,16 @@ def bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, offs, mask):
     return scale, beta - mean * scale
 
 
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 values in the dtype of a map, rounded to nearest even; the interpreter would truncate to bfloat16."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 # ---- host code ----
 
 
@@ -128,7 +140,7 @@ class Config(NamedTuple):
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(
+def launch_kernel(
     kernel: Any,
     programs: int,
     tensors: Sequence[Tensor | None],
@@ -154,7 +166,7 @@ def launch(
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, programs, tensors, sizes, constants, config)
+            return launch_kernel(kernel, programs, tensors, sizes, constants, config)
     key = (
         kernel.fn, device, constants, config.num_warps, config.num_stages, max(sizes) < 2**31,
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
@@ -182,12 +194,40 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def channel_block(channels: int) -> int:
+    """The largest of 64, 32, 16 that pads ``channels`` least: 96 and 480 take 32, 1152 takes 64."""
+    return min((64, 32, 16), key=lambda block: cdiv(channels, block) * block)
+
+
 def generation(device: torch.device) -> int:
-    """The newest of 75, 80, 90, 100 that this GPU is not older than; 80 under the interpreter."""
+    """Which column of a table of configurations a GPU takes: 75, 80, 90 or 100.
+
+    Consumer GPUs (8.6, 8.9, 12.x) have neither the matrix instructions nor the shared memory of 9.0 and 10.x and take
+    column 80, whose tiles need at most 99 KiB. The interpreter takes it too.
+    """
     return 80 if INTERPRETED else _generation(device.index)
 
 
 @functools.cache
-def _generation(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return max(g for g in (75, 80, 90, 100) if g <= 10 * major + minor)
+def _generation(index: int | None) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return {7: 75, 9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+_configs: dict[tuple[Any, ...], Config] = {}
+
+
+def config(op: str, default: Callable[..., Config], problem_class: tuple[Any, ...], device: torch.device) -> Config:
+    """The tile for a class of problems: what ``effnet-kernels tune`` stored for this GPU, else ``default``.
+
+    ``default(*problem_class, generation)`` is the rule in the op's file. Its arguments are what a kernel is
+    specialised on (dtype, channels, window), never sizes of maps or batches.
+    """
+    key = (op, problem_class, device.index)
+    found = _configs.get(key)
+    if found is None:
+        name = None if INTERPRETED else torch.cuda.get_device_name(device)
+        tuned = tuning.load(name).get(op, {}).get(tuning.class_name(problem_class)) if name else None
+        found = default(*problem_class, generation(device)) if tuned is None else Config(*tuned)
+        _configs[key] = found
+    return found
