@@ -13,6 +13,7 @@ from torch import nn
 
 # timm's names; the sizes are those of the published models (V2-L trains at 384 and is used at 480).
 MODELS = {
+    "efficientnet_lite0": 224,
     "efficientnet_b0": 224,
     "efficientnet_b4": 380,
     "efficientnet_b7": 600,
