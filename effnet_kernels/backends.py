@@ -8,7 +8,9 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,14 +32,38 @@ class Problem(NamedTuple):
     stride: tuple[int, int] = (1, 1)
 
 
+# What the kernels use: loop-carried tuples, NaN-propagating minima and maxima, rounded division.
+_TRITON_AT_LEAST = (3, 4)
+
+
+@functools.cache
+def _triton_available() -> tuple[bool, str]:
+    """Whether Triton is there and has something to run on; imports it only where both may be."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if not interpreted:
+        if not torch.cuda.is_available() or torch.version.cuda is None:
+            return False, "no NVIDIA GPU (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU)"
+        for i in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_capability(i) < (7, 5):
+                return False, f"{torch.cuda.get_device_name(i)} is older than compute capability 7.5"
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < _TRITON_AT_LEAST:
+        return False, f"Triton {version} is older than {'.'.join(map(str, _TRITON_AT_LEAST))}"
+    return True, f"Triton {version}" + ", interpreted on the CPU" * interpreted
+
+
 _AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
     "cpu": native.cpu_available,
+    "triton": _triton_available,
     "reference": lambda: (True, "plain PyTorch"),
 }
 
 # Fastest first. The reference is last everywhere: it defines the numbers, not the speed.
 _ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
 }
 _DEFAULT_ORDER = ("reference",)
 

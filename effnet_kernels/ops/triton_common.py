@@ -60,14 +60,20 @@ def sigmoid(x, EXACT: tl.constexpr):
     Rounding |x| log2(e) costs exp2 up to 80 ulp at |x| = 80, which vanishes in a 16-bit result. ``EXACT`` splits
     |x| into n ln(2) + r, |r| <= ln(2) / 2, first: every product with the upper part of ln(2) is exact.
     """
-    a = tl.minimum(tl.abs(x), 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
-    if EXACT:
+    if EXACT or _INTERPRETED:
+        a = tl.minimum(tl.abs(x), 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
         n = tl.floor(a * 1.4426950408889634 + 0.5)
         r = (a - n * 0.693359375) + n * 2.12194440e-4
         e = tl.exp2(r * -1.4426950408889634) * tl.exp2(-n)
+        y = tl.where(x < 0, e, 1.0) / (1.0 + e)
     else:
-        e = tl.exp2(a * -1.4426950408889634)
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+        # Two hardware approximations within 2 ulp, where exp2 and / would add a dozen instructions for subnormals. All
+        # is divided by 4 so that the reciprocal is normal up to where exp(-x) overflows, in stock layers too.
+        y = 0.25 * tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3E800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [tl.fma(x, -1.4426950408889634, -2.0)], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return y
 
 
 @triton.jit
@@ -112,8 +118,33 @@ def narrow(x, dtype: tl.constexpr):
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+        rounded = tl.where(x == x, rounded, 0x7FC00000)
+        result = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(dtype)
+    return result
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, products and sums in float32; the interpreter would multiply the bit patterns of bfloat16."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def mean_of_sums(sums_ptr, tiles, pixels, c, C: tl.constexpr, TILES: tl.constexpr):
+    """Means of the channels c of one image from the sums of its tiles, [tiles, C]: ``TILES`` rows at a time, in order."""
+    total = tl.zeros(c.shape, tl.float32)
+    first = 0
+    while first < tiles:  # not `for`: the interpreter cannot count to a tensor under numpy 2.4
+        t = first + tl.arange(0, TILES)
+        ok = (t < tiles)[:, None] & (c < C)[None, :]
+        total += tl.sum(tl.load(sums_ptr + t[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32), 0)
+        first += TILES
+    return tl.div_rn(total, tl.zeros(c.shape, tl.float32) + pixels)
 
 
 # ---- host code ----

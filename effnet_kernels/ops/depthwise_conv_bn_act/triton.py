@@ -1,0 +1,193 @@
+"""``depthwise_conv_bn_act`` in Triton.
+
+Designed for one read of x and one write of y: 4 bytes per element in 16 bit at stride 1, 10 at stride 2. On an H100 that
+leaves about 35 instructions of a lane per element, fewer than a 5x5 window has products and conversions. So a
+thread owns 16 bytes of channels and a column of ``ROWS`` outputs: an input is loaded and converted once per horizontal
+tap, (ROWS + KH - 1) / ROWS * KW times per output instead of KH * KW, and the overlap of rows stays in registers. The
+overlap of columns comes from the L1 cache.
+
+Each program writes the sums of its outputs over its pixels; whoever wants the means adds these up in order, here a
+second, tiny kernel, in ``mbconv`` the gate. Sizes of maps are never specialised on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effnet_kernels.ops.activations import CODES
+from effnet_kernels.ops.common import to_nhwc
+from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
+from effnet_kernels.ops.triton_common import (
+    Config,
+    activate,
+    bn_affine,
+    cdiv,
+    channel_block,
+    config,
+    dense,
+    launch_kernel,
+    mean_of_sums,
+    narrow,
+    supports,
+)
+
+__all__ = ["default_config", "launch", "run", "supports"]
+
+
+def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: int) -> Config:
+    """(ROWS, COLUMNS, BLOCK_C) of a tile, and as many threads as it has pieces of 16 bytes.
+
+    ROWS: 8 where that saves conversions, at stride 1 with windows above 3 rows; else 4, which fits more maps exactly
+    and leaves registers for more programs. COLUMNS: 16; 8 from 640 channels on, where published networks have
+    maps of 7 to 14 columns. The same on every chip: nothing here is known to differ.
+    """
+    block_c = channel_block(channels)
+    columns = 8 if channels >= 640 else 16
+    rows = 8 if sh == 1 and 3 < kh <= 5 else 4
+    return Config((rows, columns, block_c), max(1, columns * block_c * dtype.itemsize // 512), 1)
+
+
+SIZES = ["h", "w", "oh", "ow", "top", "left", "eps"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
+def kernel(
+    y_ptr,  # [N, OH, OW, C]
+    sums_ptr,  # [N, tiles, C] float32
+    x_ptr,  # [N, H, W, C]
+    weight_ptr,  # [C, KH, KW]
+    gamma_ptr,  # [C], and so the next three
+    beta_ptr,
+    mean_ptr,
+    var_ptr,
+    h,
+    w,
+    oh,
+    ow,
+    top,
+    left,
+    eps,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    ACT: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # The channel blocks of a tile are neighbours in time: together they read whole pixels.
+    channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    c = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = program // channel_blocks
+    tiles_w = tl.cdiv(ow, COLUMNS)
+    tiles = tl.cdiv(oh, ROWS) * tiles_w
+    n = (tile // tiles).to(tl.int64)
+    tile = tile % tiles
+    row = tile // tiles_w * ROWS
+    column = tile % tiles_w * COLUMNS + tl.arange(0, COLUMNS)
+    x_ptr += n * h * w * C
+    y_ptr += n * oh * ow * C
+    c_ok = c < C
+
+    acc = ()
+    for _ in tl.static_range(ROWS):
+        acc += (tl.zeros((COLUMNS, BLOCK_C), tl.float32),)
+    # A loop at run time: unrolled, all loads of the window would be in flight at once and spill.
+    for kw in range(KW):
+        taps = ()
+        for kh in tl.static_range(KH):
+            tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c_ok, other=0.0)
+            taps += (tap.to(tl.float32)[None, :],)
+        x_column = column * SW - left + kw
+        ok = ((x_column >= 0) & (x_column < w))[:, None] & c_ok[None, :]
+        rows = ()
+        for i in tl.static_range((ROWS - 1) * SH + KH):
+            x_row = row * SH - top + i
+            at = x_ptr + x_row.to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
+            rows += (tl.load(at, mask=ok & (x_row >= 0) & (x_row < h), other=0.0).to(tl.float32),)
+        updated = ()
+        for o in tl.static_range(ROWS):
+            y = acc[o]
+            for kh in tl.static_range(KH):
+                y += rows[o * SH + kh] * taps[kh]
+            updated += (y,)
+        acc = updated
+
+    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, c, c_ok)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    total = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
+    for o in tl.static_range(ROWS):
+        y = activate(acc[o] * scale[None, :] + shift[None, :], ACT, dtype == tl.float32)
+        ok = (column < ow)[:, None] & c_ok[None, :] & (row + o < oh)
+        at = y_ptr + (row + o).to(tl.int64) * ow * C + (column[:, None] * C + c[None, :])
+        tl.store(at, narrow(y, dtype), mask=ok)
+        if SUMS:
+            total += tl.where(ok, y, 0.0)
+    if SUMS:
+        tl.store(sums_ptr + (n * tiles + tile) * C + c, tl.sum(total, 0), mask=c_ok)
+
+
+@triton.jit(do_not_specialize=["tiles", "pixels"], do_not_specialize_on_alignment=["tiles", "pixels"])
+def mean_kernel(mean_ptr, sums_ptr, tiles, pixels, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+    """[N, C] from [N, tiles, C]: sums added up in order, divided by the number of pixels."""
+    channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    n = (tl.program_id(0) // channel_blocks).to(tl.int64)
+    c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = mean_of_sums(sums_ptr + n * tiles * C, tiles, pixels, c, C, TILES)
+    tl.store(mean_ptr + n * C + c, mean, mask=c < C)
+
+
+def launch_sums(
+    y: Tensor,  # [N, C, OH, OW], filled
+    x: Tensor,
+    weight: Tensor,
+    bn: Sequence[Tensor],
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str,
+    with_sums: bool,
+) -> Tensor | None:
+    """Fill y; return the sums of each of its tiles, [N, tiles, C], or None."""
+    x = to_nhwc(x)
+    weight, *bn = dense((weight, *bn))
+    n, c, h, w = x.shape
+    oh, ow = y.shape[2:]
+    kh, kw = weight.shape[2:]
+    tile = config("depthwise_conv_bn_act", default_config, (x.dtype, c, kh, stride[0]), x.device)
+    rows, columns, block_c = tile.block
+    tiles = cdiv(oh, rows) * cdiv(ow, columns)
+    sums = x.new_empty((n, tiles, c), dtype=torch.float32) if with_sums else None
+    launch_kernel(
+        kernel,
+        n * tiles * cdiv(c, block_c),
+        (y, sums, x, weight, *bn),
+        (h, w, oh, ow, padding[0], padding[2], eps),
+        (c, kh, kw, stride[0], stride[1], CODES[act], with_sums, rows, columns, block_c),
+        tile,
+    )
+    return sums
+
+
+def launch(out: tuple[Tensor, Tensor], *args: Any) -> None:
+    """Fill the map and, if ``with_mean``, its means."""
+    y, mean = out
+    sums = launch_sums(y, *args)
+    if sums is not None:
+        n, tiles, c = sums.shape
+        pixels = y.shape[2] * y.shape[3]
+        launch_kernel(mean_kernel, n * cdiv(c, 64), (mean, sums), (tiles, pixels), (c, 64, 32), Config((64, 32), 4))
+
+
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    out = fake(*args)
+    launch(out, *args)
+    return out
