@@ -79,10 +79,10 @@ static void window_row(const Depthwise& d, const float* const* rows, const float
       window_block<kKernel, kStride, kOut>(rows, x * kStride * kSlice, weights, width, scale, shift,
                                            out + x * kSlice);
   };
-  run(ActTag<7>());
-  run(ActTag<4>());
-  run(ActTag<2>());
-  run(ActTag<1>());
+  run(Constant<7>());
+  run(Constant<4>());
+  run(Constant<2>());
+  run(Constant<1>());
 }
 
 // Any other window.

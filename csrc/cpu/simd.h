@@ -150,29 +150,30 @@ EFFNET_INLINE vf activate(vf x) {
   return x;
 }
 
-template <int kAct>
-struct ActTag {
-  static constexpr int value = kAct;
+// A number as a type, for lambdas compiled once per value.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
 };
 
-// body(ActTag<act>()): one compiled loop per activation instead of a branch per vector.
+// body(Constant<act>()): one compiled loop per activation instead of a branch per vector.
 template <class Body>
 static inline void with_act(int act, const Body& body) {
   switch (act) {
     case kRelu:
-      return body(ActTag<kRelu>());
+      return body(Constant<kRelu>());
     case kRelu6:
-      return body(ActTag<kRelu6>());
+      return body(Constant<kRelu6>());
     case kSilu:
-      return body(ActTag<kSilu>());
+      return body(Constant<kSilu>());
     case kHardswish:
-      return body(ActTag<kHardswish>());
+      return body(Constant<kHardswish>());
     case kSigmoid:
-      return body(ActTag<kSigmoid>());
+      return body(Constant<kSigmoid>());
     case kHardsigmoid:
-      return body(ActTag<kHardsigmoid>());
+      return body(Constant<kHardsigmoid>());
     default:
-      return body(ActTag<kIdentity>());
+      return body(Constant<kIdentity>());
   }
 }
 
