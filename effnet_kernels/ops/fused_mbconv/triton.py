@@ -3,7 +3,7 @@
 Designed for one read of x and one write of y: ``e (P_in C_in + P_out C_out)`` bytes for element size e. A program owns
 a run of output pixels. It walks over chunks of expanded channels as attention walks over keys: an implicit GEMM over
 the window gives the chunk, BatchNorm and activation act on it in registers, a second GEMM adds it to the projection.
-Every chunk reads the program's window of x once per tap, from the L2; hence as few and as wide chunks as registers allow.
+Every chunk reads the window of x once per tap, from the L2; hence as few and as wide chunks as registers allow.
 
 Without a projection the first GEMM is the op, and its channels are spread over programs. With few input channels
 (a stem) the window is one short GEMM axis, read from x of any strides: an NCHW image needs no extra pass.
@@ -27,17 +27,31 @@ FLAT_BELOW = 16  # input channels; from here on a tap fills the depth of a matri
 
 
 def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: int, generation: int) -> common.Config:
-    """(pixels, expanded channels, output channels, depth of the window's GEMM) of a tile; no projection: ``c_out`` 0."""
-    block_out = min(128, max(16, next_power_of_2(c_out)))
+    """(pixels, expanded channels, output channels, depth of the window's GEMM) of a tile; ``c_out`` is 0 for none.
+
+    All expanded channels in one chunk where the accumulators allow it: up to 256 in the registers of 16 warps on Hopper,
+    in tensor memory on Blackwell.
+    """
+    block_out = min(64, max(16, next_power_of_2(c_out)))
+    rows = max(16, next_power_of_2(c_mid))
     if dtype == torch.float32:
-        return common.Config((32, 32, min(64, block_out), 16), 4, 2)
+        return common.Config((32, min(32, rows), block_out, 16), 4, 2)
     depth = 64
     if c_in < FLAT_BELOW:
         depth = min(64, max(16, next_power_of_2(taps * c_in)))
     elif cdiv(c_in, 32) * 32 < cdiv(c_in, 64) * 64:
         depth = 32
-    width = min(128, max(16, next_power_of_2(c_mid)))
-    return common.Config((128, width, block_out, depth), 8 if width > 64 else 4, 3)
+    if c_out > 64:
+        block_out = 128
+    if rows <= 64:
+        return common.Config((128, rows, block_out, depth), 4, 3)
+    if generation < 90:
+        return common.Config((64, 128, block_out, depth), 4, 3)
+    if rows == 128 or not c_out:
+        return common.Config((128, 128, block_out, depth), 8, 3)
+    if generation == 90 and c_out > 64:
+        return common.Config((128, 128, block_out, depth), 16, 3)
+    return common.Config((128, 256, block_out, depth), 16 if generation == 90 else 8, 3)
 
 
 SIZES = (
@@ -54,23 +68,22 @@ def window_gemm(
     BLOCK_M: tl.constexpr, BLOCK_MID: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The convolution's sums for one tile of pixels and the channels ``mid``, float32."""
-    acc = tl.zeros([BLOCK_M, BLOCK_MID], tl.float32)
+    acc = tl.zeros([BLOCK_MID, BLOCK_M], tl.float32)
     weight_ptr += mid * (KH * KW * C_IN)
-    mid_ok = (mid < C_MID)[None, :]
+    mid_ok = (mid < C_MID)[:, None]
     if FLAT:
         # Lanes run along pixels, which is how a planar image lies in memory.
         for k0 in range(0, KH * KW * C_IN, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            k_ok = (k < KH * KW * C_IN)[:, None]
             tap = k // C_IN
             kh = (tap // KW)[:, None]
             kw = (tap % KW)[:, None]
             inside = (h[None, :] + kh >= 0) & (h[None, :] + kh < height)
             inside &= (w[None, :] + kw >= 0) & (w[None, :] + kw < width)
             at = kh * stride_h + kw * stride_w + (k % C_IN)[:, None] * stride_c
-            x = tl.load(x_ptr[None, :] + at, mask=inside & ok[None, :] & k_ok, other=0.0)
-            weight = tl.load(weight_ptr[None, :] + k[:, None], mask=k_ok & mid_ok, other=0.0)
-            acc = dot(tl.trans(x), weight, acc)
+            x = tl.load(x_ptr[None, :] + at, mask=inside & ok[None, :] & (k < KH * KW * C_IN)[:, None], other=0.0)
+            weight = tl.load(weight_ptr[:, None] + k[None, :], mask=mid_ok & (k < KH * KW * C_IN)[None, :], other=0.0)
+            acc = dot(weight, x, acc)
     else:
         blocks: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
         for step in range(KH * KW * blocks):
@@ -82,8 +95,8 @@ def window_gemm(
             at = (kh * width + kw) * C_IN + c
             x = tl.load(x_ptr[:, None] + at[None, :], mask=inside[:, None] & (c < C_IN)[None, :], other=0.0)
             at = tap * C_IN + c
-            weight = tl.load(weight_ptr[None, :] + at[:, None], mask=(c < C_IN)[:, None] & mid_ok, other=0.0)
-            acc = dot(x, weight, acc)
+            weight = tl.load(weight_ptr[:, None] + at[None, :], mask=mid_ok & (c < C_IN)[None, :], other=0.0)
+            acc = dot(weight, tl.trans(x), acc)
     return acc
 
 
@@ -126,33 +139,33 @@ def kernel(
         windows = x_ptr + ((image * height + h) * width + w) * C_IN
 
     if PROJECT:
-        acc = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
+        acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
         for mid0 in range(0, C_MID, BLOCK_MID):
             mid = mid0 + tl.arange(0, BLOCK_MID)
-            scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, mid, mid < C_MID)
             part = window_gemm(
                 windows, weight_ptr, ok, h, w, mid, height, width, stride_c, stride_h, stride_w,
                 C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
             )  # fmt: skip
-            part = activate(part * scale[None, :] + shift[None, :], ACT, exact)
+            scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, mid, mid < C_MID)
+            part = activate(part * scale[:, None] + shift[:, None], ACT, exact)
             if C_MID % BLOCK_MID != 0:
-                part = tl.where((mid < C_MID)[None, :], part, 0.0)  # 0 * inf is not 0
-            mask = (mid < C_MID)[:, None] & (n < C_OUT)[None, :]
-            project = tl.load(project_ptr + n[None, :] * C_MID + mid[:, None], mask=mask, other=0.0)
-            acc = dot(narrow(part, dtype), project, acc)
+                part = tl.where((mid < C_MID)[:, None], part, 0.0)  # 0 * inf is not 0
+            mask = (n < C_OUT)[:, None] & (mid < C_MID)[None, :]
+            project = tl.load(project_ptr + n[:, None] * C_MID + mid[None, :], mask=mask, other=0.0)
+            acc = dot(project, narrow(part, dtype), acc)
         scale, shift = bn_affine(
             project_gamma_ptr, project_beta_ptr, project_mean_ptr, project_var_ptr, project_eps, n, n < C_OUT
         )
-        y = acc * scale[None, :] + shift[None, :]
+        y = acc * scale[:, None] + shift[:, None]
     else:
-        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_MID)
         y = window_gemm(
             windows, weight_ptr, ok, h, w, n, height, width, stride_c, stride_h, stride_w,
             C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
         )  # fmt: skip
-        y = activate(y * scale[None, :] + shift[None, :], ACT, exact)
-    at = (first + tl.arange(0, BLOCK_M))[:, None] * channels + n[None, :]
-    mask = ok[:, None] & (n < channels)[None, :]
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_MID)
+        y = activate(y * scale[:, None] + shift[:, None], ACT, exact)
+    at = (first + tl.arange(0, BLOCK_M))[None, :] * channels + n[:, None]
+    mask = (n < channels)[:, None] & ok[None, :]
     if RESIDUAL:
         y += tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, narrow(y, dtype), mask=mask)
@@ -186,7 +199,7 @@ def launch(
         x,
         common.to_nhwc(weight),  # as it is where the model is channels-last
         *common.dense(bn),
-        project_weight.reshape(c_out, c_mid).contiguous() if project else None,
+        None if project_weight is None else project_weight.reshape(c_out, c_mid).contiguous(),
         *(common.dense(project_bn) if project else (None,) * 4),
     )
     stride_n, stride_c, stride_h, stride_w = x.stride()
@@ -203,7 +216,7 @@ def launch(
     common.launch_kernel(kernel, programs, tensors, sizes, constants, config)
 
 
-def run(*args) -> Tensor:  # type: ignore[no-untyped-def]
+def run(*args) -> Tensor:
     out = fake(*args)
     launch(out, *args)
     return out

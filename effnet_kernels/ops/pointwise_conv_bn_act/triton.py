@@ -1,9 +1,16 @@
-"""``pointwise_conv_bn_act`` in Triton: a GEMM over [pixels, C_in] with everything else in its prologue and epilogue.
+"""``pointwise_conv_bn_act`` in Triton: a GEMM with everything else in its prologue and epilogue.
 
-Designed for one read of x and of the residual and one write of y: ``e P (C_in + C_out [+ C_out])`` bytes for P pixels of
-element size e. Programs that share pixels are neighbours in the grid, so that only the first of them looks for x
+Designed for one read of x and of the residual and one write of y: ``e P (C_in + C_out [+ C_out])`` bytes for P pixels
+of element size e. Programs that share pixels are neighbours in the grid, so that only the first of them looks for x
 outside the L2; the weight stays there. With the pool, y is never written: one program owns all pixels of an image for
 its channels and adds them up in order.
+
+The product is W @ x^T. With channels along the rows of the accumulator, a thread holds one to four channels of many pixels
+and needs as many scales and shifts; with pixels along the rows it would need those of 16 to 64 channels, which cost
+more instructions than the activation, and all registers of a Blackwell thread.
+
+Where images must be told apart (gate, pool) a tile ends with its image, so the gate is a vector. It multiplies
+the weight, the smaller operand, once in a tile.
 """
 
 from collections.abc import Sequence
@@ -24,113 +31,81 @@ supports = common.supports
 def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -> common.Config:
     """(pixels, output channels, input channels) of a tile; it depends on nothing that changes from call to call.
 
-    Of 64 and 128 output channels, those which leave fewer columns of the matrix unit idle, and 128 if equal. float32
-    has no matrix instruction of its own precision: its tiles are what the registers hold.
+    64 rows are what one warpgroup's matrix instruction takes and 128 what fills it on Blackwell; of the two, what
+    leaves fewer rows idle. Accumulators of 64 registers a thread leave room for 12 warps on a multiprocessor. float32 has
+    no matrix instruction of its own precision: its tiles are what the registers hold.
     """
-    width = min(64, max(16, next_power_of_2(c_out)))
+    rows = min(64, max(16, next_power_of_2(c_out)))
     if dtype == torch.float32:
-        return common.Config((64, width, 16), 4, 2)
-    if c_out > 64 and cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64:
-        width = 128
+        return common.Config((64, rows, 16), 4, 2)
     depth = min(64, max(16, next_power_of_2(c_in)))
-    return common.Config((128, width, depth), 8 if width == 128 else 4, 3)
+    if c_out > 64 and cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64:
+        return common.Config((64, 128, depth), 4, 3)
+    return common.Config((128, rows, depth), 4, 3)
 
 
-SIZES = ("pixels", "map_pixels", "eps")
-
-
-@triton.jit
-def tile(
-    x_ptr, weight_ptr, gate_ptr, scale, shift, first, n, pixels, map_pixels,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """act(bn((x * gate) @ W)) of the pixels from ``first`` on and the channels ``n``, float32."""
-    m = tl.arange(0, BLOCK_M)
-    x_ptr += (first + m.to(tl.int64)) * C_IN
-    if GATE and not POOL:
-        image = first // map_pixels
-        within = (first - image * map_pixels).to(tl.int32) + m
-        gate_ptr += (image + within // map_pixels) * C_IN
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, C_IN, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = (first + m < pixels)[:, None] & (k < C_IN)[None, :]
-        x = tl.load(x_ptr[:, None] + k[None, :], mask=mask, other=0.0)
-        if GATE:
-            if POOL:
-                gate = tl.load(gate_ptr + k, mask=k < C_IN, other=0.0)[None, :]
-            else:
-                gate = tl.load(gate_ptr[:, None] + k[None, :], mask=mask, other=0.0)
-            x = narrow(x.to(tl.float32) * gate.to(tl.float32), x.dtype)
-        mask = (k < C_IN)[:, None] & (n < C_OUT)[None, :]
-        weight = tl.load(weight_ptr + n[None, :] * C_IN + k[:, None], mask=mask, other=0.0)
-        acc = dot(x, weight, acc)
-    return activate(acc * scale[None, :] + shift[None, :], ACT, x_ptr.dtype.element_ty == tl.float32)
+SIZES = ("map_pixels", "eps")
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def kernel(
-    y_ptr,  # [P, C_OUT], with the pool [N, C_OUT]
-    x_ptr,  # [P, C_IN]
+    y_ptr,  # [N, P, C_OUT], with the pool [N, C_OUT]
+    x_ptr,  # [N, P, C_IN]
     weight_ptr,  # [C_OUT, C_IN]
-    gamma_ptr,
-    beta_ptr,
-    mean_ptr,
-    var_ptr,
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr,  # [C_OUT]
     gate_ptr,  # [N, C_IN]
-    residual_ptr,  # [P, C_OUT]
-    pixels,  # P = N H W
-    map_pixels,  # H W
+    residual_ptr,  # [N, P, C_OUT]
+    map_pixels,  # P; the whole batch is one map where images need not be told apart
     eps,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    ACT: tl.constexpr,
-    GATE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    POOL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tiles_n: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, ACT: tl.constexpr,
+    GATE: tl.constexpr, RESIDUAL: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
+    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    tiles_n: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = (program // tiles_n).to(tl.int64)  # of tiles, or of images
-    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT)
-    m = tl.arange(0, BLOCK_M)
+    program = program // tiles_n
     if POOL:
-        x_ptr += row * map_pixels * C_IN
-        if GATE:
-            gate_ptr += row * C_IN
-        if RESIDUAL:
-            residual_ptr += row * map_pixels * C_OUT
-        total = tl.zeros([BLOCK_N], tl.float32)
+        image = program.to(tl.int64)
         first = 0
-        while first < map_pixels:  # the interpreter has no range() up to an argument
-            y = tile(
-                x_ptr, weight_ptr, gate_ptr, scale, shift, first, n, map_pixels, map_pixels,
-                C_IN, C_OUT, ACT, GATE, POOL, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            mask = (first + m < map_pixels)[:, None] & (n < C_OUT)[None, :]
-            if RESIDUAL:
-                at = (first + m.to(tl.int64))[:, None] * C_OUT + n[None, :]
-                y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(tl.where(mask, y, 0.0), 0)
-            first += BLOCK_M
-        tl.store(y_ptr + row * C_OUT + n, narrow(tl.div_rn(total, map_pixels.to(tl.float32)), dtype), mask=n < C_OUT)
+        end = map_pixels
     else:
-        first = row * BLOCK_M
-        y = tile(
-            x_ptr, weight_ptr, gate_ptr, scale, shift, first, n, pixels, map_pixels,
-            C_IN, C_OUT, ACT, GATE, POOL, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        mask = (first + m < pixels)[:, None] & (n < C_OUT)[None, :]
-        at = (first + m)[:, None] * C_OUT + n[None, :]
+        tiles_m = tl.cdiv(map_pixels, BLOCK_M)
+        image = (program // tiles_m).to(tl.int64)
+        first = (program % tiles_m) * BLOCK_M
+        end = first + 1
+    m = tl.arange(0, BLOCK_M)
+    x_ptr += image * map_pixels * C_IN
+    total = tl.zeros([BLOCK_N], tl.float32)
+    while first < end:  # once without the pool; the interpreter has no range() up to an argument
+        row_ok = first + m < map_pixels
+        rows = first + m.to(tl.int64)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for k0 in range(0, C_IN, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            k_ok = (k < C_IN)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * C_IN + k[None, :], mask=row_ok[:, None] & k_ok, other=0.0)
+            weight = tl.load(weight_ptr + n[:, None] * C_IN + k[None, :], mask=(n < C_OUT)[:, None] & k_ok, other=0.0)
+            if GATE:
+                gate = tl.load(gate_ptr + image * C_IN + k[None, :], mask=k_ok, other=0.0)
+                weight = narrow(weight.to(tl.float32) * gate.to(tl.float32), dtype)
+            acc = dot(weight, tl.trans(x), acc)
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT)
+        y = activate(acc * scale[:, None] + shift[:, None], ACT, exact)
+        mask = (n < C_OUT)[:, None] & row_ok[None, :]
+        at = (image * map_pixels + rows)[None, :] * C_OUT + n[:, None]
         if RESIDUAL:
             y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, narrow(y, dtype), mask=mask)
+        if POOL:
+            total += tl.sum(tl.where(mask, y, 0.0), 1)
+        else:
+            tl.store(y_ptr + at, narrow(y, dtype), mask=mask)
+        first += BLOCK_M
+    if POOL:
+        total = tl.div_rn(total, map_pixels.to(tl.float32))
+        tl.store(y_ptr + image * C_OUT + n, narrow(total, dtype), mask=n < C_OUT)
 
 
 def launch(
@@ -148,7 +123,10 @@ def launch(
     c_out = weight.shape[0]
     config = common.config("pointwise_conv_bn_act", default_config, (x.dtype, c_in, c_out), x.device)
     block_m, block_n, _ = config.block
-    rows = images if pool else cdiv(images * height * width, block_m)
+    maps, map_pixels = images, height * width
+    if gate is None and not pool:
+        maps, map_pixels = 1, images * height * width
+    rows = maps if pool else maps * cdiv(map_pixels, block_m)
     vectors = common.dense(bn)
     tensors = (
         out,
@@ -158,12 +136,11 @@ def launch(
         None if gate is None else gate.contiguous(),
         common.dense_map(residual),
     )
-    sizes = (images * height * width, height * width, eps)
     constants = (c_in, c_out, CODES[act], gate is not None, residual is not None, pool, *config.block)
-    common.launch_kernel(kernel, rows * cdiv(c_out, block_n), tensors, sizes, constants, config)
+    common.launch_kernel(kernel, rows * cdiv(c_out, block_n), tensors, (map_pixels, eps), constants, config)
 
 
-def run(*args) -> Tensor:  # type: ignore[no-untyped-def]
+def run(*args) -> Tensor:
     out = fake(*args)
     launch(out, *args)
     return out
