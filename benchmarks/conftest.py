@@ -156,7 +156,7 @@ class Suite:
         return record
 
     def write(self) -> None:
-        """One file per level, ``<device>-<threads>t-<level>.json``, replaced as a whole."""
+        """One file per level, ``<device>-<threads>t-<level>.json``; cases measured earlier at this commit stay in it."""
         folder: Path = self.config.getoption("--results")
         for level, cases in self.levels.items():
             record = environment(DEVICE)
@@ -169,8 +169,12 @@ class Suite:
                 for result in case["contenders"].values():
                     if "samples" in result:
                         result["samples"] = len(result["samples"])
+            file = folder / f"{name}{threads}-{level}.json"
+            earlier = json.loads(file.read_text()) if file.exists() else {}
+            if earlier.get("environment", {}).get("commit") == record["commit"]:
+                cases = {**earlier["cases"], **cases}
             content = {"level": level, "environment": record, "cases": cases}
-            (folder / f"{name}{threads}-{level}.json").write_text(json.dumps(content, indent=1) + "\n")
+            file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 _SUITE = pytest.StashKey[Suite]()
