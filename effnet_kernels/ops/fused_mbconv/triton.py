@@ -29,8 +29,8 @@ FLAT_BELOW = 16  # input channels; from here on a tap fills the depth of a matri
 def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: int, generation: int) -> common.Config:
     """(pixels, expanded channels, output channels, depth of the window's GEMM) of a tile; ``c_out`` is 0 for none.
 
-    All expanded channels in one chunk where the accumulators allow it: up to 256 in the registers of 16 warps on Hopper,
-    in tensor memory on Blackwell.
+    All expanded channels in one chunk where the accumulators allow it: up to 256, in the registers of 16 warps on
+    Hopper and in tensor memory on Blackwell.
     """
     block_out = min(64, max(16, next_power_of_2(c_out)))
     rows = max(16, next_power_of_2(c_mid))

@@ -5,9 +5,9 @@ of element size e. Programs that share pixels are neighbours in the grid, so tha
 outside the L2; the weight stays there. With the pool, y is never written: one program owns all pixels of an image for
 its channels and adds them up in order.
 
-The product is W @ x^T. With channels along the rows of the accumulator, a thread holds one to four channels of many pixels
-and needs as many scales and shifts; with pixels along the rows it would need those of 16 to 64 channels, which cost
-more instructions than the activation, and all registers of a Blackwell thread.
+The product is W @ x^T. With channels along the rows of the accumulator, a thread holds one to four channels of many
+pixels and needs as many scales and shifts; with pixels along the rows it would need those of 16 to 64 channels, which
+cost more instructions than the activation, and all registers of a Blackwell thread.
 
 Where images must be told apart (gate, pool) a tile ends with its image, so the gate is a vector. It multiplies
 the weight, the smaller operand, once in a tile.
@@ -31,15 +31,16 @@ supports = common.supports
 def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -> common.Config:
     """(pixels, output channels, input channels) of a tile; it depends on nothing that changes from call to call.
 
-    64 rows are what one warpgroup's matrix instruction takes and 128 what fills it on Blackwell; of the two, what
-    leaves fewer rows idle. Accumulators of 64 registers a thread leave room for 12 warps on a multiprocessor. float32 has
-    no matrix instruction of its own precision: its tiles are what the registers hold.
+    Rows are output channels: 64 are what one warpgroup's matrix instruction takes, 128 what fills it on Blackwell; of
+    the two, what leaves fewer rows idle, or 128 where the product narrows: there maps are small and x is what a tile
+    reads most of. Accumulators of 64 registers a thread leave room for 12 warps on a multiprocessor. float32 has no
+    matrix instruction of its own precision: its tiles are what the registers hold.
     """
     rows = min(64, max(16, next_power_of_2(c_out)))
     if dtype == torch.float32:
         return common.Config((64, rows, 16), 4, 2)
     depth = min(64, max(16, next_power_of_2(c_in)))
-    if c_out > 64 and cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64:
+    if c_out > 64 and (c_in > c_out or cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64):
         return common.Config((64, 128, depth), 4, 3)
     return common.Config((128, rows, depth), 4, 3)
 

@@ -1,0 +1,96 @@
+"""The kernels with matrix products where one tile is not enough, and what their prologues and epilogues promise."""
+
+import math
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
+from tests.ops import oracle
+from tests.ops.cases import Fused, Pointwise
+from tests.ops.inputs import build
+from tests.ops.test_special_values import unit_bn
+from tests.triton.tools import native, on_device
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TILED = [
+    (Pointwise(3, (9, 17), cin=40, cout=144), BF16),
+    (Pointwise(2, (13, 11), cin=144, cout=24, act="identity", gate=True, residual="nhwc"), FP32),
+    (Pointwise(2, (13, 11), cin=144, cout=24, act="identity", gate=True, residual="nhwc"), FP16),
+    (Pointwise(2, (9, 9), cin=70, cout=200, act="identity", gate=True), BF16),  # images end inside tiles
+    (Pointwise(2, (13, 12), cin=72, cout=300, pool=True), BF16),
+    (Pointwise(2, (9, 8), cin=72, cout=72, act="hardswish", pool=True, gate=True, residual="nchw"), FP32),
+    (Fused(2, (13, 11), cin=24, mid=24, cout=None, residual=True), BF16),
+    (Fused(2, (9, 11), cin=16, mid=40, cout=24, stride=(2, 2), padding="tf"), FP32),
+    (Fused(3, (9, 11), cin=20, mid=100, cout=40, stride=(2, 2), padding="tf"), FP16),
+    (Fused(2, (9, 10), cin=48, mid=144, cout=48, residual=True), BF16),
+    (Fused(1, (7, 9), cin=32, mid=40, cout=136, kernel=(5, 5), stride=(2, 2)), BF16),  # two tiles of outputs
+    (Fused(2, (24, 25), cin=3, mid=40, cout=None, stride=(2, 2), padding="tf", layout="nchw"), FP32),
+    (Fused(1, (12, 13), cin=FLAT_BELOW - 1, mid=24, cout=FLAT_BELOW - 1, residual=True), FP16),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), TILED, ids=lambda value: f"{type(value).__name__}-{value}")
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_many_tiles(case, dtype):
+    problem = native(build(case, dtype))
+    oracle.check(problem, "triton")
+    for got, again in zip(problem.call("triton"), problem.call("triton"), strict=True):
+        assert torch.equal(got, again), "two runs differ"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Pointwise(2, (5, 5), cin=17, cout=19),
+        Pointwise(2, (5, 5), cin=17, cout=19, gate=True),
+        Pointwise(2, (5, 5), cin=17, cout=19, pool=True),
+        Fused(2, (5, 6), cin=17, mid=19, cout=18),
+        Fused(2, (5, 6), cin=17, mid=19, cout=18, act="relu"),
+        Fused(2, (5, 6), cin=3, mid=19, cout=None, act="relu"),
+    ],
+    ids=lambda case: f"{type(case).__name__}-{case}",
+)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
+    problem = native(build(case, torch.float32))
+    clean = problem.call("triton")
+    problem.x[-1, 1, 2, 2] = value
+    for got, before, expected in zip(
+        problem.call("triton"), clean, oracle.stock(problem.x, problem.steps), strict=True
+    ):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got[0], before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_pool_adds_in_float32(dtype):
+    """2304 ones: a bfloat16 sum stops at 256, a float16 sum at 2048."""
+    x = torch.ones(1, 5, 48, 48, dtype=dtype)
+    x, weight, bn = on_device((x, torch.ones(3, 5, 1, 1, dtype=dtype), unit_bn(3)))
+    pooled = F.pointwise_conv_bn_act(x, weight, bn, "identity", pool=True, backend="triton")
+    assert torch.equal(pooled.cpu(), torch.full((1, 3), 5.0, dtype=dtype))
+
+
+@torch.no_grad()
+def test_a_planar_image_costs_the_stem_no_pass(monkeypatch):
+    """What reaches the kernel is the image itself, strides and all."""
+    from effnet_kernels.ops import triton_common
+
+    reached = []
+    launch = triton_common.launch_kernel
+    monkeypatch.setattr(
+        triton_common,
+        "launch_kernel",
+        lambda kernel, programs, tensors, *rest: (reached.append(tensors), launch(kernel, programs, tensors, *rest)),
+    )
+    problem = native(build(Fused(2, (8, 9), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), torch.float32))
+    oracle.check(problem, "triton")
+    x = reached[0][1]
+    assert x.stride() == problem.x.stride()
+    assert x.device.type != "cpu" or x.data_ptr() == problem.x.data_ptr()

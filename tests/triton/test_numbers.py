@@ -1,0 +1,140 @@
+"""Every Triton kernel against the float64 reference, by the criterion of docs/numerics.md.
+
+The hostile cases of an op are dealt out over the dtypes: together they still hold every pair of settings, and
+interpreting all of them three times would take longer than the rest of the suite. ``mbconv`` is made of the others'
+kernels, so every third of its cases has to do.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from effnet_kernels import functional as F
+from effnet_kernels.functional import SqueezeExciteWeights
+from effnet_kernels.ops.activations import ACTIVATIONS
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, drawn, fits, hostile
+from tests.ops.inputs import build
+from tests.ops.test_special_values import unit_bn
+from tests.triton.tools import native, on_device
+
+KINDS = {"depthwise": Depthwise, "squeeze": Squeeze, "mbconv": MBConv, "pointwise": Pointwise, "fused": Fused}
+
+CASES = [
+    pytest.param(case, dtype, id=f"{name}-{str(dtype)[6:]}-{case}")
+    for name, kind in KINDS.items()
+    for i, case in enumerate(hostile(kind)[:: 3 if kind is MBConv else 1])
+    for dtype in ([t for t in DTYPES if fits(case, t)][i % sum(fits(case, t) for t in DTYPES)],)
+]
+# More than one tile each way, and every class of tiles.
+TILED = [
+    Depthwise(2, (5, 18), c=72, kernel=(3, 3)),
+    Depthwise(1, (9, 17), c=40, kernel=(5, 5)),
+    Depthwise(1, (9, 34), c=24, kernel=(5, 5), stride=(2, 2), padding="tf"),
+    Depthwise(1, (3, 9), c=672, kernel=(3, 3)),
+    Squeeze(2, (9, 31), c=130, reduced=6),
+    Squeeze(1, (3, 3), c=700, reduced=150),
+    MBConv(2, (9, 18), cin=8, mid=48, cout=8, residual=True),
+]
+SMALL = settings(
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_hostile(case, dtype):
+    oracle.check(native(build(case, dtype)), "triton")
+
+
+@pytest.mark.parametrize("case", hostile(Squeeze), ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_hostile_gate(case):
+    oracle.check(native(build(case, torch.float32, gate_only=True)), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TILED, ids=lambda case: f"{type(case).__name__}-{case}")
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_many_tiles(case, dtype):
+    oracle.check(native(build(case, dtype)), "triton")
+
+
+@pytest.mark.parametrize("kind", [Depthwise, Squeeze, Pointwise], ids=lambda kind: kind.__name__)
+@pytest.mark.usefixtures("poison")
+@SMALL
+@given(data=st.data())
+@torch.no_grad()
+def test_any_shape(kind, data):
+    case: Case = data.draw(drawn(kind))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    assume(fits(case, dtype))
+    if isinstance(case, Depthwise):
+        assume(case.n < 3 and case.kernel[0] * case.kernel[1] <= 15)  # the larger the slower, and tested above
+    oracle.check(native(build(case, dtype)), "triton")
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_activations_over_their_whole_range(act, dtype):
+    """Every bfloat16 number up to 2^120 that the dtype holds, infinities and NaN, element by element."""
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = z[z.abs() < min(2.0**120, torch.finfo(dtype).max)]
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=torch.bfloat16)
+    z = torch.cat([finite, odd]).to(dtype)
+    z = z[: len(z) // 8 * 8].view(1, 8, 1, -1)
+    weight = torch.ones(8, 1, 1, 1, dtype=dtype)
+    (x, weight, bn) = on_device((z, weight, unit_bn(8)))
+    got = F.depthwise_conv_bn_act(x, weight, bn, act, backend="triton")[0].cpu()
+    exact = oracle.ACTIVATION[act](z.double())
+    stock = oracle.ACTIVATION[act](z)
+    assert torch.equal(got.isnan(), stock.isnan())
+    assert torch.equal(got.isinf(), stock.isinf())
+    # Twice stock's error, four roundings of the result, and subnormals may be flushed.
+    finfo = torch.finfo(dtype)
+    allowed = 2 * (stock.double() - exact).abs() + 2 * finfo.eps * exact.abs() + finfo.tiny
+    wrong = (got.double() - exact).abs() > allowed  # False where NaN
+    assert not wrong.any(), f"act({z[wrong][0]}) = {got[wrong][0]}, {exact[wrong][0]}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Depthwise(2, (5, 6), c=19, act="relu6"),
+        Squeeze(2, (5, 5), c=19),
+        MBConv(2, (5, 6), cin=17, mid=35, cout=18),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
+    problem = native(build(case, torch.float32))
+    clean = problem.call("triton")
+    problem.x[-1, 1, 2, 2] = value
+    for got, before, expected in zip(
+        problem.call("triton"), clean, oracle.stock(problem.x, problem.steps), strict=True
+    ):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got[0], before[0])
+
+
+@torch.no_grad()
+def test_means_are_summed_in_float32():
+    x = torch.ones(1, 5, 64, 64, dtype=torch.bfloat16)
+    weight = torch.ones(5, 1, 1, 1, dtype=torch.bfloat16)
+    x, weight, bn = on_device((x, weight, unit_bn(5)))
+    _, mean = F.depthwise_conv_bn_act(x, weight, bn, "identity", backend="triton")
+    assert torch.equal(mean.cpu(), torch.ones(1, 5))
+    zero = SqueezeExciteWeights(torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.zeros(4, 2, 1, 1), torch.zeros(4))
+    large = torch.full((1, 4, 32, 32), 6e4, dtype=torch.float16)
+    x, zero = on_device((large, zero))
+    assert torch.equal(F.squeeze_excite(x, zero, backend="triton").cpu(), large / 2)
