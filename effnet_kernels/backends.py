@@ -89,6 +89,11 @@ def check_backend(name: str) -> str:
     return name
 
 
+def automatic(device: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for tensors on this kind of device, in order."""
+    return _ORDER.get(device, _DEFAULT_ORDER)
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend of every op called inside the ``with`` block, in this thread or task.
@@ -138,10 +143,7 @@ accelerates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-    if asked == "auto":
-        candidates = _ORDER.get(problem.device, _DEFAULT_ORDER)
-    else:
-        candidates = (check_backend(asked),)
+    candidates = automatic(problem.device) if asked == "auto" else (check_backend(asked),)
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import effnet_kernels
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.backends import Problem, automatic, implementation
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
@@ -147,7 +147,7 @@ def _backends(asked: list[str] | None, device: str) -> list[str]:
             raise UserError(f"--backend must be one of {', '.join(known)}, got {name!r}")
         if not known[name][0]:
             raise UserError(f"--backend {name} is not available: {known[name][1]}")
-    return asked or [name for name, (available, _) in known.items() if available]
+    return asked or [name for name in automatic(device) if known[name][0]]
 
 
 def _write_json(file: str, content: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     command(info)
     added = command(verify, model, machine)
     added.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: all")
-    added.add_argument("--backend", nargs="+", help="default: all that are available")
+    added.add_argument("--backend", nargs="+", help="default: all that serve the device")
     added.add_argument("--seed", type=int, default=0, help="of weights and input")
     added = command(bench, model, machine, time)
     added.add_argument("--dtype", choices=DTYPES, default="float32")
