@@ -1,15 +1,27 @@
 """Compiling Triton launches for GPUs that are not here, and reading from the machine code what they will need.
 
-An op's ``launch`` runs on meta tensors with the enqueueing replaced by a list, so what is compiled is what would have
-been launched: the same tiles, flags and constants. This works on any machine, but not under TRITON_INTERPRET.
+A patched model runs on meta tensors with the enqueueing replaced by a list, so what is compiled is what would have
+been launched: the same tiles, flags and constants. It works on any machine, but not under TRITON_INTERPRET.
+
+    python -m effnet_kernels.benchmarking.ahead_of_time --models efficientnet_b0 --dtypes float16 --generations 90
+
+prints a row per distinct launch and exits with 1 if one of them spills registers, asks for more shared memory than
+there is, or lacks the instructions that it was written for.
 """
 
+import argparse
+import concurrent.futures
 import contextlib
+import functools
 import importlib
+import math
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,6 +32,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import effnet_kernels as ek
+from effnet_kernels.backends import Problem
+from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
 
 OPS = (
@@ -49,8 +64,22 @@ class Launch(NamedTuple):
     constants: tuple[Any, ...]
     config: triton_common.Config
 
+    @property
+    def op(self) -> str:
+        return self.kernel.fn.__module__.split(".")[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the map, where there is one."""
+        return min((t.dtype for t in self.tensors if t is not None), key=lambda dtype: dtype.itemsize)
+
     def constant(self, name: str) -> Any:
         return self.constants[self.kernel.arg_names.index(name) - len(self.tensors) - len(self.sizes)]
+
+    def variant(self) -> tuple[Any, ...]:
+        """What the compiled code depends on."""
+        types = tuple(None if t is None else t.dtype for t in self.tensors)
+        return self.op, self.kernel.fn.__name__, types, self.constants, self.config
 
 
 class Resources(NamedTuple):
@@ -60,11 +89,11 @@ class Resources(NamedTuple):
     local: int  # bytes of spilled registers and arrays that found no register
     shared: int
     blocks: int  # that fit on one multiprocessor
-    sass: str
+    instructions: tuple[str, ...]  # mnemonics in order
 
-    def count(self, instruction: str) -> int:
-        """How many instructions of the code have a mnemonic beginning like this."""
-        return len(re.findall(rf"^\s*(?:@!?U?P\w+\s+)?{re.escape(instruction)}\b", self.sass, re.MULTILINE))
+    def count(self, pattern: str) -> int:
+        """How many instructions have a mnemonic that begins with a match of this regular expression."""
+        return sum(re.match(pattern, instruction) is not None for instruction in self.instructions)
 
 
 def record(call: Callable[[], Any], generation: int) -> list[Launch]:
@@ -96,6 +125,26 @@ def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
         yield
 
 
+def record_model(model: str, size: int, batch: int, dtype: torch.dtype, generation: int) -> list[Launch]:
+    """The launches of one forward of a patched timm model, channels-last; its classifier is not ours."""
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model(model).eval().to(dtype).to(memory_format=torch.channels_last)
+        images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    ek.patch(network)
+
+    def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
+        return "triton", importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
+
+    with (
+        torch.inference_mode(),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know "meta"
+        mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
+    ):
+        return record(lambda: network(images), generation)
+
+
 def compile_launch(launch: Launch, generation: int) -> Resources:
     """Compile one launch for sm_80, sm_90a or sm_100a."""
     arguments = (*launch.tensors, *launch.sizes, *launch.constants)
@@ -125,16 +174,142 @@ def _read(cubin: bytes, shared: int, warps: int, generation: int) -> Resources:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = re.sub(r"/\*.*?\*/", "", _tool("nvdisasm", "-c", file.name))
+    instructions = tuple(re.findall(r"^\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^:\n]*;", sass, re.MULTILINE))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, static, local = map(int, found.groups())
     shared += static
     per_warp = -(-registers * 32 // 256) * 256
     fits = [WARPS // warps, REGISTERS // per_warp // warps, SHARED[generation] // (shared + 1024)]
-    return Resources(registers, stack + local, shared, min(fits), sass)
+    return Resources(registers, stack + local, shared, min(fits), instructions)
 
 
 def _tool(name: str, *arguments: str) -> str:
     """Output of one of the binary utilities that come with Triton."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def complaints(launch: Launch, resources: Resources, generation: int) -> list[str]:
+    """What is wrong with the machine code of a launch; nothing, if it may ship."""
+    found = []
+    if resources.local:
+        found.append(f"{resources.local} bytes of local memory: registers spill")
+    if resources.shared > SHARED_LIMIT[generation]:
+        found.append(f"{resources.shared} bytes of shared memory, there are {SHARED_LIMIT[generation]}")
+    if launch.dtype.itemsize == 2:
+        wanted = matrix_instruction(launch, generation)
+        if wanted and not resources.count(rf"{wanted}\b"):
+            found.append(f"no {wanted}")
+        if launch.op == "depthwise_conv_bn_act" and launch.kernel.fn.__name__ == "kernel":
+            channels = launch.constant("C")
+            if channels % 8 == 0 and not resources.count(r"LDG\S*\.128"):
+                found.append("no 16-byte loads from global memory")
+    return found
+
+
+def matrix_instruction(launch: Launch, generation: int) -> str | None:
+    """What a kernel with a product must contain: the generation's own instruction where its 64 rows are filled."""
+    if launch.op == "pointwise_conv_bn_act":
+        rows = launch.constant("BLOCK_N")
+    elif launch.op == "fused_mbconv":
+        rows = launch.constant("BLOCK_MID")
+    else:
+        return None
+    return MATRIX_INSTRUCTION[generation if rows >= 64 else 80]
+
+
+def describe(launch: Launch) -> str:
+    """Op, channels and options of a launch in a few words."""
+    names = launch.kernel.arg_names[-len(launch.constants) :]
+    values = dict(zip(names, launch.constants, strict=True))
+    channels = [values[name] for name in ("C_IN", "C", "C_MID", "C_OUT", "R") if values.get(name)]
+    text = f"{launch.op} {'-'.join(map(str, channels))}"
+    if "KH" in values:
+        text += f" k{values['KH']} s{values['SH']}"
+    options = ("GATE", "RESIDUAL", "POOL", "SUMS") if launch.op != "squeeze_excite_gate" else ()
+    return text + "".join(f" {name.lower()}" for name in options if values.get(name))
+
+
+def distinct(launches: Sequence[Launch]) -> list[Launch]:
+    """One launch of each compiled variant, in order of appearance."""
+    return list({launch.variant(): launch for launch in reversed(launches)}.values())[::-1]
+
+
+# One size serves: nothing is specialised on it.
+MODELS = (
+    *(f"efficientnet_b{i}" for i in range(8)),
+    *(f"tf_efficientnetv2_{size}" for size in "sml"),
+    "efficientnet_lite0", "efficientnet_es", "efficientnet_el",
+    "mnasnet_100", "mobilenetv2_100", "mobilenetv3_large_100",
+)  # fmt: skip
+SIZE = 224
+
+
+@functools.cache
+def _variants(model: str, dtype: str, generation: int) -> list[Launch]:
+    return distinct(record_model(model, SIZE, 1, getattr(torch, dtype), generation))
+
+
+def extremes(launches: Sequence[Launch]) -> list[Launch]:
+    """Of each op, the launches with the smallest and the largest tile."""
+    chosen = []
+    for op in OPS:
+        ranked = sorted(
+            (launch for launch in launches if launch.op == op), key=lambda each: math.prod(each.config.block)
+        )
+        chosen += ranked[:: max(1, len(ranked) - 1)]
+    return chosen
+
+
+def _row(task: tuple[str, str, int, int]) -> tuple[str, list[str], list[str]]:
+    """Compile launch number ``index`` of a model: runs in a worker, to which no kernel can be sent."""
+    model, dtype, generation, index = task
+    launch = _variants(model, dtype, generation)[index]
+    resources = compile_launch(launch, generation)
+    tile = "x".join(map(str, launch.config.block)) + f" w{launch.config.num_warps} s{launch.config.num_stages}"
+    columns = (resources.registers, resources.local, resources.shared, resources.blocks)
+    row = [describe(launch), dtype, f"sm_{generation}", tile, *map(str, columns)]
+    return f"{row[0]} {dtype} sm_{generation}", row, complaints(launch, resources, generation)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"])
+    parser.add_argument("--generations", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--sample", action="store_true", help="of each op only the smallest and the largest tile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if triton_common.INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    tasks = []
+    seen = set()
+    for model in options.models:
+        for dtype in options.dtypes:
+            for generation in options.generations:
+                launches = _variants(model, dtype, generation)
+                wanted = extremes(launches) if options.sample else launches
+                for index, launch in enumerate(launches):
+                    key = (generation, launch.variant())
+                    if any(launch is each for each in wanted) and key not in seen:
+                        seen.add(key)
+                        tasks.append((model, dtype, generation, index))
+    rows, bad = [], []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for done, (name, row, found) in enumerate(pool.map(_row, tasks), 1):
+            rows.append(row)
+            bad += [f"{name}: {complaint}" for complaint in found]
+            print(f"\r{done}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    header = ("launch", "dtype", "GPU", "tile", "registers", "local", "shared", "blocks/SM")
+    print(text_table(header, rows))
+    print(
+        "\n".join(bad) if bad else f"{len(rows)} launches: no spills, shared memory and instructions as they should be"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
