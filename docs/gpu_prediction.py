@@ -1,0 +1,217 @@
+"""Predicts the Triton kernels' times on an H100 and writes them into docs/performance.md, between its markers.
+
+A model, not a measurement. Every launch of a patched model is recorded and compiled for sm_90 (no GPU needed), and
+takes as long as the slowest of four things that are taken to overlap perfectly:
+
+    python docs/gpu_prediction.py
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from effnet_kernels.benchmarking.ahead_of_time import (
+    Launch,
+    Resources,
+    compile_launch,
+    describe,
+    matrix_instruction,
+    record_model,
+)
+
+GENERATION = 90
+DTYPE = torch.float16
+DRAM = 3.0e12  # bytes per second, as in DESIGN's floors
+L2 = 5.5e12  # bytes per second from the L2 to all multiprocessors
+TENSOR = {"HGMMA": 800e12, "HMMA": 500e12}  # reachable operations per second
+ISSUE = 132 * 4 * 1.7e9  # instructions of a warp per second: multiprocessors, schedulers, clock
+LAUNCH = 1.0e-6  # seconds between dependent kernels of a CUDA graph
+BATCH = 128
+MODELS = {"efficientnet_b0": 224, "efficientnet_b4": 380, "tf_efficientnetv2_s": 384}
+# Seconds per image at DRAM speed: each convolution one kernel; SE folded in as well, which is what these kernels do.
+FLOORS = {
+    "efficientnet_b0": (13.8e-6, 9.1e-6),
+    "efficientnet_b4": (107e-6, 68e-6),
+    "tf_efficientnetv2_s": (70e-6, 38e-6),
+}
+BEGIN, END = "<!-- gpu-prediction:begin -->", "<!-- gpu-prediction:end -->"
+
+TEXT = """{begin}
+## The Triton backend on an H100: a prediction
+
+**Nothing in this section was measured.** It is a model, computed by `python docs/gpu_prediction.py` from machine
+code compiled ahead of time for sm_90: float16, batch {batch}. A launch takes the longest of four times, as if they
+overlapped perfectly, and {launch:.0f} us for following another one:
+
+* *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
+* *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s;
+* *tensor*: the products with all padding of tiles, at {hgmma:.0f} TFLOP/s (HGMMA) or {hmma:.0f} (HMMA);
+* *issue*: instructions of the compiled code, loops of products counted once, at {issue:.2f} per ns.
+
+Tails of waves, latencies that too few warps leave open, and cache misses beyond this are left out: the truth is higher.
+*Moved* is the L2 traffic over the least that any implementation of the op must move; *floor* is that least from DRAM.
+
+| model | launches | predicted, per image | floor of one kernel per convolution | floor with SE folded in | bound by |
+|---|---|---|---|---|---|
+{models}
+
+The launches that take at least 3% of their model's time:
+
+| model | launch | count | tile | registers | shared | warps/SM | moved | predicted | bound by | floor |
+|---|---|---|---|---|---|---|---|---|---|---|
+{launches}
+{end}"""
+
+
+class Work(NamedTuple):
+    """What one launch has to do: bytes that the op cannot avoid, bytes through the L2, multiply-adds times two."""
+
+    minimum: float
+    l2: float
+    operations: float
+
+
+class Prediction(NamedTuple):
+    seconds: float
+    bound: str
+    floor: float
+    moved: float  # over the minimum
+
+
+def work(launch: Launch) -> Work:
+    """By the op's tiling; see the head of its file."""
+    tensors = [t for t in launch.tensors if t is not None]
+    all_bytes = float(sum(t.numel() * t.itemsize for t in tensors))
+    if launch.op == "pointwise_conv_bn_act":
+        return _pointwise(launch, all_bytes)
+    if launch.op == "fused_mbconv":
+        return _fused(launch, all_bytes)
+    if launch.op == "depthwise_conv_bn_act" and launch.kernel.fn.__name__ == "kernel":
+        return _depthwise(launch, all_bytes)
+    # The gate: every image reads both weights.
+    weights = sum(t.numel() * t.itemsize for t in tensors[2:])
+    return Work(all_bytes, all_bytes + weights * (tensors[0].shape[0] - 1), 0)
+
+
+def _pointwise(launch: Launch, all_bytes: float) -> Work:
+    element = launch.dtype.itemsize
+    c_in, c_out = launch.constant("C_IN"), launch.constant("C_OUT")
+    block_m, block_n, block_k = launch.config.block
+    tiles_n = -(-c_out // block_n)
+    x = launch.tensors[1]
+    assert x is not None
+    tiles = launch.programs  # of pixels by channels
+    if launch.constant("POOL"):
+        tiles *= -(-x.shape[2] * x.shape[3] // block_m)
+    again = (tiles_n - 1) * x.numel() * element + (tiles / tiles_n - 1) * c_in * c_out * element
+    return Work(all_bytes, all_bytes + again, 2.0 * tiles * block_m * block_n * -(-c_in // block_k) * block_k)
+
+
+def _fused(launch: Launch, all_bytes: float) -> Work:
+    element = launch.dtype.itemsize
+    c_in, c_mid, c_out = (launch.constant(name) for name in ("C_IN", "C_MID", "C_OUT"))
+    block_m, block_mid, block_out, block_k = launch.config.block
+    taps = launch.constant("KH") * launch.constant("KW")
+    chunks = -(-c_mid // block_mid)  # in one program if there is a projection, else spread over programs
+    tiles = launch.programs / (-(-c_out // block_out) if c_out else chunks)
+    flat = -(-taps * c_in // block_k) * block_k
+    depth = flat if launch.constant("FLAT") else taps * -(-c_in // block_k) * block_k
+    windows = chunks * tiles * block_m * taps * c_in * element
+    weights = tiles * c_mid * (taps * c_in + c_out) * element
+    y = launch.tensors[0]
+    assert y is not None
+    operations = 2.0 * tiles * block_m * chunks * block_mid * (depth + (block_out if c_out else 0))
+    return Work(all_bytes, windows + weights + y.numel() * element, operations)
+
+
+def _depthwise(launch: Launch, all_bytes: float) -> Work:
+    """The means' partial sums are not part of the minimum. Columns that neighbouring taps share come from the L1."""
+    y, sums = launch.tensors[:2]
+    assert y is not None
+    rows, columns, block_c = launch.config.block
+    kh, kw, sh, sw = (launch.constant(name) for name in ("KH", "KW", "SH", "SW"))
+    height, width = (int(size) for size in launch.sizes[:2])
+    window = min((rows - 1) * sh + kh, height) * min((columns - 1) * sw + kw, width) * block_c * launch.dtype.itemsize
+    partial = 0 if sums is None else sums.numel() * sums.itemsize
+    return Work(all_bytes - partial, launch.programs * window + y.numel() * y.itemsize + partial, 0)
+
+
+def predict(launch: Launch, resources: Resources) -> Prediction:
+    todo = work(launch)
+    times = {
+        "DRAM": sum(t.numel() * t.itemsize for t in launch.tensors if t is not None) / DRAM,
+        "L2": todo.l2 / L2,
+        "tensor": todo.operations / TENSOR[matrix_instruction(launch, GENERATION) or "HMMA"],
+        "issue": launch.programs * launch.config.num_warps * len(resources.instructions) / ISSUE,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return Prediction(times[bound] + LAUNCH, bound, todo.minimum / DRAM, todo.l2 / todo.minimum)
+
+
+def us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("performance.md"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options = parser.parse_args()
+    compiled: dict[tuple, Resources] = {}
+    model_rows, launch_rows = [], []
+    for model in options.models:
+        launches = record_model(model, MODELS[model], BATCH, DTYPE, GENERATION)
+        same: Counter[tuple] = Counter()
+        predicted: dict[tuple, tuple[Launch, Resources, Prediction]] = {}
+        for launch in launches:
+            variant = launch.variant()
+            if variant not in compiled:
+                compiled[variant] = compile_launch(launch, GENERATION)
+                print(f"{model}: {describe(launch)}", flush=True)
+            key = (variant, launch.programs)
+            same[key] += 1
+            predicted[key] = launch, compiled[variant], predict(launch, compiled[variant])
+        total = sum(count * predicted[key][2].seconds for key, count in same.items())
+        shares: Counter[str] = Counter()
+        for key, count in same.items():
+            shares[predicted[key][2].bound] += round(100 * count * predicted[key][2].seconds / total)
+        bounds = ", ".join(f"{bound} {share}%" for bound, share in shares.most_common())
+        unfused, folded = FLOORS[model]
+        name = f"{model} @{MODELS[model]}"
+        model_rows.append(
+            f"| {name} | {len(launches)} | {us(total / BATCH)} | {us(unfused)} | {us(folded)} | {bounds} |"
+        )
+        for key, count in sorted(same.items(), key=lambda item: -item[1] * predicted[item[0]][2].seconds):
+            launch, resources, result = predicted[key]
+            if count * result.seconds >= 0.03 * total:
+                warps = launch.config.num_warps
+                tile = "x".join(map(str, launch.config.block)) + f", {warps} warps"
+                launch_rows.append(
+                    f"| {model} | {describe(launch)} | {count} | {tile} | {resources.registers} "
+                    f"| {resources.shared / 1024:.0f} KiB | {resources.blocks * warps} | {result.moved:.2f}x "
+                    f"| {us(result.seconds)} | {result.bound} | {us(result.floor)} |"
+                )
+    text = TEXT.format(
+        begin=BEGIN, end=END, batch=BATCH, launch=LAUNCH * 1e6, dram=DRAM / 1e12, l2=L2 / 1e12,
+        hgmma=TENSOR["HGMMA"] / 1e12, hmma=TENSOR["HMMA"] / 1e12, issue=ISSUE / 1e9,
+        models="\n".join(model_rows), launches="\n".join(launch_rows),
+    )  # fmt: skip
+    options.output.write_text(inserted(options.output.read_text() if options.output.exists() else "", text))
+
+
+def inserted(page: str, text: str) -> str:
+    """The page with the text in place of what stands between the markers, or at its end where there are none."""
+    before, begin, rest = page.partition(BEGIN)
+    if not begin:
+        return f"{page.rstrip()}\n\n{text}\n".lstrip()
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{BEGIN} without {END}")
+    return before + text + after
+
+
+if __name__ == "__main__":
+    main()
