@@ -156,7 +156,7 @@ class Suite:
         return record
 
     def write(self) -> None:
-        """One file per level, ``<device>-<threads>t-<level>.json``; cases measured earlier at this commit stay in it."""
+        """One file per level, ``<device>-<threads>t-<level>.json``; cases measured before at this commit stay in it."""
         folder: Path = self.config.getoption("--results")
         for level, cases in self.levels.items():
             record = environment(DEVICE)

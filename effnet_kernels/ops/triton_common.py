@@ -136,7 +136,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def mean_of_sums(sums_ptr, tiles, pixels, c, C: tl.constexpr, TILES: tl.constexpr):
-    """Means of the channels c of one image from the sums of its tiles, [tiles, C]: ``TILES`` rows at a time, in order."""
+    """Means of the channels c of one image from the sums of its tiles, [tiles, C]: in order, ``TILES`` rows at once."""
     total = tl.zeros(c.shape, tl.float32)
     first = 0
     while first < tiles:  # not `for`: the interpreter cannot count to a tensor under numpy 2.4
@@ -197,7 +197,8 @@ def launch_kernel(
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch_kernel(kernel, programs, tensors, sizes, constants, config)
+            launch_kernel(kernel, programs, tensors, sizes, constants, config)
+        return
     key = (
         kernel.fn, device, constants, config.num_warps, config.num_stages, max(sizes) < 2**31,
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],

@@ -39,9 +39,7 @@ TILED = [
     Squeeze(1, (3, 3), c=700, reduced=150),
     MBConv(2, (9, 18), cin=8, mid=48, cout=8, residual=True),
 ]
-SMALL = settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+SMALL = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES)

@@ -1,7 +1,7 @@
 """``depthwise_conv_bn_act`` in Triton.
 
-Designed for one read of x and one write of y: 4 bytes per element in 16 bit at stride 1, 10 at stride 2. On an H100 that
-leaves about 35 instructions of a lane per element, fewer than a 5x5 window has products and conversions. So a
+Designed for one read of x and one write of y: 4 bytes per element in 16 bit at stride 1, 10 at stride 2. On an H100
+that leaves about 35 instructions of a lane per element, fewer than a 5x5 window has products and conversions. So a
 thread owns 16 bytes of channels and a column of ``ROWS`` outputs: an input is loaded and converted once per horizontal
 tap, (ROWS + KH - 1) / ROWS * KW times per output instead of KH * KW, and the overlap of rows stays in registers. The
 overlap of columns comes from the L1 cache.

@@ -74,9 +74,7 @@ def launch(
         if expand_weight is None:
             expanded = part
         else:
-            pointwise_conv_bn_act.launch(
-                expanded, part, expand_weight, expand_bn, expand_eps, act, None, None, False
-            )
+            pointwise_conv_bn_act.launch(expanded, part, expand_weight, expand_bn, expand_eps, act, None, None, False)
         sums = depthwise_conv_bn_act.launch_sums(
             filtered, expanded, weight, bn, eps, stride, padding, act, gate is not None
         )

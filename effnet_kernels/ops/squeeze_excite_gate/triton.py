@@ -1,7 +1,7 @@
 """``squeeze_excite_gate`` in Triton: both layers in one small kernel, a program per image.
 
-A program reads both weights, 2 C R elements, from the L2: 110 KB in B0's widest block, 2.5 MB in B7's. It also turns the
-sums of tiles that the depthwise convolution leaves into means, so that SE costs a block one launch.
+A program reads both weights, 2 C R elements, from the L2: 110 KB in B0's widest block, 2.5 MB in B7's. It also turns
+the sums of tiles that the depthwise convolution leaves into means, so that SE costs a block one launch.
 """
 
 from collections.abc import Sequence
