@@ -1,0 +1,254 @@
+// What all CUDA kernels share: dtypes, vectors of 16 bytes, BatchNorm, activations, the launch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/api.h"
+#include "cuda/ptx.cuh"
+
+namespace effnet::cuda {
+
+using bf16 = __nv_bfloat16;
+using half = __half;
+
+template <class T>
+constexpr bool kIs16Bit = sizeof(T) == 2;
+
+// Elements in 16 bytes: the channels that one load of a thread brings.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// ---- conversions -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+
+// Rounds to nearest even; fp16 overflows to infinity as stock layers do.
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// The bits of one value as another type of the same size.
+template <class To, class From>
+__device__ __forceinline__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Two neighbours packed in 32 bits, the first in the low half, as two floats.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, half>) {
+    return __half22float2(bit_cast<__half2>(pair));
+  } else {  // bf16 is the upper half of an fp32
+    return {bit_cast<float>(pair << 16), bit_cast<float>(pair & 0xffff0000u)};
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, half>) {
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+  } else {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+}
+
+// kCount elements of T in registers, as loaded: 4, 8 or 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vec {
+  uint32_t words[sizeof(T) * kCount / 4];
+
+  static __device__ __forceinline__ Vec zero() { return Vec{}; }
+
+  // `from` is aligned to the size of the vector.
+  static __device__ __forceinline__ Vec load(const T* from) { return *reinterpret_cast<const Vec*>(from); }
+
+  // Reads past L1's promises: the data is constant for the whole kernel.
+  static __device__ __forceinline__ Vec load_constant(const T* from) {
+#if defined(__CUDA_ARCH__)
+    Vec out;
+    if constexpr (sizeof(Vec) == 16) {
+      out = bit_cast<Vec>(__ldg(reinterpret_cast<const uint4*>(from)));
+    } else if constexpr (sizeof(Vec) == 8) {
+      out = bit_cast<Vec>(__ldg(reinterpret_cast<const uint2*>(from)));
+    } else {
+      out = bit_cast<Vec>(__ldg(reinterpret_cast<const uint32_t*>(from)));
+    }
+    return out;
+#else
+    return load(from);
+#endif
+  }
+
+  __device__ __forceinline__ void store(T* to) const { *reinterpret_cast<Vec*>(to) = *this; }
+
+  __device__ __forceinline__ void to_floats(float (&out)[kCount]) const {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = bit_cast<float>(words[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {
+        const float2 pair = unpack<T>(words[i]);
+        out[2 * i] = pair.x;
+        out[2 * i + 1] = pair.y;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ Vec from_floats(const float (&in)[kCount]) {
+    Vec out;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out.words[i] = bit_cast<uint32_t>(in[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) out.words[i] = pack<T>(in[2 * i], in[2 * i + 1]);
+    }
+    return out;
+  }
+};
+
+// Element i of a parameter that is fp32 or T.
+template <class T>
+__device__ __forceinline__ float load_param(const Param& p, int64_t i) {
+  if (p.is_fp32) return static_cast<const float*>(p.data)[i];
+  return to_float(static_cast<const T*>(p.data)[i]);
+}
+
+// ---- epilogues -------------------------------------------------------------------------------------------
+
+// BatchNorm of one channel as y * scale + shift.
+struct Affine {
+  float scale, shift;
+};
+
+template <class T>
+__device__ __forceinline__ Affine bn_affine(const BatchNorm& bn, int channel) {
+  const float scale = load_param<T>(bn.gamma, channel) / sqrtf(load_param<T>(bn.var, channel) + bn.eps);
+  return {scale, load_param<T>(bn.beta, channel) - load_param<T>(bn.mean, channel) * scale};
+}
+
+// Minimum and maximum that keep a NaN, as torch's clamp does.
+__device__ __forceinline__ float at_least(float x, float low) { return x < low ? low : x; }
+__device__ __forceinline__ float at_most(float x, float high) { return x > high ? high : x; }
+
+// 1 / (1 + exp(-x)). A 16-bit result takes two hardware approximations, within 2 ulp of fp32 each. (tanh.approx would be
+// one, but with 2^-11 relative error 1 + tanh(x / 2) has no correct digit left at x = -8, and stock has all of them.)
+// Divided by 4 until the end, so that the reciprocal stays a normal number up to where exp(-x) overflows, in
+// stock layers too.
+template <bool kExact>
+__device__ __forceinline__ float sigmoid(float x) {
+  if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
+  return 0.25f * rcp_approx(ex2_approx(fmaf(x, -1.4426950408889634f, -2.0f)) + 0.25f);
+}
+
+template <bool kExact>
+__device__ __forceinline__ float sixth(float x) {
+  return kExact ? x / 6.0f : x * (1.0f / 6.0f);
+}
+
+// Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not diverge.
+template <bool kExact>
+__device__ __forceinline__ float activate(int act, float x) {
+  switch (act) {
+    case kRelu:
+      return at_least(x, 0.0f);
+    case kRelu6:
+      return at_most(at_least(x, 0.0f), 6.0f);
+    case kSilu:
+      if constexpr (kExact) return x / (1.0f + expf(-x));
+      return x * sigmoid<kExact>(x);
+    case kHardswish:
+      return sixth<kExact>(x * at_most(at_least(x + 3.0f, 0.0f), 6.0f));
+    case kSigmoid:
+      return sigmoid<kExact>(x);
+    case kHardsigmoid:
+      return sixth<kExact>(at_most(at_least(x + 3.0f, 0.0f), 6.0f));
+    default:
+      return x;
+  }
+}
+
+// The same for an array: one switch for all of it.
+template <bool kExact, int kCount>
+__device__ __forceinline__ void activate(int act, float (&x)[kCount]) {
+  const auto each = [&x](auto code) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = activate<kExact>(decltype(code)::value, x[i]);
+  };
+  switch (act) {
+    case kRelu:
+      return each(std::integral_constant<int, kRelu>());
+    case kRelu6:
+      return each(std::integral_constant<int, kRelu6>());
+    case kSilu:
+      return each(std::integral_constant<int, kSilu>());
+    case kHardswish:
+      return each(std::integral_constant<int, kHardswish>());
+    case kSigmoid:
+      return each(std::integral_constant<int, kSigmoid>());
+    case kHardsigmoid:
+      return each(std::integral_constant<int, kHardsigmoid>());
+    default:
+      return;
+  }
+}
+
+// ---- host code -------------------------------------------------------------------------------------------
+
+template <class Int>
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+// Calls f(T()) with the element type of a map.
+template <class F>
+Status with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float());
+    case DType::kFloat16:
+      return f(half());
+    default:
+      return f(bf16());
+  }
+}
+
+// Enqueues kernel<<<grid, threads, shared_bytes, stream>>>(params). Up to 48 KB of dynamic shared memory need no
+// leave; more is asked for at every call, which costs less than a microsecond and needs no state per device.
+template <class Params>
+Status launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+              const Params& params) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return {error, nullptr};
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return {cudaLaunchKernelEx(&config, kernel, params), nullptr};
+}
+
+}  // namespace effnet::cuda
