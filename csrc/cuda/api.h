@@ -109,4 +109,69 @@ struct MeanParams {
 };
 Status launch_mean(const MeanParams& p, cudaStream_t stream);
 
+// ---- pointwise_conv_bn_act.cu ----------------------------------------------------------------------------
+
+struct PointwiseParams {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;         // [N, P, C_in]
+  const void* weight = nullptr;    // [C_out, C_in] in dtype
+  const float* gate = nullptr;     // [N, C_in]; null: none
+  const void* residual = nullptr;  // [N, P, C_out]; null: none
+  void* y = nullptr;               // [N, P, C_out], with pool [N, C_out]
+  BatchNorm bn;
+  int act = kIdentity;
+  bool pool = false;
+  int64_t n = 0, pixels = 0;
+  int c_in = 0, c_out = 0;
+};
+Status launch_pointwise_conv_bn_act(const PointwiseParams& p, cudaStream_t stream);
+
+// ---- expand_depthwise.cu ---------------------------------------------------------------------------------
+
+// Expansion, BatchNorm, act, depthwise convolution, BatchNorm, act in one kernel.
+struct ExpandDepthwiseParams {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;              // [N, H, W, C_in]
+  const void* expand_weight = nullptr;  // [C_mid, C_in] in dtype
+  const void* weight = nullptr;         // [C_mid, KH, KW] in dtype
+  void* y = nullptr;                    // [N, OH, OW, C_mid]
+  float* sums = nullptr;                // [N, tiles, C_mid], tiles = plan.tiles; null: not wanted
+  BatchNorm expand_bn, bn;
+  Window window;
+  int act = kIdentity;
+  int64_t n = 0;
+  int h = 0, w = 0, c_in = 0, c_mid = 0, oh = 0, ow = 0;
+};
+
+// How the kernel cuts a problem. It depends on the shape of one image and on the GPU, never on the batch.
+struct ExpandDepthwisePlan {
+  const char* unsupported = nullptr;  // why the kernel does not take the problem; null: it does
+  int channels = 0;                   // expanded channels of a block
+  int rows = 0;                       // output rows of a block
+  int tiles = 0;                      // blocks down an image, over which the sums run
+  int shared_bytes = 0;
+};
+// `shared_limit`: bytes of shared memory that a block may have.
+ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int shared_limit);
+Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream);
+
+// ---- fused_mbconv.cu -------------------------------------------------------------------------------------
+
+struct FusedMBConvParams {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;        // [N, H, W, C_in] at x_stride
+  int64_t x_stride[4] = {};       // n, h, w, c in elements
+  const void* weight = nullptr;   // [C_mid, KH, KW, C_in] in dtype
+  const void* project = nullptr;  // [C_out, C_mid] in dtype; null: none, C_out = C_mid
+  void* y = nullptr;              // [N, OH, OW, C_out]
+  BatchNorm bn, project_bn;
+  Window window;
+  int act = kIdentity;
+  bool residual = false;  // adds x, then dense and of the size of y
+  int64_t n = 0;
+  int h = 0, w = 0, c_in = 0, c_mid = 0, c_out = 0, oh = 0, ow = 0;
+};
+// `shared_limit`: bytes of shared memory that a block may have.
+Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
+
 }  // namespace effnet::cuda
