@@ -1,0 +1,81 @@
+// Loads and stores with cache hints, fences and atomics.
+#pragma once
+
+#include <cstdint>
+
+#include "scheduler.h"
+
+namespace cuda_emulation {
+
+// A misaligned vector access ends a kernel on the GPU.
+template <typename T>
+T* aligned(T* pointer) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % alignof(T) != 0)
+    scheduler.fail("accesses %p, which is not aligned to %zu bytes", static_cast<const void*>(pointer), alignof(T));
+  return pointer;
+}
+
+// Threads are not interrupted, so any operation is atomic. Whoever waits for another's by asking again lets it run.
+template <typename T, typename Update>
+T atomic(T* pointer, Update update) {
+  const T old = *aligned(pointer);
+  *pointer = update(old);
+  scheduler.yield_sometimes();
+  return old;
+}
+
+}  // namespace cuda_emulation
+
+#define CUDA_EMULATION_LOAD(name)                \
+  template <typename T>                          \
+  T name(const T* pointer) {                     \
+    return *cuda_emulation::aligned(pointer);    \
+  }
+CUDA_EMULATION_LOAD(__ldg)
+CUDA_EMULATION_LOAD(__ldca)
+CUDA_EMULATION_LOAD(__ldcg)
+CUDA_EMULATION_LOAD(__ldcs)
+CUDA_EMULATION_LOAD(__ldcv)
+CUDA_EMULATION_LOAD(__ldlu)
+#undef CUDA_EMULATION_LOAD
+
+#define CUDA_EMULATION_STORE(name)               \
+  template <typename T>                          \
+  void name(T* pointer, T value) {               \
+    *cuda_emulation::aligned(pointer) = value;   \
+  }
+CUDA_EMULATION_STORE(__stcg)
+CUDA_EMULATION_STORE(__stcs)
+CUDA_EMULATION_STORE(__stwb)
+CUDA_EMULATION_STORE(__stwt)
+#undef CUDA_EMULATION_STORE
+
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
+inline void __nanosleep(unsigned) { cuda_emulation::scheduler.yield(); }
+[[noreturn]] inline void __trap() { cuda_emulation::scheduler.fail("executes __trap()"); }
+
+#define CUDA_EMULATION_ATOMIC(name, expression)                                   \
+  template <typename T>                                                           \
+  T name(T* pointer, std::common_type_t<T> value) {                               \
+    return cuda_emulation::atomic(pointer, [value](T old) { return (expression); }); \
+  }
+CUDA_EMULATION_ATOMIC(atomicAdd, old + value)
+CUDA_EMULATION_ATOMIC(atomicSub, old - value)
+CUDA_EMULATION_ATOMIC(atomicMin, old < value ? old : value)
+CUDA_EMULATION_ATOMIC(atomicMax, old < value ? value : old)
+CUDA_EMULATION_ATOMIC(atomicAnd, old& value)
+CUDA_EMULATION_ATOMIC(atomicOr, old | value)
+CUDA_EMULATION_ATOMIC(atomicXor, old ^ value)
+CUDA_EMULATION_ATOMIC(atomicInc, old >= value ? T{0} : old + 1)
+#undef CUDA_EMULATION_ATOMIC
+
+template <typename T>
+T atomicExch(T* pointer, std::common_type_t<T> value) {
+  return cuda_emulation::atomic(pointer, [value](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* pointer, std::common_type_t<T> expected, std::common_type_t<T> value) {
+  return cuda_emulation::atomic(pointer, [=](T old) { return old == expected ? value : old; });
+}

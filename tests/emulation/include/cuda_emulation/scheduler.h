@@ -1,0 +1,176 @@
+// Runs one block after another, every thread of a block as a fiber. A thread runs until it waits or returns; which
+// one follows is drawn from a seeded random sequence, so code that lacks a barrier sees an order in which it fails.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "random.h"
+#include "shared_memory.h"
+
+inline uint3 threadIdx{}, blockIdx{};
+inline dim3 blockDim{}, gridDim{};
+inline constexpr int warpSize = 32;
+
+namespace cuda_emulation {
+
+inline constexpr int kMaxThreads = 1024;  // of a block
+
+// What the emulation reports about a kernel: divergence, deadlock, a collective that lacks a lane.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A call that makes threads wait for each other, and its place in the source.
+struct Site {
+  const char* call = nullptr;
+  const char* file = nullptr;
+  int line = 0;
+  bool operator==(const Site& other) const {
+    return line == other.line && (call == other.call || std::string(call) == other.call) &&
+           (file == other.file || std::string(file) == other.file);
+  }
+  std::string text() const { return std::string(call) + " at " + file + ":" + std::to_string(line); }
+};
+
+struct Fiber;
+
+// A 16-byte copy into shared memory that has been started and not waited for.
+struct AsyncCopy {
+  void* shared;
+  const void* global;
+  int valid_bytes;
+};
+
+enum class State { kReady, kAtBarrier, kInCollective, kFinished };
+
+struct Thread {
+  uint3 index;
+  int warp, lane;
+  State state;
+  Fiber* fiber;   // null until it first runs
+  Site site;      // where it waits
+  unsigned mask;  // the lanes of that collective
+  std::vector<AsyncCopy> copies;         // oldest first
+  std::vector<std::size_t> copy_groups;  // the number of copies in each committed group
+};
+
+struct Warp {
+  unsigned lanes;     // that exist
+  unsigned finished;  // that have returned
+  unsigned waiting;   // that wait in a collective
+  void* operands[32];
+};
+
+struct Fiber {
+  Context context;
+  Thread* thread;
+};
+
+class Scheduler {
+ public:
+  // Runs `kernel(arguments)` for every thread of every block. Throws Error.
+  void run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*), void* arguments);
+
+  // ---- called by the running thread ----
+
+  Thread& current() {
+    if (current_ == nullptr) throw Error("device code was called outside of a kernel");
+    return *current_;
+  }
+
+  // Barrier of the whole block. Returns over how many threads the predicate holds.
+  int barrier(bool predicate, const Site& site);
+
+  // Waits for all lanes of the mask to make the same call; then `perform` is called once with all their operands.
+  void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
+                  const Site& site);
+
+  // Lets other threads run: for what waits by asking again.
+  void yield();
+  void yield_sometimes() {
+    if (random_.below(8) == 0) yield();
+  }
+
+  // Ends the launch with an error about the running thread.
+  [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+  // ---- control ----
+
+  void set_seed(std::uint64_t seed) {
+    seed_ = seed;
+    launches_ = 0;
+  }
+  std::uint64_t launches() const { return launches_; }
+  std::uint64_t switches() const { return switches_; }
+
+  Thread& lane(int i) { return threads_[current().warp * 32 + i]; }
+
+ private:
+  void ready_all();
+  void ready_lanes(unsigned lanes, Thread* warp);
+  void ready(Thread& thread, bool ahead = false);
+  Thread* next();
+
+  static void fiber_main();
+  void leave();
+  void resume(Thread* thread, Fiber& from);
+  Fiber& free_fiber(Thread* thread);
+  void finish(Thread& thread);
+  void run_block();
+  void enter(Thread& thread) {
+    current_ = &thread;
+    threadIdx = thread.index;
+  }
+
+  const Thread& any_finished() const;
+  static std::string block_name();
+  static std::string name(const Thread& thread);
+  std::string deadlock() const;
+
+  // The block that runs.
+  int count_ = 0, finished_ = 0;
+  std::vector<Thread> threads_ = std::vector<Thread>(kMaxThreads);
+  std::vector<Warp> warps_ = std::vector<Warp>(kMaxThreads / 32);
+  struct {
+    int arrived = 0, holds = 0, result = 0;
+    const Thread* first = nullptr;
+  } barrier_;
+  std::deque<Thread*> ready_;
+  Thread* current_ = nullptr;
+  int stalled_ = 0;  // how often threads have yielded since one went on
+  std::string error_;
+
+  // Fibers outlive threads and blocks.
+  std::unique_ptr<Stacks> stacks_;
+  std::vector<Fiber> fibers_ = std::vector<Fiber>(kMaxThreads);
+  std::vector<Fiber*> free_fibers_;
+  int fibers_made_ = 0;
+  Fiber* running_ = nullptr;
+  Context main_;
+
+  // The launch.
+  std::mutex running_a_kernel_;
+  void (*kernel_)(void*) = nullptr;
+  void* arguments_ = nullptr;
+  Random random_;
+  std::vector<int> order_, warp_order_, lane_order_;
+  std::uint64_t seed_ = 0, launches_ = 0, switches_ = 0;
+};
+
+inline Scheduler scheduler;
+
+}  // namespace cuda_emulation
+
+#include "scheduler_impl.h"

@@ -1,0 +1,290 @@
+// Included by scheduler.h.
+#pragma once
+
+namespace cuda_emulation {
+
+// ---- waiting -----------------------------------------------------------------------------------------------
+
+inline int Scheduler::barrier(bool predicate, const Site& site) {
+  Thread& self = current();
+  self.state = State::kAtBarrier;
+  self.site = site;
+  if (finished_ > 0) fail("waits in %s, but %s has returned", site.text().c_str(), name(any_finished()).c_str());
+  if (barrier_.arrived == 0) barrier_.first = &self;
+  const Thread& first = *barrier_.first;
+  if (!(first.site == site))
+    fail("waits in %s while %s waits in %s", site.text().c_str(), name(first).c_str(), first.site.text().c_str());
+  barrier_.holds += predicate;
+  if (++barrier_.arrived == count_) {
+    barrier_.result = barrier_.holds;
+    barrier_.arrived = barrier_.holds = 0;
+    ready_all();
+  }
+  leave();
+  return barrier_.result;
+}
+
+inline void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* const*, unsigned),
+                                  const Site& site) {
+  Thread& self = current();
+  Warp& warp = warps_[self.warp];
+  mask &= warp.lanes;
+  if (!(mask >> self.lane & 1))
+    fail("calls %s, whose mask 0x%08x lacks this lane, %d", site.text().c_str(), mask, self.lane);
+  if (mask & warp.finished) {
+    const Thread& gone = lane(__builtin_ctz(mask & warp.finished));
+    fail("waits in %s for lane %d, but %s has returned", site.text().c_str(), gone.lane, name(gone).c_str());
+  }
+  self.state = State::kInCollective;
+  self.site = site;
+  self.mask = mask;
+  warp.operands[self.lane] = operands;
+  warp.waiting |= 1u << self.lane;
+  if ((warp.waiting & mask) != mask) return leave();
+
+  for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+    const Thread& other = lane(__builtin_ctz(rest));
+    if (other.mask != mask || !(other.site == site))
+      fail("calls %s with the mask 0x%08x while %s calls %s with the mask 0x%08x", site.text().c_str(), mask,
+           name(other).c_str(), other.site.text().c_str(), other.mask);
+  }
+  perform(warp.operands, mask);
+  warp.waiting &= ~mask;
+  self.state = State::kReady;
+  ready_lanes(mask & ~(1u << self.lane), &lane(0));
+}
+
+inline void Scheduler::yield() {
+  constexpr int kLimit = 10'000'000;
+  if (++stalled_ > kLimit) fail("waits for a value that no thread changes; neither does any other go on");
+  ready_.push_back(&current());
+  leave();
+}
+
+// ---- who runs next -----------------------------------------------------------------------------------------
+
+// All threads of the block become ready: in any order, or a warp at a time.
+inline void Scheduler::ready_all() {
+  stalled_ = 0;
+  const int warps = (count_ + 31) / 32;
+  if (random_.below(2) == 0) {
+    random_.shuffle(order_.begin(), count_);
+    for (int i = 0; i < count_; ++i) ready(threads_[order_[i]]);
+    return;
+  }
+  random_.shuffle(warp_order_.begin(), warps);
+  for (int i = 0; i < warps; ++i) {
+    const int first = warp_order_[i] * 32, lanes = std::min(32, count_ - first);
+    random_.shuffle(lane_order_.begin(), 32);
+    for (int lane : lane_order_)
+      if (lane < lanes) ready(threads_[first + lane]);
+  }
+}
+
+// The lanes of a warp become ready: they run at once, ahead of the other warps, or after those.
+inline void Scheduler::ready_lanes(unsigned lanes, Thread* warp) {
+  stalled_ = 0;
+  const bool ahead = random_.below(2) == 0;
+  random_.shuffle(lane_order_.begin(), 32);
+  for (int lane : lane_order_)
+    if (lanes >> lane & 1) ready(warp[lane], ahead);
+}
+
+inline void Scheduler::ready(Thread& thread, bool ahead) {
+  thread.state = State::kReady;
+  if (ahead)
+    ready_.push_front(&thread);
+  else
+    ready_.push_back(&thread);
+}
+
+inline Thread* Scheduler::next() {
+  if (ready_.empty()) return nullptr;
+  Thread* thread = ready_.front();
+  ready_.pop_front();
+  return thread;
+}
+
+// ---- fibers ------------------------------------------------------------------------------------------------
+
+// The current thread waits, or is ready again: others run before this returns.
+inline void Scheduler::leave() {
+  Thread& self = *current_;
+  Fiber& fiber = *running_;
+  self.fiber = &fiber;
+  Thread* other = next();
+  if (other != &self) resume(other, fiber);
+  enter(self);
+}
+
+// Without a thread that could go on, back to run_block().
+inline void Scheduler::resume(Thread* thread, Fiber& from) {
+  if (thread == nullptr) return switch_context(from.context, main_);
+  if (thread->fiber == nullptr) thread->fiber = &free_fiber(thread);
+  running_ = thread->fiber;
+  ++switches_;
+  switch_context(from.context, running_->context);
+}
+
+// A fiber runs one thread after another; as long as none of them waits it serves them all.
+inline void Scheduler::fiber_main() {
+  enter_context();
+  Scheduler& s = scheduler;
+  Fiber& self = *s.running_;
+  for (;;) {
+    Thread& thread = *self.thread;
+    s.enter(thread);
+    try {
+      s.kernel_(s.arguments_);
+    } catch (const std::exception& error) {
+      s.fail("threw an exception: %s", error.what());
+    }
+    s.finish(thread);
+    Thread* following = s.next();
+    if (following != nullptr && following->fiber == nullptr) {
+      self.thread = following;
+      continue;
+    }
+    s.free_fibers_.push_back(&self);
+    s.resume(following, self);
+  }
+}
+
+inline Fiber& Scheduler::free_fiber(Thread* thread) {
+  if (free_fibers_.empty()) {
+    if (!stacks_) stacks_ = std::make_unique<Stacks>(kMaxThreads);
+    const int i = fibers_made_++;
+    prepare(fibers_[i].context, stacks_->bottom(i), stacks_->size(i), fiber_main);
+    free_fibers_.push_back(&fibers_[i]);
+  }
+  Fiber& fiber = *free_fibers_.back();
+  free_fibers_.pop_back();
+  fiber.thread = thread;
+  return fiber;
+}
+
+inline void Scheduler::finish(Thread& thread) {
+  stalled_ = 0;
+  thread.state = State::kFinished;
+  ++finished_;
+  Warp& warp = warps_[thread.warp];
+  warp.finished |= 1u << thread.lane;
+  if (barrier_.arrived > 0)
+    fail("returned while %s waits in %s", name(*barrier_.first).c_str(), barrier_.first->site.text().c_str());
+  for (unsigned waiting = warp.waiting; waiting != 0; waiting &= waiting - 1) {
+    const Thread& other = lane(__builtin_ctz(waiting));
+    if (other.mask >> thread.lane & 1)
+      fail("returned while %s waits for it in %s", name(other).c_str(), other.site.text().c_str());
+  }
+}
+
+// ---- blocks and launches -----------------------------------------------------------------------------------
+
+inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*),
+                           void* arguments) {
+  const std::lock_guard lock(running_a_kernel_);
+  random_ = Random(scatter(seed_) + ++launches_);
+  gridDim = grid;
+  blockDim = block;
+  kernel_ = kernel;
+  arguments_ = arguments;
+  block_memory.open(dynamic_shared);
+
+  count_ = static_cast<int>(block.x * block.y * block.z);
+  order_.resize(count_);
+  for (int i = 0; i < count_; ++i) {
+    const unsigned x = i % block.x, y = i / block.x % block.y, z = i / (block.x * block.y);
+    threads_[i].index = {x, y, z};
+    threads_[i].warp = i / 32;
+    threads_[i].lane = i % 32;
+    order_[i] = i;
+  }
+  warp_order_.resize((count_ + 31) / 32);
+  std::iota(warp_order_.begin(), warp_order_.end(), 0);
+  lane_order_.resize(32);
+  std::iota(lane_order_.begin(), lane_order_.end(), 0);
+
+  std::vector<std::uint32_t> blocks(std::size_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  random_.shuffle(blocks.begin(), static_cast<std::uint32_t>(blocks.size()));
+  for (const std::uint32_t i : blocks) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
+    block_memory.poison();
+    run_block();
+  }
+}
+
+inline void Scheduler::run_block() {
+  for (int i = 0; i < count_; ++i) {
+    threads_[i].fiber = nullptr;
+    threads_[i].copies.clear();
+    threads_[i].copy_groups.clear();
+  }
+  for (int i = 0; i * 32 < count_; ++i) {
+    const int lanes = std::min(32, count_ - i * 32);
+    warps_[i] = Warp{0xffffffffu >> (32 - lanes), 0, 0, {}};
+  }
+  finished_ = 0;
+  barrier_ = {};
+  ready_all();
+  Thread* first = next();
+  first->fiber = &free_fiber(first);
+  running_ = first->fiber;
+  switch_context(main_, running_->context);
+  current_ = nullptr;
+  if (error_.empty() && finished_ == count_) return;
+
+  const std::string error = error_.empty() ? deadlock() : error_;
+  error_.clear();
+  ready_.clear();
+  free_fibers_.clear();  // whatever the others were doing, they are started afresh
+  fibers_made_ = 0;
+  throw Error(error);
+}
+
+// ---- errors ------------------------------------------------------------------------------------------------
+
+inline void Scheduler::fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  error_ = block_name() + ", " + name(current()) + " " + text;
+  switch_context(running_->context, main_);
+  __builtin_unreachable();
+}
+
+inline const Thread& Scheduler::any_finished() const {
+  int i = 0;
+  while (threads_[i].state != State::kFinished) ++i;
+  return threads_[i];
+}
+
+inline std::string Scheduler::block_name() {
+  return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+         std::to_string(blockIdx.z) + ")";
+}
+
+inline std::string Scheduler::name(const Thread& thread) {
+  const uint3 i = thread.index;
+  return "thread (" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
+// One line for every place where threads wait.
+inline std::string Scheduler::deadlock() const {
+  std::string text = block_name() + ": deadlock, no thread can go on";
+  std::vector<bool> told(count_, false);
+  for (int i = 0; i < count_; ++i) {
+    const Thread& thread = threads_[i];
+    if (told[i] || thread.state == State::kFinished) continue;
+    int others = -1;
+    for (int j = i; j < count_; ++j)
+      if (threads_[j].state == thread.state && threads_[j].site == thread.site) told[j] = true, ++others;
+    text += "; " + name(thread) + " waits in " + thread.site.text();
+    if (others > 0) text += ", with " + std::to_string(others) + " others";
+  }
+  return text;
+}
+
+}  // namespace cuda_emulation
