@@ -149,7 +149,9 @@ struct ExpandDepthwisePlan {
   int channels = 0;                   // expanded channels of a block
   int rows = 0;                       // output rows of a block
   int tiles = 0;                      // blocks down an image, over which the sums run
+  int images = 0;                     // images of a block
   int shared_bytes = 0;
+  double overhead = 0;  // expanded elements that are computed over those that there are
 };
 // `shared_limit`: bytes of shared memory that a block may have.
 ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int shared_limit);

@@ -1,0 +1,342 @@
+// expand_depthwise: the first two convolutions of an MBConv, with the expanded map between them in shared memory only.
+//
+// Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in C_mid written
+// and read, is what it saves. Blocks that share a strip of x are neighbours in the grid, one per slice of 32 or 64 expanded
+// channels, so x is read once from DRAM and once per slice from the L2.
+//
+// A block owns a strip of output rows of one image and full width (where whole maps fit, a whole map; where they are
+// smaller than a tile of the GEMM, several images), and one slice of channels:
+//   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, rounded to the type of the map, into shared memory.
+//      Rows of x that two strips need are expanded in both.
+//   2. Depthwise: a walker of half as many lanes as channels goes along an output row with two channels a lane. The taps'
+//      weights stay in registers, each input column is read once per output row, added to the outputs that it touches,
+//      and an output leaves when its last column has been seen. Positions in the padding are skipped: the padding lies
+//      around the expanded map and is zero, not act(bn(0)).
+// Padding never costs a test per tap: columns and rows are the same for a whole walker.
+//
+// 256 threads, at most 128 registers; the plan takes the largest strip with which two blocks fit on a multiprocessor.
+#include <algorithm>
+
+#include "cuda/gemm.cuh"
+
+namespace effnet::cuda {
+namespace {
+
+constexpr int kStages = 2;
+
+struct Args {
+  ExpandDepthwiseParams p;
+  bool vector_in, pair_out;  // rows of x and weight are made of aligned 16 bytes; of y, of pairs
+  int rows, tiles, images;   // output rows of a strip, strips of an image, images of a block
+  int segments;              // into which an output row is cut for the walkers
+  int slices;
+};
+
+template <class T, int kChannels>
+struct Shared {
+  using Tile = BlockTile<kChannels>;
+  static constexpr int kStage = (Tile::kRows + kChannels) * Stage<T>::kStride;  // elements
+  static constexpr int kStride = kChannels + kVector<T>;                        // elements between expanded pixels
+  static constexpr int kWalkers = kGemmThreads / (kChannels / 2);
+
+  // Two affine maps, taps [kernel^2][kChannels], stages (later the walkers' sums), the expanded map.
+  static int64_t bytes(int kernel, int64_t pixels) {
+    static_assert(kWalkers * kChannels * sizeof(float) <= kStages * kStage * sizeof(T));
+    return 2 * kChannels * sizeof(Affine) + kernel * kernel * kChannels * sizeof(float) +
+           kStages * kStage * sizeof(T) + pixels * kStride * sizeof(T);
+  }
+};
+
+// One row of outputs, columns [first, last), for two channels: emit(column, a, b) in order.
+// `rows[i]` is the expanded row under the taps' row i at column 0, nullptr in the padding.
+template <class T, int kKernel, int kStrideW, class Emit>
+__device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int pixel_stride, int width, int left, int first,
+                                     int last, const float2 (&taps)[kKernel * kKernel], Emit emit) {
+  constexpr int kOpen = (kKernel + kStrideW - 1) / kStrideW;  // outputs that a column can touch
+  constexpr int kPeriod = kOpen * kStrideW;                   // after which an output's place comes round again
+  float2 open[kOpen] = {};
+  const int columns = (last - 1 - first) * kStrideW + kKernel, start = first * kStrideW - left;
+  for (int base = 0; base < columns; base += kPeriod) {
+#pragma unroll
+    for (int j = 0; j < kPeriod; ++j) {
+      if (base + j >= columns) break;
+      const int column = start + base + j;
+      if (j % kStrideW == 0) open[j / kStrideW] = {0.0f, 0.0f};  // its first column
+      if (0 <= column && column < width) {
+        float2 in[kKernel];
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i)
+          in[i] = rows[i] == nullptr ? float2{0.0f, 0.0f} : load_pair(rows[i] + column * pixel_stride);
+#pragma unroll
+        for (int tap = 0; tap < kKernel; ++tap) {
+          if ((j + kPeriod * kKernel - tap) % kStrideW != 0) continue;
+          float2& sum = open[(j + kPeriod * kKernel - tap) / kStrideW % kOpen];
+#pragma unroll
+          for (int i = 0; i < kKernel; ++i) {
+            sum.x = fmaf(in[i].x, taps[i * kKernel + tap].x, sum.x);
+            sum.y = fmaf(in[i].y, taps[i * kKernel + tap].y, sum.y);
+          }
+        }
+      }
+      constexpr int kLast = kKernel - 1;
+      if ((j + kPeriod * kKernel - kLast) % kStrideW == 0 && base + j >= kLast) {
+        const float2 sum = open[(j + kPeriod * kKernel - kLast) / kStrideW % kOpen];
+        emit(first + (base + j - kLast) / kStrideW, sum.x, sum.y);
+      }
+    }
+  }
+}
+
+template <class T, int kChannels, int kKernel, int kStrideW>
+__global__ void __launch_bounds__(kGemmThreads, 2) kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  using S = Shared<T, kChannels>;
+  using Tile = typename S::Tile;
+  constexpr bool kExact = sizeof(T) == 4;
+  constexpr int kDepth = Stage<T>::kDepth, kStride = Stage<T>::kStride;
+  Affine* expand_affine = reinterpret_cast<Affine*>(shared_memory);
+  Affine* affine = expand_affine + kChannels;
+  float* taps = reinterpret_cast<float*>(affine + kChannels);
+  T* stages = reinterpret_cast<T*>(taps + kKernel * kKernel * kChannels);
+  T* expanded = stages + kStages * S::kStage;
+  const ExpandDepthwiseParams& p = args.p;
+  const T* x = static_cast<const T*>(p.x);
+  const T* expand_weight = static_cast<const T*>(p.expand_weight);
+  const T* weight = static_cast<const T*>(p.weight);
+
+  const int c0 = static_cast<int>(blockIdx.x % args.slices) * kChannels;
+  const int tile = static_cast<int>(blockIdx.x / args.slices % args.tiles);
+  const int64_t image0 = static_cast<int64_t>(blockIdx.x / args.slices / args.tiles) * args.images;
+  const int images = static_cast<int>(p.n - image0 < args.images ? p.n - image0 : args.images);
+  const int oh0 = tile * args.rows, oh1 = oh0 + args.rows < p.oh ? oh0 + args.rows : p.oh;
+  const int ih0 = max(0, oh0 * kStrideW - p.window.top);
+  const int ih1 = min(p.h, (oh1 - 1) * kStrideW - p.window.top + kKernel);
+  const int map_pixels = max(0, ih1 - ih0) * p.w;  // of one image; with several images the strip is the map
+  const int pixels = images * map_pixels;
+
+  load_affine<T>(expand_affine, p.expand_bn, c0, kChannels, p.c_mid);
+  load_affine<T>(affine, p.bn, c0, kChannels, p.c_mid);
+  for (int i = threadIdx.x; i < kKernel * kKernel * kChannels; i += kGemmThreads) {
+    const int channel = i / (kKernel * kKernel), tap = i % (kKernel * kKernel);
+    taps[tap * kChannels + channel] =
+        c0 + channel < p.c_mid ? to_float(weight[static_cast<int64_t>(c0) * kKernel * kKernel + i]) : 0.0f;
+  }
+
+  // ---- expand ----
+  const T* strip = x + (image0 * p.h + ih0) * p.w * p.c_in;
+  const LaneRows<T, Tile> lane_rows([](int row) { return row * kStride; });
+  Accumulators<Tile> acc;
+  clear<Tile>(acc);
+  int loaded_row = 0, loaded_k = 0;
+  const auto load = [&](int, int slot) {
+    T* a = stages + slot * S::kStage;
+    load_rows<kDepth>(a, kStride, Tile::kRows, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
+      return loaded_row + row < pixels ? strip + static_cast<int64_t>(loaded_row + row) * p.c_in + loaded_k : nullptr;
+    });
+    load_rows<kDepth>(a + Tile::kRows * kStride, kStride, kChannels, p.c_in - loaded_k, args.vector_in, expand_weight,
+                      [&](int row) {
+                        return c0 + row < p.c_mid ? expand_weight + static_cast<int64_t>(c0 + row) * p.c_in + loaded_k
+                                                  : nullptr;
+                      });
+    loaded_k += kDepth;
+    if (loaded_k >= p.c_in) {
+      loaded_k = 0;
+      loaded_row += Tile::kRows;
+    }
+  };
+  int row0 = 0, k0 = 0;
+  const auto compute = [&](int, int slot) {
+    const T* a = stages + slot * S::kStage;
+    if (row0 + Tile::first_row() < pixels)  // the warp has rows in the strip
+      multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0, NoPrologue());
+    k0 += kDepth;
+    if (k0 < p.c_in) return;
+    batch_norm_act<Tile, kExact>(acc, expand_affine, p.act);
+    for_each_pair<Tile>(acc, [&](int row, int column, float a, float b) {
+      if (row0 + row < pixels) store_pair(expanded + (row0 + row) * S::kStride + column, a, b);
+    });
+    clear<Tile>(acc);
+    k0 = 0;
+    row0 += Tile::kRows;
+  };
+  pipeline<kStages>(ceil_div(pixels, Tile::kRows) * ceil_div(p.c_in, kDepth), load, compute);
+  __syncthreads();
+
+  // ---- depthwise ----
+  const int channel = static_cast<int>(threadIdx.x) % (kChannels / 2) * 2;
+  const int walker = static_cast<int>(threadIdx.x) / (kChannels / 2);
+  float2 tap[kKernel * kKernel];
+#pragma unroll
+  for (int i = 0; i < kKernel * kKernel; ++i) tap[i] = load_pair(taps + i * kChannels + channel);
+  const Affine first = affine[channel], second = affine[channel + 1];
+  const int there = p.c_mid - (c0 + channel);  // of this thread's channels: none, one, two or more
+  const int segment = ceil_div(p.ow, args.segments), tasks = (oh1 - oh0) * args.segments;
+  float* partial = reinterpret_cast<float*>(stages);  // [walkers, channels]
+  for (int image = 0; image < images; ++image) {
+    const T* map = expanded + image * map_pixels * S::kStride + channel;
+    float2 total = {0.0f, 0.0f};
+    for (int task = walker; task < tasks; task += S::kWalkers) {
+      const int oh = oh0 + task / args.segments, ow = task % args.segments * segment;
+      if (ow >= p.ow) continue;
+      const T* rows[kKernel];
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        const int ih = oh * kStrideW - p.window.top + i;
+        rows[i] = 0 <= ih && ih < p.h ? map + (ih - ih0) * p.w * S::kStride : nullptr;
+      }
+      T* y = static_cast<T*>(p.y) + ((image0 + image) * p.oh + oh) * p.ow * p.c_mid + c0 + channel;
+      walk<T, kKernel, kStrideW>(rows, S::kStride, p.w, p.window.left, ow, min(ow + segment, p.ow), tap,
+                                 [&](int column, float a, float b) {
+                                   float value[2] = {fmaf(a, first.scale, first.shift),
+                                                     fmaf(b, second.scale, second.shift)};
+                                   activate<kExact>(p.act, value);
+                                   total.x += value[0];
+                                   total.y += value[1];
+                                   T* to = y + static_cast<int64_t>(column) * p.c_mid;
+                                   if (args.pair_out && there > 0) {
+                                     store_pair(to, value[0], value[1]);
+                                   } else {
+                                     if (there > 0) to[0] = from_float<T>(value[0]);
+                                     if (there > 1) to[1] = from_float<T>(value[1]);
+                                   }
+                                 });
+    }
+    if (p.sums != nullptr) {  // over the walkers, in order
+      store_pair(partial + walker * kChannels + channel, total.x, total.y);
+      __syncthreads();
+      for (int i = threadIdx.x; i < kChannels && c0 + i < p.c_mid; i += kGemmThreads) {
+        float sum = 0.0f;
+        for (int w = 0; w < S::kWalkers; ++w) sum += partial[w * kChannels + i];
+        p.sums[((image0 + image) * args.tiles + tile) * p.c_mid + c0 + i] = sum;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// The strip with the most rows that takes at most `limit` bytes; no rows where not even one fits.
+template <class T, int kChannels>
+ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
+  using S = Shared<T, kChannels>;
+  const auto bytes = [&](int rows) {
+    const int64_t in = std::min<int64_t>(p.h, static_cast<int64_t>(rows - 1) * p.window.stride_h + p.window.kh);
+    return S::bytes(p.window.kh, in * p.w);
+  };
+  ExpandDepthwisePlan plan;
+  plan.channels = kChannels;
+  int rows = 0;
+  while (rows < p.oh && bytes(rows + 1) <= limit) ++rows;
+  if (rows == 0) return plan;
+  plan.tiles = ceil_div(p.oh, rows);
+  plan.rows = ceil_div(p.oh, plan.tiles);
+  plan.images = 1;
+  const int64_t pixels = static_cast<int64_t>(p.h) * p.w;
+  if (plan.tiles == 1) {
+    const int64_t tile = BlockTile<kChannels>::kRows;
+    while ((plan.images + 1) * pixels <= tile && S::bytes(p.window.kh, (plan.images + 1) * pixels) <= limit)
+      ++plan.images;
+    plan.shared_bytes = static_cast<int>(S::bytes(p.window.kh, plan.images * pixels));
+  } else {
+    plan.shared_bytes = static_cast<int>(bytes(plan.rows));
+  }
+  // Expanded rows over rows, and idle channels: what the block computes over what is wanted.
+  const double expanded = static_cast<double>(plan.tiles) *
+                          std::min<int64_t>(p.h, static_cast<int64_t>(plan.rows - 1) * p.window.stride_h + p.window.kh);
+  plan.overhead = std::max(1.0, expanded / p.h) * ceil_div(p.c_mid, kChannels) * kChannels / p.c_mid;
+  return plan;
+}
+
+template <class T>
+ExpandDepthwisePlan best_strip(const ExpandDepthwiseParams& p, int limit) {
+  ExpandDepthwisePlan narrow = strip_within<T, 32>(p, limit);
+  if constexpr (sizeof(T) == 2) {
+    const ExpandDepthwisePlan wide = strip_within<T, 64>(p, limit);
+    // Half the reads of x from the L2, and walkers of whole warps, for up to a fifth more work.
+    if (wide.rows > 0 && wide.overhead <= 1.2 * narrow.overhead) return wide;
+  }
+  return narrow;
+}
+
+// How many pieces of an output row let the walkers finish first.
+int segments_of_row(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan) {
+  const int walkers = kGemmThreads / (plan.channels / 2);
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int segments = 1; segments <= 8 && segments <= p.ow; ++segments) {
+    const int64_t columns = static_cast<int64_t>(ceil_div(p.ow, segments) - 1) * p.window.stride_w + p.window.kw;
+    const int64_t time = ceil_div<int64_t>(static_cast<int64_t>(plan.rows) * segments, walkers) * columns;
+    if (time < least) {
+      least = time;
+      best = segments;
+    }
+  }
+  return best;
+}
+
+template <class T, int kChannels, int kKernel, int kStrideW>
+Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
+  const Args args = {p,
+                     rows_of_16_bytes<T>(p.c_in, {p.x, p.expand_weight}),
+                     p.c_mid % 2 == 0 && reinterpret_cast<uintptr_t>(p.y) % (2 * sizeof(T)) == 0,
+                     plan.rows,
+                     plan.tiles,
+                     plan.images,
+                     segments_of_row(p, plan),
+                     ceil_div(p.c_mid, kChannels)};
+  const int64_t blocks = ceil_div<int64_t>(p.n, plan.images) * plan.tiles * args.slices;
+  if (blocks > INT32_MAX) return {cudaErrorInvalidConfiguration, "expand_depthwise: more than 2^31 tiles"};
+  return launch(kernel<T, kChannels, kKernel, kStrideW>, dim3(static_cast<unsigned>(blocks)), kGemmThreads,
+                plan.shared_bytes, stream, args);
+}
+
+template <class T, int kChannels>
+Status launch_window(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
+  if (p.window.kh == 3)
+    return p.window.stride_h == 1 ? launch_kernel<T, kChannels, 3, 1>(p, plan, stream)
+                                  : launch_kernel<T, kChannels, 3, 2>(p, plan, stream);
+  return p.window.stride_h == 1 ? launch_kernel<T, kChannels, 5, 1>(p, plan, stream)
+                                : launch_kernel<T, kChannels, 5, 2>(p, plan, stream);
+}
+
+}  // namespace
+
+ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int shared_limit) {
+  ExpandDepthwisePlan plan;
+  const Window& window = p.window;
+  if (window.kh != window.kw || (window.kh != 3 && window.kh != 5)) {
+    plan.unsupported = "only 3x3 and 5x5 kernels";
+  } else if (window.stride_h != window.stride_w || window.stride_h > 2) {
+    plan.unsupported = "only strides (1, 1) and (2, 2)";
+  } else if (p.h == 0 || p.w == 0 || p.oh == 0 || p.ow == 0 || p.c_in == 0 || p.c_mid == 0) {
+    plan.unsupported = "the map is empty";
+  } else {
+    const auto best = [&](int limit) {
+      return p.dtype == DType::kFloat32 ? best_strip<float>(p, limit) : best_strip<half>(p, limit);
+    };
+    plan = best(shared_limit / 2 - 1024);  // two blocks; the system takes 1 KB for each
+    if (plan.rows == 0 || plan.overhead > 1.5) {
+      const ExpandDepthwisePlan alone = best(shared_limit);
+      if (plan.rows == 0 || alone.overhead * 1.25 < plan.overhead) plan = alone;
+    }
+    if (plan.rows == 0) {
+      plan.unsupported = "not one row of the expanded map fits into shared memory";
+    } else if (plan.overhead > 2) {
+      plan.unsupported = "so little of the expanded map fits into shared memory that most of it would be computed twice";
+    }
+  }
+  return plan;
+}
+
+Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
+  if (plan.unsupported != nullptr) return {cudaErrorInvalidValue, plan.unsupported};
+  if (p.n == 0) return {};
+  return with_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (plan.channels == 64) return launch_window<T, 64>(p, plan, stream);
+    }
+    return launch_window<T, 32>(p, plan, stream);
+  });
+}
+
+}  // namespace effnet::cuda
