@@ -9,6 +9,9 @@
 
 #if defined(CUDA_EMULATION)
 #include <cuda_emulation/ptx.h>
+namespace effnet::cuda {
+using namespace ::cuda_emulation::ptx;
+}
 #else
 
 namespace effnet::cuda {

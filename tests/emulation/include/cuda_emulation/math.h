@@ -31,11 +31,6 @@ inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.
 
 inline constexpr double kUlp = 0x1p-23;  // the most that a unit in the last place is relative to the number
 
-// PTX ISA, tables of the .approx instructions.
-inline float tanh_approx(float x) { return approximate(std::tanh(double{x}), 0x1p-11, x); }
-inline float ex2_approx_ftz(float x) { return flush(approximate(std::exp2(double{flush(x)}), 0x1p-22, x)); }
-inline float rcp_approx_ftz(float x) { return flush(approximate(1 / double{flush(x)}, kUlp, x)); }
-
 // CUDA C++ Programming Guide, "Intrinsic Functions", without -use_fast_math.
 inline float fast_expf(float x) {
   return approximate(std::exp(double{x}), (2 + std::floor(std::fabs(1.173 * x))) * kUlp, x);

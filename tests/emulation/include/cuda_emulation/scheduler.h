@@ -97,6 +97,13 @@ class Scheduler {
   void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
                   const Site& site);
 
+  // The same for all 32 lanes, none of which may be missing.
+  void whole_warp(void* operands, void (*perform)(void* const*, unsigned), const Site& site) {
+    if (warps_[current().warp].lanes != 0xffffffff)
+      fail("calls %s in a warp of fewer than 32 threads", site.text().c_str());
+    collective(0xffffffff, operands, perform, site);
+  }
+
   // Lets other threads run: for what waits by asking again.
   void yield();
   void yield_sometimes() {
