@@ -80,7 +80,7 @@ struct alignas(sizeof(T) * kCount) Vec {
   // `from` is aligned to the size of the vector.
   static __device__ __forceinline__ Vec load(const T* from) { return *reinterpret_cast<const Vec*>(from); }
 
-  // Reads past L1's promises: the data is constant for the whole kernel.
+  // For data that nothing writes while the kernel runs.
   static __device__ __forceinline__ Vec load_constant(const T* from) {
 #if defined(__CUDA_ARCH__)
     Vec out;
@@ -150,19 +150,14 @@ __device__ __forceinline__ Affine bn_affine(const BatchNorm& bn, int channel) {
 __device__ __forceinline__ float at_least(float x, float low) { return x < low ? low : x; }
 __device__ __forceinline__ float at_most(float x, float high) { return x > high ? high : x; }
 
-// 1 / (1 + exp(-x)). A 16-bit result takes two hardware approximations, within 2 ulp of fp32 each. (tanh.approx would be
-// one, but with 2^-11 relative error 1 + tanh(x / 2) has no correct digit left at x = -8, and stock has all of them.)
-// Divided by 4 until the end, so that the reciprocal stays a normal number up to where exp(-x) overflows, in
-// stock layers too.
+// 1 / (1 + exp(-x)). Divided by 4 until the end, so that the approximate reciprocal, within 1 ulp, stays a normal number
+// up to where exp(-x) overflows, in stock layers too. For a 16-bit result the exponential is an approximation as well,
+// within 2 ulp near zero. (One tanh.approx would do for both, but with 2^-11 relative error 1 + tanh(x / 2) has no
+// correct digit left at x = -8, and stock has all of them.)
 template <bool kExact>
 __device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
+  if constexpr (kExact) return 0.25f * rcp_approx(fmaf(expf(-x), 0.25f, 0.25f));
   return 0.25f * rcp_approx(ex2_approx(fmaf(x, -1.4426950408889634f, -2.0f)) + 0.25f);
-}
-
-template <bool kExact>
-__device__ __forceinline__ float sixth(float x) {
-  return kExact ? x / 6.0f : x * (1.0f / 6.0f);
 }
 
 // Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not diverge.
@@ -174,14 +169,13 @@ __device__ __forceinline__ float activate(int act, float x) {
     case kRelu6:
       return at_most(at_least(x, 0.0f), 6.0f);
     case kSilu:
-      if constexpr (kExact) return x / (1.0f + expf(-x));
       return x * sigmoid<kExact>(x);
     case kHardswish:
-      return sixth<kExact>(x * at_most(at_least(x + 3.0f, 0.0f), 6.0f));
+      return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     case kSigmoid:
       return sigmoid<kExact>(x);
     case kHardsigmoid:
-      return sixth<kExact>(at_most(at_least(x + 3.0f, 0.0f), 6.0f));
+      return at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     default:
       return x;
   }
@@ -217,6 +211,10 @@ __device__ __forceinline__ void activate(int act, float (&x)[kCount]) {
 template <class Int>
 __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;
+}
+
+inline bool is_aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 
 // Calls f(T()) with the element type of a map.

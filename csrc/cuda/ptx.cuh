@@ -104,3 +104,14 @@ __device__ __forceinline__ float rcp_approx(float x) {
 }  // namespace effnet::cuda
 
 #endif  // CUDA_EMULATION
+
+namespace effnet::cuda {
+
+// Hides how x was computed: the compiler keeps the value in a register instead of computing it anew at every use.
+__device__ __forceinline__ void keep(float& x) {
+#if !defined(CUDA_EMULATION)
+  asm("" : "+f"(x));
+#endif
+}
+
+}  // namespace effnet::cuda
