@@ -1,4 +1,4 @@
-"""``effnet-kernels info | verify | bench | demo``, also ``python -m effnet_kernels``."""
+"""``effnet-kernels info | verify | bench | tune | demo``, also ``python -m effnet_kernels``."""
 
 import argparse
 import copy
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import effnet_kernels
+from effnet_kernels import tuning
 from effnet_kernels.backends import Problem, automatic, implementation
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
@@ -113,6 +114,31 @@ def bench(options: argparse.Namespace) -> int:
     return 1 if any("wrong" in result for result in results.values()) else 0
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Find the fastest tiles of the Triton kernels on this GPU, and store them for all later runs."""
+    device = _device("cuda")
+    available, reason = effnet_kernels.backends()["triton"]
+    if not available:
+        raise UserError(f"nothing to tune: {reason}")
+    from effnet_kernels.benchmarking import tuner
+
+    size = options.size or image_size(options.model, options.library)
+    dtype = DTYPES[options.dtype]
+    stock = create_model(options.model, options.library).to(device, dtype)
+    x = noise(options.batch, size, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    name = torch.cuda.get_device_name(device)
+    rows = []
+    model = effnet_kernels.patch(stock, backend="triton")
+    for tuned in tuner.tune(model, x, minutes=options.minutes, progress=_progress):
+        tuner.save(name, tuned)
+        if tuned.after != tuned.before:
+            gain = f"{tuned.seconds_before / tuned.seconds_after:.2f}x"
+            rows.append((tuned.op, tuning.class_name(tuned.problem_class), str(tuned.before), str(tuned.after), gain))
+    print(tables.text_table(("op", "problem class", "tile before", "tile now", "faster"), rows))
+    print(f"{len(rows)} tiles stored in {tuning.cache_file(name)}; delete it to return to the defaults")
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Stock and patched models on a photograph."""
     from effnet_kernels.benchmarking.demo import run
@@ -201,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--peers", action="store_true", help="also ONNX Runtime and OpenVINO, where installed")
     added.add_argument("--json", metavar="FILE", help="save what was measured")
     added.add_argument("--plot", metavar="FILE", help="save a bar chart")
+    added = command(tune, model)
+    added.add_argument("--size", type=_positive, help="side of the square input; default: the model's own")
+    added.add_argument("--dtype", choices=DTYPES, default="float16")
+    added.add_argument("--minutes", type=_positive_float, default=10.0, help="no kernel is begun after so long")
     added = command(demo, machine, time)
     added.add_argument("--pretrained", action="store_true", help="fetch weights; without, they are seeded")
     added.add_argument("--image", metavar="FILE", help="a photograph of your own")

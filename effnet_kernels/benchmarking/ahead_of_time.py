@@ -267,9 +267,8 @@ def _row(task: tuple[str, str, int, int]) -> tuple[str, list[str], list[str]]:
     model, dtype, generation, index = task
     launch = _variants(model, dtype, generation)[index]
     resources = compile_launch(launch, generation)
-    tile = "x".join(map(str, launch.config.block)) + f" w{launch.config.num_warps} s{launch.config.num_stages}"
     columns = (resources.registers, resources.local, resources.shared, resources.blocks)
-    row = [describe(launch), dtype, f"sm_{generation}", tile, *map(str, columns)]
+    row = [describe(launch), dtype, f"sm_{generation}", str(launch.config), *map(str, columns)]
     return f"{row[0]} {dtype} sm_{generation}", row, complaints(launch, resources, generation)
 
 

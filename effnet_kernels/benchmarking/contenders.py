@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels
+from effnet_kernels.backends import automatic
 from effnet_kernels.benchmarking import UserError, peers, timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output, max_error
 
@@ -35,12 +36,8 @@ def contender_names(device: str = "cpu", *, compiled: bool = True, with_peers: b
         names.append(COMPILED)
     if with_peers and device == "cpu":
         names += [name for name in PEERS if importlib.util.find_spec(name)]
-    # The CPU backend serves CPU tensors only, GPU backends GPU tensors only; the reference serves both.
-    names += [
-        ours(backend)
-        for backend, (available, _) in effnet_kernels.backends().items()
-        if available and (backend == "reference" or (backend == "cpu") == (device == "cpu"))
-    ]
+    available = effnet_kernels.backends()
+    names += [ours(backend) for backend in automatic(device) if available[backend][0]]
     return names
 
 

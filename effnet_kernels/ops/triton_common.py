@@ -167,6 +167,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int = 2
 
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.block))} w{self.num_warps} s{self.num_stages}"
+
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -250,7 +253,8 @@ def _generation(index: int | None) -> int:
     return {7: 75, 9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-_configs: dict[tuple[Any, ...], Config] = {}
+# The tile of every class met so far, by op, class and index of the device.
+chosen: dict[tuple[Any, ...], Config] = {}
 
 
 def config(op: str, default: Callable[..., Config], problem_class: tuple[Any, ...], device: torch.device) -> Config:
@@ -260,10 +264,10 @@ def config(op: str, default: Callable[..., Config], problem_class: tuple[Any, ..
     specialised on (dtype, channels, window), never sizes of maps or batches.
     """
     key = (op, problem_class, device.index)
-    found = _configs.get(key)
+    found = chosen.get(key)
     if found is None:
         name = None if INTERPRETED else torch.cuda.get_device_name(device)
         tuned = tuning.load(name).get(op, {}).get(tuning.class_name(problem_class)) if name else None
         found = default(*problem_class, generation(device)) if tuned is None else Config(*tuned)
-        _configs[key] = found
+        chosen[key] = found
     return found
