@@ -126,6 +126,19 @@ struct alignas(sizeof(T) * kCount) Vec {
   }
 };
 
+// One element: for maps whose channels are no multiple of a vector, or whose memory is not aligned to one.
+template <class T>
+struct Vec<T, 1> {
+  T value;
+
+  static __device__ __forceinline__ Vec zero() { return {from_float<T>(0.0f)}; }
+  static __device__ __forceinline__ Vec load(const T* from) { return {*from}; }
+  static __device__ __forceinline__ Vec load_constant(const T* from) { return {*from}; }
+  __device__ __forceinline__ void store(T* to) const { *to = value; }
+  __device__ __forceinline__ void to_floats(float (&out)[1]) const { out[0] = to_float(value); }
+  static __device__ __forceinline__ Vec from_floats(const float (&in)[1]) { return {from_float<T>(in[0])}; }
+};
+
 // Element i of a parameter that is fp32 or T.
 template <class T>
 __device__ __forceinline__ float load_param(const Param& p, int64_t i) {

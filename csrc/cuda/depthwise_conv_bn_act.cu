@@ -40,27 +40,6 @@ struct Traits {
   static constexpr int kQuads = kChannels / kQuad;
 };
 
-// kChannels consecutive elements.
-template <class T, int kChannels>
-struct Pack {
-  Vec<T, kChannels> v;
-  __device__ __forceinline__ void clear() { v = Vec<T, kChannels>::zero(); }
-  __device__ __forceinline__ void load(const T* from) { v = Vec<T, kChannels>::load_constant(from); }
-  __device__ __forceinline__ void to_floats(float (&out)[kChannels]) const { v.to_floats(out); }
-  static __device__ __forceinline__ void store(T* to, const float (&in)[kChannels]) {
-    Vec<T, kChannels>::from_floats(in).store(to);
-  }
-};
-
-template <class T>
-struct Pack<T, 1> {
-  T v;
-  __device__ __forceinline__ void clear() { v = from_float<T>(0.0f); }
-  __device__ __forceinline__ void load(const T* from) { v = *from; }
-  __device__ __forceinline__ void to_floats(float (&out)[1]) const { out[0] = to_float(v); }
-  static __device__ __forceinline__ void store(T* to, const float (&in)[1]) { *to = from_float<T>(in[0]); }
-};
-
 // Shared memory has for every vector of channels its taps, scale and shift: [quad][vector][kRows][kQuad] floats, so
 // that all addresses are constants from the thread's own. A vector's stride is an odd multiple of 16 bytes, so
 // eight lanes that load 16 bytes each from eight vectors meet no bank twice.
@@ -151,19 +130,19 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
   const int x_offset = x_column * p.c + first_channel + channel;
   const int y_offset = column * p.c + first_channel + channel;
 
-  Pack<T, kChannels> loaded[kColumns];
+  Vec<T, kChannels> loaded[kColumns];
   const auto load_row = [&](int x_row) {
     const T* const from = x_map + x_row * x_pitch + x_offset;
     if (x_row >= 0 && x_row < x_end && all_inside) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) loaded[i].load(from + i * p.c);
+      for (int i = 0; i < kColumns; ++i) loaded[i] = Vec<T, kChannels>::load_constant(from + i * p.c);
     } else {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) loaded[i].clear();
+      for (int i = 0; i < kColumns; ++i) loaded[i] = Vec<T, kChannels>::zero();
       if (x_row < 0 || x_row >= x_end) return;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        if (inside >> i & 1) loaded[i].load(from + i * p.c);
+        if (inside >> i & 1) loaded[i] = Vec<T, kChannels>::load_constant(from + i * p.c);
       }
     }
   };
@@ -230,7 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
         y[c] = z[i * kChannels + c];
         total[c] += y[c];
       }
-      Pack<T, kChannels>::store(y_row + (y_offset + i * p.c), y);
+      Vec<T, kChannels>::from_floats(y).store(y_row + (y_offset + i * p.c));
     };
     if (columns >= kWidth) {
 #pragma unroll
