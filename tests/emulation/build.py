@@ -1,0 +1,217 @@
+"""Compiles CUDA sources against the emulation and loads them; see README.md in this folder.
+
+``load()`` gives the package's kernels, with their ops registered as torch.ops.effnet_kernels_cuda.*;
+``load_fixtures()`` the kernels that the emulation tests itself with. What is up to date is not compiled again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "emulation"
+INCLUDE = [HERE / "include", HERE, ROOT / "csrc"]
+
+CXX = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+# Kernels read memory through pointers of other types, as nvcc lets them.
+FLAGS += ["-fno-strict-aliasing", "-Wno-class-memaccess", "-fno-extern-tls-init", "-Wno-unused-function"]
+KERNEL_FLAGS = ["-x", "c++", "-DCUDA_EMULATION", "-include", "cuda_runtime.h"]
+ASAN_FLAGS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
+
+
+# ---- what the machine has --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The folder with cuda_fp16.h: of the toolkit, or of the wheels that torch depends on."""
+    candidates = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"), reverse=True)
+    candidates.append(Path("/usr/local/cuda/include"))
+    needed = ("cuda_fp16.h", "cuda_bf16.h", "cuda_runtime_api.h")
+    return next((path for path in candidates if all((path / name).is_file() for name in needed)), None)
+
+
+def unavailable() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if not sys.platform.startswith("linux"):
+        return "the emulation needs Linux"
+    if shutil.which(CXX) is None:
+        return f"no C++ compiler: {CXX}"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    if cuda_include() is None:
+        return "cuda_fp16.h was found neither in CUDA_HOME nor in the wheels that torch installs"
+    return None
+
+
+@functools.cache
+def machine_flags() -> list[str]:
+    """Fused multiply-add as on the GPU, where the processor has it."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    words = set(cpu.split())
+    return ["-mavx2", "-mfma", "-mf16c"] if {"avx2", "fma", "f16c"} <= words else []
+
+
+# ---- AddressSanitizer ------------------------------------------------------------------------------------------
+
+
+def asan_environment() -> dict[str, str]:
+    """Variables with which a process can load a library built with AddressSanitizer."""
+    libraries = [
+        subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the second, or exceptions are not intercepted
+    ]
+    return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:strict_init_order=0"}
+
+
+def asan_is_loaded() -> bool:
+    return hasattr(ctypes.CDLL(None), "__asan_init")
+
+
+# ---- building --------------------------------------------------------------------------------------------------
+
+
+def closure(source: Path) -> list[Path]:
+    """The file and those it includes, of the folders in INCLUDE."""
+    found: dict[Path, None] = {}
+    pending = [source, HERE / "include" / "cuda_runtime.h"]
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found[path] = None
+        for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+            candidates = [folder / name for folder in (path.parent, *INCLUDE)]
+            pending += [candidate for candidate in candidates if candidate.is_file()][:1]
+    return list(found)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        hashed.update(len(data).to_bytes(8, "little") + data)
+    return hashed.hexdigest()[:16]
+
+
+@functools.cache
+def compiler_version() -> str:
+    return subprocess.run([CXX, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
+    sys.stderr.write(result.stderr)
+
+
+def make(output: Path, command: list[str]) -> Path:
+    """Runs a command that writes `output`, whose name says what it was made from, unless it is there."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_suffix(f".{os.getpid()}.tmp")
+        run([*command, "-o", str(temporary)])
+        temporary.rename(output)
+    return output
+
+
+def compile_object(source: Path, flags: list[str]) -> Path:
+    include = [f"-I{path}" for path in INCLUDE] + ["-isystem", str(cuda_include())]
+    command = [CXX, *FLAGS, *machine_flags(), *include, *flags, "-c", str(source)]
+    key = digest([compiler_version(), *command, *(path.read_bytes() for path in closure(source))])
+    return make(BUILD / "objects" / f"{source.stem}-{key}.o", command)
+
+
+def dynamic_shared_memory(objects: list[Path]) -> list[str]:
+    """Linker flags: every namespace's `extern __shared__ ... shared_memory[]` is the one buffer."""
+    listed = subprocess.run(["nm", "-u", *map(str, objects)], check=True, capture_output=True, text=True).stdout
+    symbols = sorted(set(re.findall(r"U (_Z\w*13shared_memory\w*)", listed)))
+    return [f"-Wl,--defsym={symbol}=cuda_emulation_shared_memory" for symbol in symbols]
+
+
+@contextmanager
+def one_builder() -> Iterator[None]:
+    """Test processes that run side by side must not all compile."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(
+    name: str, sources: list[tuple[Path, list[str]]], *, asan: bool, link: list[str], defines: list[str]
+) -> ModuleType:
+    """Compiles sources, each with its flags, into a library, and a Python module that steers it; imports that."""
+    if asan and not asan_is_loaded():
+        raise RuntimeError("start Python with the variables of asan_environment()")
+    import pybind11
+
+    sanitize = ASAN_FLAGS if asan else []
+    module_name = f"{name}_asan" if asan else name
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+    with one_builder(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        jobs = [(HERE / "control.cpp", KERNEL_FLAGS), *sources]
+        module_job = (HERE / "module.cpp", [*python, f"-DMODULE={module_name}", *defines])
+        *objects, module_object = pool.map(lambda job: compile_object(job[0], [*job[1], *sanitize]), [*jobs, module_job])
+
+        folder = BUILD / f"{module_name}-{digest(path.name for path in (*objects, module_object))}"
+        linker = [CXX, "-shared", *sanitize]
+        library = make(
+            folder / f"lib{module_name}.so",
+            [*linker, *map(str, objects), *dynamic_shared_memory(objects), *link],
+        )
+        module = make(
+            folder / f"{module_name}.so",
+            [*linker, str(module_object), str(library), "-Wl,-rpath,$ORIGIN"],
+        )
+    spec = importlib.util.spec_from_file_location(module_name, module)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@functools.cache
+def load_fixtures(asan: bool = False) -> ModuleType:
+    """The module with `run`, `set_seed` and the rest of module.cpp, over fixtures.cu."""
+    sources = [(HERE / "fixtures.cu", KERNEL_FLAGS)]
+    return build("emulation_fixtures", sources, asan=asan, link=[], defines=["-DWITH_FIXTURES"])
+
+
+@functools.cache
+def load(asan: bool | None = None) -> ModuleType:
+    """The package's CUDA kernels, emulated: afterwards torch.ops.effnet_kernels_cuda.* serves CPU tensors.
+
+    Returns the module that steers them: `set_seed`, `set_device`, `launches`. With AddressSanitizer on request, or
+    where the process has been started with it.
+    """
+    import torch
+
+    root = Path(torch.__file__).parent
+    torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    sources = [(source, KERNEL_FLAGS) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    sources.append((ROOT / "csrc" / "bindings_cuda.cpp", [*KERNEL_FLAGS, *torch_flags]))
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return build(
+        "emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[]
+    )

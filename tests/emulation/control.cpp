@@ -1,0 +1,11 @@
+// Linked into every library of kernels: what tests steer from outside.
+#include "control.h"
+
+#include <cuda_runtime.h>
+
+using namespace cuda_emulation;
+
+void cuda_emulation_set_seed(uint64_t seed) { scheduler.set_seed(seed); }
+bool cuda_emulation_set_device(int capability) { return runtime.set_device(capability); }
+uint64_t cuda_emulation_launches() { return scheduler.launches(); }
+uint64_t cuda_emulation_switches() { return scheduler.switches(); }

@@ -1,0 +1,42 @@
+// The Python module that steers a library of kernels. MODULE is its name.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "control.h"
+
+namespace py = pybind11;
+
+#if defined(WITH_FIXTURES)
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+
+void run(const std::string& name, const Floats& in, Floats out, int blocks, int threads, size_t dynamic_shared) {
+  const char* error = cuda_emulation_run_fixture(name.c_str(), in.data(), out.mutable_data(),
+                                                 static_cast<int>(out.size()), blocks, threads, dynamic_shared);
+  if (error != nullptr) throw std::runtime_error(error);
+}
+
+}  // namespace
+#endif
+
+PYBIND11_MODULE(MODULE, m) {
+  m.def("set_seed", cuda_emulation_set_seed, py::arg("seed"),
+        "The order of threads, warps and blocks follows from the seed and the number of launches since.");
+  m.def(
+      "set_device",
+      [](int capability) {
+        if (!cuda_emulation_set_device(capability)) throw py::value_error("no such device is described");
+      },
+      py::arg("capability"), "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120.");
+  m.def("launches", cuda_emulation_launches, "Kernels launched since the last set_seed().");
+  m.def("switches", cuda_emulation_switches, "Changes from one fiber to another since the library was loaded.");
+#if defined(WITH_FIXTURES)
+  m.def("run", run, py::arg("name"), py::arg("input"), py::arg("out"), py::kw_only(), py::arg("blocks") = 1,
+        py::arg("threads") = 256, py::arg("dynamic_shared") = 0,
+        "Launches a kernel of fixtures.cu over `input`; fills `out`.");
+#endif
+}
