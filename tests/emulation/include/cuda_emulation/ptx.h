@@ -99,15 +99,17 @@ void perform_mma_m16n8k16(void* const* operands, unsigned) {
 
 // ---- asynchronous copies -----------------------------------------------------------------------------------
 
-// The copies of a thread that were started first, up to `count`, take place.
-inline void complete_copies(Thread& thread, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) {
-    const AsyncCopy& copy = thread.copies[i];
+// The copies of the oldest group take place.
+inline void complete_group(AsyncCopies& pending) {
+  const auto count = static_cast<std::ptrdiff_t>(pending.groups.front());
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const AsyncCopies::Copy& copy = pending.copies[i];
     auto* shared = static_cast<unsigned char*>(copy.shared);
     std::memcpy(shared, copy.global, copy.valid_bytes);
     std::memset(shared + copy.valid_bytes, 0, 16 - copy.valid_bytes);
   }
-  thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(count));
+  pending.copies.erase(pending.copies.begin(), pending.copies.begin() + count);
+  pending.groups.erase(pending.groups.begin());
 }
 
 namespace ptx {
@@ -128,24 +130,20 @@ inline void cp_async_16(void* shared, const void* global, int valid_bytes = 16) 
   if (valid_bytes > 0) (void)source[0], (void)source[valid_bytes - 1];
 #endif
   std::memset(shared, 0xff, 16);
-  scheduler.current().copies.push_back({shared, global, valid_bytes});
+  scheduler.copies().copies.push_back({shared, global, valid_bytes});
 }
 
 inline void cp_async_commit() {
-  Thread& thread = scheduler.current();
+  AsyncCopies& pending = scheduler.copies();
   std::size_t earlier = 0;
-  for (const std::size_t copies : thread.copy_groups) earlier += copies;
-  thread.copy_groups.push_back(thread.copies.size() - earlier);
+  for (const std::size_t copies : pending.groups) earlier += copies;
+  pending.groups.push_back(pending.copies.size() - earlier);
 }
 
 template <int kPending>
 void cp_async_wait() {
-  Thread& thread = scheduler.current();
-  auto& groups = thread.copy_groups;
-  while (groups.size() > kPending) {
-    complete_copies(thread, groups.front());
-    groups.erase(groups.begin());
-  }
+  AsyncCopies& pending = scheduler.copies();
+  while (pending.groups.size() > kPending) complete_group(pending);
 }
 
 inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, CUDA_EMULATION_CALLER) {

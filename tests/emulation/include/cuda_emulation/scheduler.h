@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <numeric>
@@ -38,32 +38,34 @@ struct Site {
   const char* file = nullptr;
   int line = 0;
   bool operator==(const Site& other) const {
-    return line == other.line && (call == other.call || std::string(call) == other.call) &&
-           (file == other.file || std::string(file) == other.file);
+    return line == other.line && (call == other.call || std::strcmp(call, other.call) == 0) &&
+           (file == other.file || std::strcmp(file, other.file) == 0);
   }
   std::string text() const { return std::string(call) + " at " + file + ":" + std::to_string(line); }
 };
 
 struct Fiber;
 
-// A 16-byte copy into shared memory that has been started and not waited for.
-struct AsyncCopy {
-  void* shared;
-  const void* global;
-  int valid_bytes;
-};
-
 enum class State { kReady, kAtBarrier, kInCollective, kFinished };
 
-struct Thread {
+struct alignas(64) Thread {
   uint3 index;
   int warp, lane;
   State state;
+  unsigned mask;  // the lanes of the collective in which it waits
   Fiber* fiber;   // null until it first runs
   Site site;      // where it waits
-  unsigned mask;  // the lanes of that collective
-  std::vector<AsyncCopy> copies;         // oldest first
-  std::vector<std::size_t> copy_groups;  // the number of copies in each committed group
+};
+
+// Copies into shared memory that a thread has started and not waited for, oldest first.
+struct AsyncCopies {
+  struct Copy {
+    void* shared;
+    const void* global;
+    int valid_bytes;
+  };
+  std::vector<Copy> copies;
+  std::vector<std::size_t> groups;  // the number of copies in each committed group
 };
 
 struct Warp {
@@ -76,6 +78,20 @@ struct Warp {
 struct Fiber {
   Context context;
   Thread* thread;
+};
+
+// The threads that can run, next first. A thread is in it once at most.
+class ReadyQueue {
+ public:
+  bool empty() const { return first_ == end_; }
+  void clear() { first_ = end_ = 0; }
+  void push_front(Thread& thread) { items_[--first_ % kMaxThreads] = &thread; }
+  void push_back(Thread& thread) { items_[end_++ % kMaxThreads] = &thread; }
+  Thread* pop_front() { return items_[first_++ % kMaxThreads]; }
+
+ private:
+  Thread* items_[kMaxThreads] = {};
+  unsigned first_ = 0, end_ = 0;
 };
 
 class Scheduler {
@@ -122,6 +138,7 @@ class Scheduler {
   std::uint64_t launches() const { return launches_; }
   std::uint64_t switches() const { return switches_; }
 
+  AsyncCopies& copies() { return copies_[&current() - threads_.data()]; }
   Thread& lane(int i) { return threads_[current().warp * 32 + i]; }
 
  private:
@@ -154,7 +171,8 @@ class Scheduler {
     int arrived = 0, holds = 0, result = 0;
     const Thread* first = nullptr;
   } barrier_;
-  std::deque<Thread*> ready_;
+  ReadyQueue ready_;
+  std::vector<AsyncCopies> copies_ = std::vector<AsyncCopies>(kMaxThreads);
   Thread* current_ = nullptr;
   int stalled_ = 0;  // how often threads have yielded since one went on
   std::string error_;

@@ -57,7 +57,7 @@ inline void Scheduler::collective(unsigned mask, void* operands, void (*perform)
 inline void Scheduler::yield() {
   constexpr int kLimit = 10'000'000;
   if (++stalled_ > kLimit) fail("waits for a value that no thread changes; neither does any other go on");
-  ready_.push_back(&current());
+  ready_.push_back(current());
   leave();
 }
 
@@ -93,16 +93,13 @@ inline void Scheduler::ready_lanes(unsigned lanes, Thread* warp) {
 inline void Scheduler::ready(Thread& thread, bool ahead) {
   thread.state = State::kReady;
   if (ahead)
-    ready_.push_front(&thread);
+    ready_.push_front(thread);
   else
-    ready_.push_back(&thread);
+    ready_.push_back(thread);
 }
 
 inline Thread* Scheduler::next() {
-  if (ready_.empty()) return nullptr;
-  Thread* thread = ready_.front();
-  ready_.pop_front();
-  return thread;
+  return ready_.empty() ? nullptr : ready_.pop_front();
 }
 
 // ---- fibers ------------------------------------------------------------------------------------------------
@@ -217,8 +214,8 @@ inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, vo
 inline void Scheduler::run_block() {
   for (int i = 0; i < count_; ++i) {
     threads_[i].fiber = nullptr;
-    threads_[i].copies.clear();
-    threads_[i].copy_groups.clear();
+    copies_[i].copies.clear();
+    copies_[i].groups.clear();
   }
   for (int i = 0; i * 32 < count_; ++i) {
     const int lanes = std::min(32, count_ - i * 32);
