@@ -145,7 +145,7 @@ def depthwise_conv_bn_act(
     _check_weight("weight", weight, x, (x.shape[1], 1, None, None))
     _check_bn("bn", bn, x.shape[1], x)
     _check_choice("act", act, ACTIVATIONS)
-    stride, padding = _geometry(x, weight, stride, padding)
+    stride, padding = _geometry(x.shape, weight, stride, padding)
     return _depthwise_conv_bn_act(x, weight, list(bn[:4]), bn.eps, stride, padding, act, True, backend)
 
 
@@ -230,7 +230,7 @@ def fused_mbconv(
     if project is not None:
         _check_weight("project.weight", project_weight, x, (None, weight.shape[0], 1, 1))
         _check_bn("project.bn", project.bn, project_weight.shape[0], x)
-    stride, padding = _geometry(x, weight, stride, padding)
+    stride, padding = _geometry(x.shape, weight, stride, padding)
     if residual:
         out = weight if project is None else project_weight
         _check_residual(x, out.shape[0], weight, stride, padding)
@@ -293,7 +293,7 @@ def mbconv(
         _check_se("se", se, x, mid)
     _check_choice("act", act, ACTIVATIONS)
     _check_choice("project_act", project_act, ACTIVATIONS)
-    stride, padding = _geometry(x, weight, stride, padding)
+    stride, padding = _geometry(x.shape, weight, stride, padding)
     if residual:
         _check_residual(x, project_weight.shape[0], weight, stride, padding)
     return _mbconv(
@@ -405,7 +405,7 @@ def _check_residual(x: Tensor, channels: int, weight: Tensor, stride: list[int],
         )
 
 
-def _geometry(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | None) -> tuple[list[int], list[int]]:
+def _geometry(size: Sequence[int], weight: Tensor, stride: Pair, padding: Pair | None) -> tuple[list[int], list[int]]:
     """``stride`` as [vertical, horizontal] and ``padding`` as [top, bottom, left, right], checked."""
     kh, kw = weight.shape[2], weight.shape[3]
     stride = [stride, stride] if isinstance(stride, int) else list(stride)
@@ -419,8 +419,8 @@ def _geometry(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | None) -> 
     if len(padding) != 4 or any(p < 0 for p in padding):
         raise ValueError(f"padding must be one, two or four ints >= 0, got {padding}")
     top, bottom, left, right = padding
-    if x.shape[2] + top + bottom < kh or x.shape[3] + left + right < kw:
-        raise ValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(x.shape)} with padding {padding}")
+    if size[2] + top + bottom < kh or size[3] + left + right < kw:
+        raise ValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(size)} with padding {padding}")
     return stride, padding
 
 

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 import effnet_kernels.functional as F
 from effnet_kernels.backends import Problem, accelerates
 from effnet_kernels.modules.reading import Geometry, Unfusable, check_calls, padding_for
+from effnet_kernels.modules.training import Chain, train, wants_gradients
 
 # Instance attribute with the backend that patch() was asked for; absent where that is "auto".
 BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
@@ -25,6 +26,9 @@ class Plan(Protocol):
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         """The result, or None where no backend does better than the stock forward."""
+
+    def chain(self) -> Chain | None:
+        """The plan as a block in training; None where there is no such block."""
 
 
 class MBConvPlan(NamedTuple):
@@ -54,12 +58,17 @@ class MBConvPlan(NamedTuple):
             self.project,
             self.act,
             stride=stride,
-            padding=padding_for(self.geometry, x),
+            padding=padding_for(self.geometry, x.shape),
             project_act=self.project_act,
             residual=residual,
             backend=backend,
         )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
+
+    def chain(self) -> Chain:
+        expand = [] if self.expand is None else [(self.expand, None, self.act)]
+        rest = [(self.depthwise, self.geometry, self.act), (self.project, None, self.project_act)]
+        return Chain([*expand, *rest], self.se)
 
     def __str__(self) -> str:
         name = "depthwise separable" if self.expand is None else "MBConv"
@@ -83,7 +92,7 @@ class FusedMBConvPlan(NamedTuple):
         if not accelerates(Problem("fused_mbconv", x.device.type, dtype, kernel, stride), backend):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
-        padding = padding_for(self.geometry, x)
+        padding = padding_for(self.geometry, x.shape)
         if self.se is None or self.project is None:
             y = F.fused_mbconv(
                 x,
@@ -104,6 +113,10 @@ class FusedMBConvPlan(NamedTuple):
             )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
+    def chain(self) -> Chain:
+        project = [] if self.project is None else [(self.project, None, "identity")]
+        return Chain([(self.expand, self.geometry, self.act), *project], self.se)
+
     def __str__(self) -> str:
         name = "convolution" if self.project is None else "Fused-MBConv"
         return _describe(name, self.geometry, self.act, self.se, self.shortcut)
@@ -122,9 +135,12 @@ class DepthwisePlan(NamedTuple):
         kernel, stride, _ = self.geometry
         if not accelerates(Problem("depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride), backend):
             return None
-        padding = padding_for(self.geometry, x)
+        padding = padding_for(self.geometry, x.shape)
         y, _ = F.depthwise_conv_bn_act(x, *self.conv, self.act, stride=stride, padding=padding, backend=backend)
         return _add_shortcut(y, x, self.drop_path) if self.shortcut else y
+
+    def chain(self) -> Chain:
+        return Chain([(self.conv, self.geometry, self.act)])
 
     def __str__(self) -> str:
         return _describe("depthwise", self.geometry, self.act, None, self.shortcut)
@@ -149,6 +165,9 @@ class PointwisePlan(NamedTuple):
         )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
+    def chain(self) -> Chain:
+        return Chain([(self.conv, None, self.act)], pool=self.pool)
+
     def __str__(self) -> str:
         return f"pointwise {self.act}" + " + pool" * self.pool + " + shortcut" * self.shortcut
 
@@ -165,6 +184,9 @@ class SqueezeExcitePlan(NamedTuple):
             return None
         return F.squeeze_excite(x, self.se, backend=backend)
 
+    def chain(self) -> None:
+        return None
+
     def __str__(self) -> str:
         return f"squeeze-and-excitation {self.se.act} {self.se.gate}"
 
@@ -179,12 +201,30 @@ def fuse(
     """
     if not _may_fuse(x):
         return None
+    norms: list[nn.BatchNorm2d] = []
     try:
-        check_calls(block.__dict__["_modules"].values() if calls is None else calls)
+        check_calls(block.__dict__["_modules"].values() if calls is None else calls, norms)
         plan = read(block)
     except Unfusable:
         return None
-    return plan.run(x, block.__dict__.get(BACKEND_ATTRIBUTE, "auto"))
+    backend = block.__dict__.get(BACKEND_ATTRIBUTE, "auto")
+    if norms or block.__dict__["training"]:
+        y = _train(plan, x, norms, backend)
+        if y is not None or norms:
+            return y
+    return plan.run(x, backend)
+
+
+def _train(plan: Plan, x: Tensor, norms: list[nn.BatchNorm2d], backend: str) -> Tensor | None:
+    """The result in training; None where there is nothing to train, or as ``fuse``."""
+    chain = plan.chain()
+    if chain is None or not (norms or wants_gradients(chain, x)):
+        return None
+    dtype = _dtype(x)
+    shortcut, drop_path = getattr(plan, "shortcut", False), getattr(plan, "drop_path", None)
+    residual = shortcut and drop_path is None and dtype == x.dtype
+    y = train(chain, x, dtype, norms, residual, backend)
+    return _add_shortcut(y, x, drop_path) if y is not None and shortcut and not residual else y
 
 
 def _may_fuse(x: Tensor) -> bool:

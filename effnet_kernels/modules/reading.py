@@ -6,7 +6,7 @@ several times faster than ``nn.Module.__getattr__``, and tells modules apart by 
 turns away parametrized modules and subclasses with a forward of their own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class Unfusable(Exception):  # noqa: N818 (a reason, not an error)
     """Why these modules cannot be run by an op."""
 
 
-def check_calls(modules: Iterable[nn.Module | None], training: bool = True) -> None:
+def check_calls(modules: Iterable[nn.Module | None], norms: list[nn.BatchNorm2d]) -> None:
     """Raise Unfusable if leaving out the calls of these modules and their children could be noticed.
 
-    ``training=False`` lets BatchNorm in training mode pass: that is a state, not a structure.
+    The BatchNorms in training mode among them are added to ``norms``.
     """
     for module in modules:
         if module is None:
@@ -54,10 +54,10 @@ def check_calls(modules: Iterable[nn.Module | None], training: bool = True) -> N
             or "forward" in d
         ):
             raise Unfusable(f"{_name(module)} has hooks or a forward of its own")
-        if d["training"] and training and type(module) in BATCH_NORMS:
-            raise Unfusable(f"{_name(module)} is in training mode")
+        if d["training"] and type(module) in BATCH_NORMS:
+            norms.append(module)  # type: ignore[arg-type]
         if d["_modules"]:
-            check_calls(d["_modules"].values(), training)
+            check_calls(d["_modules"].values(), norms)
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -170,12 +170,12 @@ def squeeze_excite(se: nn.Module | None) -> SqueezeExciteWeights | None:
     return SqueezeExciteWeights(w_reduce, b_reduce, w_expand, b_expand, act_name, gate_name)
 
 
-def padding_for(geometry: Geometry, x: Tensor) -> tuple[int, ...] | None:
-    """Padding for this input: (vertical, horizontal), or (top, bottom, left, right) for SAME."""
+def padding_for(geometry: Geometry, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Padding for an input of this shape: (vertical, horizontal), or (top, bottom, left, right) for SAME."""
     kernel, stride, padding = geometry
-    if padding is None and x.dim() == 4:
-        top, bottom = layers.same_padding(x.shape[2], kernel[0], stride[0])
-        left, right = layers.same_padding(x.shape[3], kernel[1], stride[1])
+    if padding is None and len(shape) == 4:
+        top, bottom = layers.same_padding(shape[2], kernel[0], stride[0])
+        left, right = layers.same_padding(shape[3], kernel[1], stride[1])
         return top, bottom, left, right
     return padding
 

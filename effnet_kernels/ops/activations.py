@@ -5,8 +5,11 @@ The integer codes are part of the native interface: ``csrc/cpu/common.h`` has th
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_aten = torch.ops.aten
 
 CODES: dict[str, int] = {
     "identity": 0,
@@ -26,6 +29,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "sigmoid": F.sigmoid,
     "hardsigmoid": F.hardsigmoid,
+}
+
+# (gradient of f(x), x) -> gradient of x, the choices at the kinks being torch's own.
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda grad, x: grad,
+    "relu": lambda grad, x: _aten.threshold_backward(grad, x, 0),
+    "relu6": lambda grad, x: _aten.hardtanh_backward(grad, x, 0, 6),
+    "silu": _aten.silu_backward,
+    "hardswish": _aten.hardswish_backward,
+    "sigmoid": lambda grad, x: _aten.sigmoid_backward(grad, torch.sigmoid(x)),
+    "hardsigmoid": _aten.hardsigmoid_backward,
 }
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")

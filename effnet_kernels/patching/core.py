@@ -125,8 +125,8 @@ def unpatch(model: Model) -> Model:
 def report(model: nn.Module) -> PatchReport:
     """What of ``model`` is fused, and why the rest is not, at this moment.
 
-    BatchNorm in training mode is not held against a block: it is fused as soon as the model is in eval mode.
-    Blocks inside a fused block are not listed.
+    In training mode a block is fused where its backend trains (docs/training.md). Blocks inside a fused block
+    are not listed.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -157,7 +157,7 @@ def report(model: nn.Module) -> PatchReport:
 def _explain(module: nn.Module, part: Part, calls: dict[str, nn.Module]) -> tuple[bool, str]:
     """Whether the part is fused, and as what, or why not."""
     try:
-        check_calls(calls.values(), training=False)
+        check_calls(calls.values(), [])
         plan = part.read(module)
     except Unfusable as reason:
         return False, str(reason)

@@ -63,7 +63,8 @@ def test_training_mode_compiles(x):
     targets = []
     y = torch.compile(model.train(), fullgraph=True, backend=counting(targets))(x)
     assert y.shape == (2, 10)
-    assert not targets
+    assert len(targets) == len(ek.report(model).patched)
+    assert all("conv_block_train" in target for target in targets)
 
 
 def test_a_changed_attribute_recompiles(x):
@@ -148,8 +149,8 @@ for patched in (False, True):
     parallel.zero_grad()
     parallel.eval()(x).square().sum().backward()
     grads.append((train, torch.cat([p.grad.flatten() for p in model.parameters()])))
-assert torch.equal(grads[0][0], grads[1][0]), "training"
-torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-3, atol=1e-3)
+for stock, patched in zip(*grads):
+    torch.testing.assert_close(stock, patched, rtol=1e-3, atol=1e-3)
 everyone = [torch.empty_like(grads[1][1]) for _ in range(2)]
 dist.all_gather(everyone, grads[1][1])
 assert torch.equal(*everyone), "ranks differ"

@@ -148,17 +148,21 @@ def test_changes_in_place_are_seen(model, x, backend):
     assert_accurate(ek.unpatch(model), y, x)
 
 
-def test_training_is_stock(model, x, backend):
-    """Same loss, gradients and running statistics, bit by bit, with stochastic depth and dropout on."""
+def test_training_is_as_accurate_as_stock(model, x, backend):
+    """Output, gradients and running statistics, with stochastic depth and dropout on and the same random stream."""
     twin = ek.patch(copy.deepcopy(model), backend=backend)
     results = []
-    for m in (model, twin):
+    for m in (copy.deepcopy(model).double(), model, twin):
         torch.manual_seed(5)
-        y = m.train()(x)
+        y = m.train()(x.to(next(m.parameters()).dtype))
         y.square().sum().backward()
-        results.append([y, *(p.grad for p in m.parameters()), *m.buffers()])
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
+        results.append([torch.cat([t.double().flatten() for t in ts]) for ts in ([y], _gradients(m), m.buffers())])
+    for exact, stock, patched in zip(*results, strict=True):
+        assert rms(patched - exact) <= 2 * rms(stock - exact) + 1e-6 * rms(exact)
+
+
+def _gradients(model):
+    return [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
