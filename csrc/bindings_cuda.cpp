@@ -93,6 +93,20 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
+// Why the kernels cannot run on a device, in CUDA's words; empty where they can.
+std::string refusal([[maybe_unused]] int64_t device) {
+#if !defined(CUDA_EMULATION)
+  int previous = 0;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(device));
+  if (error == cudaSuccess) error = find_code();
+  if (error != cudaSuccess) cudaGetLastError();
+  cudaSetDevice(previous);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+#endif
+  return "";
+}
+
 // ---- arguments -------------------------------------------------------------------------------------------
 
 int act_code(const char* name, const std::string& act) {
@@ -466,6 +480,7 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
 
 // Outputs come first; then the arguments of effnet_kernels::<op>, less the backend.
 STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
+  m.def("refusal(int device) -> str");
   m.def(
       "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
       "Tensor? residual, bool pool) -> ()");
@@ -481,6 +496,10 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
       "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
       "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
       "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("refusal", TORCH_BOX(&effnet::cuda::refusal));
 }
 
 #if defined(CUDA_EMULATION)

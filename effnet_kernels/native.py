@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
+_CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
 INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512")
 
 
@@ -26,6 +27,36 @@ def cpu_available() -> tuple[bool, str]:
         return False, f"{_CPU_LIBRARY.name} does not load: {error}"
     set_instruction_set(os.environ.get("EFFNET_KERNELS_CPU_ISA", "auto"))
     return True, f"native C++, {instruction_set()}"
+
+
+def cuda_available() -> tuple[bool, str]:
+    """Whether the CUDA library is built, loads, and has code for every GPU here; or its kernels are emulated."""
+    if cuda_emulated():
+        return True, "CUDA C++, emulated on the CPU"
+    return _cuda_library()
+
+
+def cuda_emulated() -> bool:
+    """Whether tests/emulation has registered the CUDA kernels for CPU tensors."""
+    name = "effnet_kernels_cuda::mbconv"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+@functools.cache
+def _cuda_library() -> tuple[bool, str]:
+    if not _CUDA_LIBRARY.exists():
+        return False, f"{_CUDA_LIBRARY.name} was not built: no CUDA compiler (nvcc) at install time (see `make build`)"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return False, "no NVIDIA GPU"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return False, f"{_CUDA_LIBRARY.name} does not load: {error}"
+    for i in range(torch.cuda.device_count()):
+        refusal = torch.ops.effnet_kernels_cuda.refusal(i)
+        if refusal:
+            return False, f"{_CUDA_LIBRARY.name} has no code for {torch.cuda.get_device_name(i)}: {refusal}"
+    return True, "CUDA C++"
 
 
 def instruction_set() -> str:

@@ -245,4 +245,11 @@ Status launch_mean(const MeanParams& p, cudaStream_t stream) {
   return launch(mean_kernel, dim3(static_cast<unsigned>(blocks)), kMeanThreads, 0, stream, p);
 }
 
+#if !defined(CUDA_EMULATION)
+cudaError_t find_code() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, mean_kernel);
+}
+#endif
+
 }  // namespace effnet::cuda

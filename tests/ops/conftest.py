@@ -11,12 +11,12 @@ from effnet_kernels.backends import backends
 from tests.ops.cases import Case
 from tests.ops.inputs import Problem, build
 
-# One entry per build of the kernels: (id, backend, instruction set). Triton has its own, smaller grid in tests/triton:
-# its tensors may be on a GPU, and interpreted it is a thousand times slower.
+# One entry per build of the kernels: (id, backend, instruction set). Triton and CUDA have their own, smaller grids in
+# tests/triton and tests/cuda: their tensors may be on a GPU, and on the CPU they are a thousand times slower.
 VARIANTS = [
     (name if name != "cpu" else f"cpu-{isa}", name, isa)
     for name, (available, _) in backends().items()
-    if available and name != "triton"
+    if available and name not in ("triton", "cuda")
     for isa in (("generic", "avx2", "avx512") if name == "cpu" else ("",))
 ]
 
