@@ -125,7 +125,8 @@ struct NoPrologue {
   __device__ __forceinline__ void operator()(Fragment&, int, int) const {}
 };
 
-// acc += A[128, depth] @ B[columns, depth]^T, depth a multiple of 16 and at most kDepth. `b` is the tile's first row.
+// acc += A[128, depth] @ B[columns, depth]^T over the first `depth` and at most kDepth columns of a stage; what rounds
+// depth up to 16 is there too, as zeros. `b` is the tile's first row.
 // prologue(fragment, m, k) may change what was read of A: for 16-bit types the four registers of mma's first operand at
 // depth k, for fp32 two float4, rows lane / 4 and lane / 4 + 8 of the fragment m, at depths k to k + 3.
 template <int kDepth, class Tile, class T, class Prologue>
@@ -157,7 +158,7 @@ __device__ __forceinline__ void multiply(Accumulators<Tile>& acc, const T* a, co
     }
   } else {
     b += (Tile::first_column() + lane % 4 * 2) * b_stride;
-    for (int k = 0; k < depth; k += 4) {
+    for (int k = 0; k < kDepth && k < depth; k += 4) {
       float4 a_fragment[Tile::kM][2];
 #pragma unroll
       for (int m = 0; m < Tile::kM; ++m) {
