@@ -1,0 +1,51 @@
+"""The CUDA kernels run natively where there is a GPU and the library is built, emulated on CPU tensors elsewhere."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from effnet_kernels import native
+from tests.cuda.tools import DEVICE
+from tests.emulation import build
+from tests.ops.conftest import poison
+
+__all__ = ["poison"]
+
+
+def _missing() -> str | None:
+    """Why the kernels run in neither way."""
+    if DEVICE == "cuda":
+        available, reason = native.cuda_available()
+        return None if available else reason
+    return build.unavailable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU these are the tests that ``-m gpu`` asks for."""
+    here = [item for item in items if "tests/cuda/" in item.path.as_posix()]
+    reason = _missing() if here else None
+    for item in here:
+        if DEVICE == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Registers the emulated kernels where there is no GPU."""
+    if DEVICE == "cpu" and _missing() is None:
+        build.load()
+
+
+@pytest.fixture(params=range(3))
+def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The order in which threads and blocks run, three of them; a GPU has its own."""
+    if DEVICE == "cuda":
+        if request.param:
+            pytest.skip("one run on a GPU is as good as another")
+        yield 0
+        return
+    build.load().set_seed(request.param)
+    yield request.param
+    build.load().set_seed(0)

@@ -1,0 +1,180 @@
+"""The depthwise kernel against the float64 reference, by the criterion of docs/numerics.md."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from effnet_kernels import functional as F
+from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.ops.activations import ACTIVATIONS
+from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
+from tests.cuda.tools import native, on_device
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Case, Depthwise, drawn, fits, hostile, real
+from tests.ops.inputs import build
+from tests.ops.test_special_values import unit_bn
+
+pytestmark = pytest.mark.usefixtures("poison")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def compiled(case: Depthwise) -> bool:
+    return case.kernel in KERNELS and case.stride in STRIDES
+
+
+# More than one block each way, strips that end outside the map, and more than one partial sum down a column.
+TILED = [
+    Depthwise(2, (33, 40), c=16),
+    Depthwise(1, (40, 70), c=8, stride=(2, 2), padding="tf"),
+    Depthwise(1, (35, 19), c=72, kernel=(5, 5)),
+    Depthwise(1, (17, 131), c=4, kernel=(5, 5)),
+    Depthwise(3, (9, 34), c=24, kernel=(5, 5), stride=(2, 2), padding="tf"),
+    Depthwise(1, (21, 9), c=264, kernel=(7, 7), padding="none"),
+    Depthwise(2, (10, 3), c=1032),
+    Depthwise(1, (20, 20), c=37, kernel=(3, 3), padding="large"),
+]
+
+
+@pytest.mark.parametrize("case", [case for case in hostile(Depthwise) if compiled(case)], ids=str)
+@each_dtype
+@torch.no_grad()
+def test_hostile(case, dtype):
+    if not fits(case, dtype):
+        pytest.skip("overflows in stock layers")
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(("kernel", "stride"), itertools.product(KERNELS, STRIDES))
+@each_dtype
+@torch.no_grad()
+def test_every_instance(dtype, kernel, stride, act):
+    """What is compiled separately, or is a branch of its own: vectors of channels and, for odd C, single ones."""
+    for c in (16, 20, 3):
+        oracle.check(native(build(Depthwise(2, (9, 13), act, kernel=kernel, stride=stride, padding="tf", c=c), dtype)), "cuda")
+
+
+@pytest.mark.parametrize("c", [1, 3, 8, 12, 20, 64, 130])
+@pytest.mark.parametrize("hw", [(1, 1), (2, 5), (13, 1), (8, 8)], ids=str)
+@each_dtype
+@torch.no_grad()
+def test_channels_and_small_maps(dtype, hw, c):
+    for kernel, stride in itertools.product(KERNELS, STRIDES):
+        oracle.check(native(build(Depthwise(3, hw, kernel=kernel, stride=stride, c=c), dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
+@each_dtype
+@torch.no_grad()
+def test_many_blocks(case, dtype, schedule):
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", real(Depthwise)[::3], ids=str)
+@torch.no_grad()
+def test_real_shapes(case):
+    oracle.check(native(build(case, torch.bfloat16)), "cuda")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@torch.no_grad()
+def test_any_shape(data):
+    case: Case = data.draw(drawn(Depthwise))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    assume(compiled(case) and fits(case, dtype))
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", [Depthwise(3, (19, 37), c=24), Depthwise(3, (19, 20), c=13, kernel=(5, 5))], ids=str)
+@each_dtype
+@torch.no_grad()
+def test_same_bits(case, dtype):
+    """On every run, for every batch size, and wherever the map begins: unaligned ones take another kernel."""
+    problem = native(build(case, dtype))
+    y, mean = problem.call("cuda")
+    for again in problem.call("cuda"), problem.call("cuda"):
+        assert torch.equal(again[0], y)
+        assert torch.equal(again[1], mean)
+    x = problem.x
+    for n in range(3):
+        one = F.depthwise_conv_bn_act(*on_device((x[n : n + 1], *problem.args[1:])), **problem.kwargs, backend="cuda")
+        assert torch.equal(one[0].cpu()[0], y[n])
+        assert torch.equal(one[1].cpu()[0], mean[n])
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype)
+    shifted = buffer[1:].as_strided(x.shape, x.stride()).copy_(x)
+    moved = F.depthwise_conv_bn_act(*on_device((shifted, *problem.args[1:])), **problem.kwargs, backend="cuda")
+    assert torch.equal(moved[0].cpu(), y)
+    assert torch.equal(moved[1].cpu(), mean)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@each_dtype
+@torch.no_grad()
+def test_activations_over_their_whole_range(act, dtype):
+    """Every bfloat16 number up to 2^120 that the dtype holds, infinities and NaN, element by element."""
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = z[z.abs() < min(2.0**120, torch.finfo(dtype).max)]
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=torch.bfloat16)
+    z = torch.cat([finite, odd]).to(dtype)
+    z = z[: len(z) // 8 * 8].view(1, 8, -1, 1)
+    z = z.to(memory_format=torch.channels_last)
+    # Rows of zeros between the values: an infinity times an empty tap is NaN.
+    spread = torch.zeros(1, 8, 3 * z.shape[2], 1, dtype=dtype)
+    spread[:, :, 1::3] = z
+    weight = torch.zeros(8, 1, 3, 3, dtype=dtype)
+    weight[:, :, 1, 1] = 1
+    x, weight, bn = on_device((spread, weight, unit_bn(8)))
+    got = F.depthwise_conv_bn_act(x, weight, bn, act, padding=(1, 1, 1, 1), backend="cuda")[0].cpu()[:, :, 1::3]
+    exact = oracle.ACTIVATION[act](z.double())
+    stock = oracle.ACTIVATION[act](z)
+    assert torch.equal(got.isnan(), stock.isnan())
+    assert torch.equal(got.isinf(), stock.isinf())
+    # Twice stock's error, four roundings of the result, and subnormals may be flushed.
+    finfo = torch.finfo(dtype)
+    allowed = 2 * (stock.double() - exact).abs() + 2 * finfo.eps * exact.abs() + finfo.tiny
+    wrong = (got.double() - exact).abs() > allowed  # False where NaN
+    assert not wrong.any(), f"act({z[wrong][0]}) = {got[wrong][0]}, {exact[wrong][0]}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("case", [Depthwise(2, (5, 6), c=19, act="relu6"), Depthwise(2, (9, 9), c=16)], ids=str)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
+    problem = native(build(case, torch.float32))
+    clean = problem.call("cuda")
+    problem.x[-1, 1, 2, 2] = value
+    for got, before, expected in zip(
+        problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True
+    ):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got[0], before[0])
+
+
+@torch.no_grad()
+def test_means_are_summed_in_float32():
+    x = torch.ones(1, 8, 64, 64, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 1, 3, 3, dtype=torch.bfloat16)
+    weight[:, :, 1, 1] = 1
+    x, weight, bn = on_device((x, weight, unit_bn(8)))
+    _, mean = F.depthwise_conv_bn_act(x, weight, bn, "identity", padding=(1, 1, 1, 1), backend="cuda")
+    assert torch.equal(mean.cpu(), torch.ones(1, 8))
+
+
+def test_windows_that_are_not_compiled_are_a_reason():
+    device = on_device(torch.zeros(1)).device.type
+    problem = Problem("depthwise_conv_bn_act", device, torch.float16, (3, 3))
+    implementation(problem, "cuda")
+    with pytest.raises(RuntimeError, match="only kernels of 3x3, 5x5 and 7x7 are compiled, not 3x5"):
+        implementation(problem._replace(kernel=(3, 5)), "cuda")
+    with pytest.raises(RuntimeError, match="only strides 1 and 2"):
+        implementation(problem._replace(stride=(2, 1)), "cuda")
+    with pytest.raises(RuntimeError, match="only float32, float16 and bfloat16 have CUDA kernels"):
+        implementation(problem._replace(dtype=torch.float64), "cuda")
+    with pytest.raises(RuntimeError, match="the tensors are on xpu"):
+        implementation(problem._replace(device="xpu"), "cuda")

@@ -1,0 +1,94 @@
+"""``fused_mbconv`` in CUDA: rectangles of output pixels, chunks of expanded channels, parts of the input channels."""
+
+import math
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from tests.cuda.tools import check, cycled, native
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Fused
+from tests.ops.inputs import build
+
+# A block has up to 128 pixels; chunks are 64 expanded channels; 64 output channels, or 128 in 16 bits.
+TILED = [
+    Fused(1, (13, 11), cin=24, mid=24, cout=None, residual=True),
+    Fused(2, (9, 11), cin=16, mid=40, cout=24, stride=(2, 2), padding="tf"),
+    Fused(1, (9, 11), cin=20, mid=100, cout=40, stride=(2, 2), padding="tf"),  # no row of 16 bytes in x
+    Fused(1, (9, 18), cin=48, mid=144, cout=48, residual=True),  # three chunks, the last one not full
+    Fused(1, (7, 9), cin=32, mid=40, cout=136, kernel=(5, 5), stride=(2, 2)),  # two tiles of outputs
+    Fused(1, (8, 9), cin=32, mid=70, cout=66, act="relu6"),
+    Fused(1, (24, 25), cin=3, mid=40, cout=None, stride=(2, 2), padding="tf", layout="nchw"),
+    Fused(1, (12, 13), cin=15, mid=24, cout=15, residual=True, act="hardswish"),
+    Fused(0, (7, 7), cin=8, mid=24, cout=8),
+]
+# At 99 KB of shared memory a rectangle holds only a part of these input channels.
+PARTS = [
+    Fused(1, (11, 13), cin=200, mid=72, cout=70, stride=(2, 2)),
+    Fused(1, (9, 9), cin=168, mid=24, cout=None, kernel=(5, 5), stride=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_tiles(case, dtype, emulation):
+    check(case, dtype, emulation)
+
+
+@pytest.mark.parametrize("case", PARTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_parts_of_the_input_channels(case, dtype, emulation, device):
+    check(case, dtype, emulation, seeds=1)
+
+
+@pytest.mark.parametrize(("case", "dtype"), cycled(Fused))
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_hostile(case, dtype):
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Fused(2, (5, 6), cin=17, mid=19, cout=18),
+        Fused(2, (5, 6), cin=17, mid=19, cout=18, act="relu"),
+        Fused(2, (5, 6), cin=3, mid=19, cout=None, act="relu"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
+    problem = native(build(case, dtype))
+    clean = problem.call("cuda")
+    problem.x[-1, 1, 2, 2] = value
+    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got[0], before[0])
+
+
+@torch.no_grad()
+def test_a_window_too_large_for_shared_memory_is_refused(device):
+    """By name, before anything runs."""
+    problem = native(build(Fused(1, (99, 99), cin=16, mid=16, cout=16, kernel=(99, 99), padding="none"), torch.float32))
+    with pytest.raises(RuntimeError, match="fused_mbconv: the window of one output pixel does not fit"):
+        problem.call("cuda")
+
+
+@torch.no_grad()
+def test_one_launch(emulation):
+    """A block is one kernel, and a planar image costs a stem no pass."""
+    if emulation is None:
+        pytest.skip("launches are counted by the emulation")
+    problem = build(Fused(1, (8, 9), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), torch.float32)
+    emulation.set_seed(0)
+    F.fused_mbconv(*problem.args, **problem.kwargs, backend="cuda")
+    assert emulation.launches() == 1

@@ -1,0 +1,102 @@
+"""``pointwise_conv_bn_act`` in CUDA: every dtype, every tail of a tile, several images in one."""
+
+import math
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from effnet_kernels.ops.activations import ACTIVATIONS
+from tests.cuda.tools import check, cycled, native, on_device
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Pointwise
+from tests.ops.inputs import build
+from tests.ops.test_special_values import unit_bn
+
+# Tiles are 128 pixels by 32, 64 or 128 channels; a stage holds 32 input channels (16 in fp32).
+TILED = [
+    Pointwise(1, (8, 16), cin=32, cout=32, act="identity"),  # exactly one tile, one stage
+    Pointwise(3, (9, 17), cin=40, cout=144),
+    Pointwise(1, (13, 11), cin=200, cout=24, act="identity", gate=True, residual="nhwc"),
+    Pointwise(2, (11, 12), cin=33, cout=65, act="relu6", gate=True, residual="sliced"),  # no row of 16 bytes
+    Pointwise(1, (11, 12), cin=72, cout=65, act="hardswish"),  # rows of 16 bytes on one side only
+    Pointwise(1, (11, 12), cin=65, cout=72, act="relu", residual="nhwc"),
+    Pointwise(2, (9, 9), cin=24, cout=256),  # two wide tiles
+    Pointwise(9, (5, 5), cin=48, cout=40, act="identity", gate=True),  # up to seven images in a tile
+    Pointwise(150, (1, 1), cin=16, cout=40, gate=True),  # a tile of images
+    Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
+    Pointwise(2, (12, 11), cin=41, cout=70, act="hardswish", pool=True, gate=True, residual="nchw"),
+    Pointwise(0, (7, 7), cin=16, cout=24, gate=True, residual="nhwc"),
+    Pointwise(0, (7, 7), cin=16, cout=24, pool=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_tiles(case, dtype, emulation):
+    check(case, dtype, emulation)
+
+
+@pytest.mark.parametrize(("case", "dtype"), cycled(Pointwise))
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_hostile(case, dtype):
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_activations(act, dtype, emulation):
+    check(Pointwise(2, (5, 5), cin=24, cout=40, act=act, residual="nhwc"), dtype, emulation, seeds=1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Pointwise(2, (5, 5), cin=17, cout=19, act="relu"),
+        Pointwise(2, (5, 5), cin=16, cout=24, gate=True),
+        Pointwise(2, (5, 5), cin=17, cout=19, pool=True),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
+    problem = native(build(case, dtype))
+    clean = problem.call("cuda")
+    problem.x[-1, 1, 2, 2] = value
+    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        assert torch.equal(got[0], before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_pool_adds_in_float32(dtype):
+    """2304 ones: a bfloat16 sum stops at 256, a float16 sum at 2048."""
+    x = torch.ones(1, 5, 48, 48, dtype=dtype)
+    x, weight, bn = on_device((x, torch.ones(3, 5, 1, 1, dtype=dtype), unit_bn(3)))
+    pooled = F.pointwise_conv_bn_act(x, weight, bn, "identity", pool=True, backend="cuda")
+    assert torch.equal(pooled.cpu(), torch.full((1, 3), 5.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_maps_that_are_not_aligned(dtype):
+    """Views that begin in the middle of 16 bytes are read element by element."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1 + 2 * 9 * 24, generator=generator).to(dtype)[1:].view(2, 3, 3, 24).permute(0, 3, 1, 2)
+    weight = torch.randn(1 + 40 * 24, generator=generator).to(dtype)[1:].view(40, 24, 1, 1)
+    residual = torch.randn(1 + 2 * 9 * 40, generator=generator).to(dtype)[1:].view(2, 3, 3, 40).permute(0, 3, 1, 2)
+    x, weight, residual, bn = on_device((x, weight, residual, unit_bn(40)))
+    whole = [t.clone(memory_format=torch.channels_last) for t in (x, weight, residual)]
+    assert x.data_ptr() % 16
+    got = F.pointwise_conv_bn_act(x, weight, bn, "silu", residual=residual, backend="cuda")
+    expected = F.pointwise_conv_bn_act(whole[0], whole[1], bn, "silu", residual=whole[2], backend="cuda")
+    assert torch.equal(got, expected)
