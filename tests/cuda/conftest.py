@@ -1,8 +1,10 @@
 """The CUDA kernels run natively where there is a GPU and the library is built, emulated on CPU tensors elsewhere."""
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
+import torch
 
 from effnet_kernels import native
 from tests.cuda.tools import DEVICE
@@ -49,3 +51,27 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
     build.load().set_seed(request.param)
     yield request.param
     build.load().set_seed(0)
+
+
+@pytest.fixture
+def emulation(kernels: None) -> ModuleType | None:
+    """The module that steers the emulation; None on a GPU."""
+    return None if DEVICE == "cuda" else build.load()
+
+
+@pytest.fixture(params=[80, 86, 90])
+def device(request: pytest.FixtureRequest, emulation: ModuleType | None) -> Iterator[int]:
+    """The emulated GPU by its compute capability: its shared memory decides how kernels cut a problem."""
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    emulation.set_device(request.param)
+    yield request.param
+    emulation.set_device(90)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,15 +1,19 @@
 """Problems on the device that the CUDA kernels run on in this session."""
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from tests.ops.inputs import Problem
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Case, fits, hostile
+from tests.ops.inputs import Problem, build
 from tests.triton.tools import DEVICE, on_device
 
-__all__ = ["DEVICE", "native", "on_device"]
+__all__ = ["DEVICE", "check", "cycled", "native", "on_device"]
 
 
 def native(problem: Problem) -> Problem:
@@ -21,3 +25,26 @@ def native(problem: Problem) -> Problem:
         return tree_map(torch.Tensor.cpu, problem.function(*on_device(args), **on_device(kwargs), backend=backend))
 
     return problem if DEVICE == "cpu" else dataclasses.replace(problem, function=call)
+
+
+def check(case: Case, dtype: torch.dtype, emulation: ModuleType | None, seeds: int = 2) -> None:
+    """The case against its float64 reference; runs with other orders of threads give the same bits."""
+    problem = native(build(case, dtype))
+    if emulation is not None:
+        emulation.set_seed(0)
+    oracle.check(problem, "cuda")
+    first = problem.call("cuda")
+    for seed in range(1, seeds):
+        if emulation is not None:
+            emulation.set_seed(seed)
+        for got, again in zip(first, problem.call("cuda"), strict=True):
+            assert torch.equal(got, again), "two runs differ"
+
+
+def cycled(kind: type[Case]) -> list[Any]:
+    """The hostile cases of an op as (case, dtype) parameters, dealt out over the dtypes that hold their values."""
+    return [
+        pytest.param(case, dtype, id=f"{str(dtype)[6:]}-{case}")
+        for i, case in enumerate(hostile(kind))
+        for dtype in ([t for t in DTYPES if fits(case, t)][i % sum(fits(case, t) for t in DTYPES)],)
+    ]
