@@ -30,7 +30,8 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 import effnet_kernels as ek
 from effnet_kernels.backends import Problem
@@ -143,6 +144,19 @@ def record_model(model: str, size: int, batch: int, dtype: torch.dtype, generati
         mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
     ):
         return record(lambda: network(images), generation)
+
+
+def specialisation(launch: Launch, generation: int) -> str:
+    """Triton's own key of the compiled code that a launch would look for, or compile."""
+    kernel = launch.kernel
+    key = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", generation, 32))
+    )
+    _, arguments, options = key(
+        *launch.tensors, *launch.sizes, *launch.constants,
+        num_warps=launch.config.num_warps, num_stages=launch.config.num_stages, debug=False,
+    )  # fmt: skip
+    return f"{launch.op} {kernel.fn.__name__} {arguments} {options}"
 
 
 def compile_launch(launch: Launch, generation: int) -> Resources:

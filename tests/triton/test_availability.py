@@ -1,0 +1,123 @@
+"""When the Triton backend serves, what it says when it does not, and what "auto" does then."""
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from effnet_kernels.backends import Problem, backends, check_backend, implementation, use_backend
+from effnet_kernels.ops import triton_common
+from effnet_kernels.ops.mbconv import reference
+from tests.ops.test_special_values import unit_bn
+
+module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
+CUDA = Problem("mbconv", "cuda", torch.float16, (3, 3))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """A GPU machine in the eyes of the dispatch, and nothing remembered of this one."""
+
+    def forget():
+        module._triton_available.cache_clear()
+        module._resolve.cache_clear()
+
+    forget()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    yield
+    forget()
+
+
+def test_auto_takes_triton_for_tensors_on_a_gpu():
+    from effnet_kernels.ops.mbconv import triton
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert implementation(CUDA._replace(dtype=dtype), "triton") is triton.run
+        assert implementation(CUDA._replace(dtype=dtype)) is not reference.run
+    assert implementation(CUDA._replace(dtype=torch.float64)) is reference.run
+
+
+def missing(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+    )
+
+
+def too_old(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("triton"), "__version__", "3.1.0")
+
+
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+
+
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def other_vendor(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (missing, "Triton is not installed"),
+        (too_old, r"Triton 3\.1\.0 is older than 3\.4"),
+        (old_gpu, "a GPU is older than compute capability 7.5"),
+        (no_gpu, "no NVIDIA GPU"),
+        (other_vendor, "no NVIDIA GPU"),
+    ],
+)
+def test_a_reason_by_name_and_a_fallback_under_auto(change, reason, monkeypatch):
+    change(monkeypatch)
+    assert not backends()["triton"][0]
+    with pytest.raises(RuntimeError, match=f"'triton' is not available: {reason}"):
+        check_backend("triton")
+    with pytest.raises(RuntimeError, match=reason), use_backend("triton"):
+        pass
+    assert "triton" not in implementation(CUDA).__module__
+
+
+def test_bfloat16_needs_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    problem = CUDA._replace(dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"bfloat16 needs compute capability 8\.0, a GPU has less"):
+        implementation(problem, "triton")
+    assert implementation(problem) is reference.run
+    assert implementation(CUDA, "triton") is not reference.run
+
+
+def test_tensors_elsewhere_are_refused_by_name():
+    x, weight = torch.ones(1, 4, 3, 3), torch.ones(2, 4, 1, 1)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot serve pointwise_conv_bn_act on cpu.*tensors are on cpu"):
+        F.pointwise_conv_bn_act(x, weight, unit_bn(2), backend="triton")
+    assert F.pointwise_conv_bn_act(x, weight, unit_bn(2)).shape == (1, 2, 3, 3)
+
+
+def test_nothing_is_compiled_during_a_capture(monkeypatch):
+    """The launch raises before Triton is asked, and names the way out."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    class OnGpu(torch.Tensor):
+        def get_device(self) -> int:
+            return 0
+
+    class Kernel:
+        fn = staticmethod(lambda: None)
+
+        def __getitem__(self, grid):
+            raise AssertionError("Triton was asked")
+
+    x = torch.ones(4).as_subclass(OnGpu)
+    with pytest.raises(RuntimeError, match="run them once before capturing a CUDA graph"):
+        triton_common.launch_kernel(Kernel(), 1, (x,), (4,), (), triton_common.Config((4,), 1))
