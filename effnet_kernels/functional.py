@@ -154,7 +154,7 @@ def squeeze_excite_gate(mean: Tensor, se: SqueezeExciteWeights, *, backend: str 
 
     Args:
         mean: ``[N, C]`` float32 (or float64).
-        se: the two fully connected layers.
+        se: the two fully connected layers, in that dtype or a 16-bit one.
         backend: see the module's docstring.
 
     Returns:
@@ -167,7 +167,7 @@ def squeeze_excite_gate(mean: Tensor, se: SqueezeExciteWeights, *, backend: str 
         raise ValueError(f"mean must be a tensor of shape [N, C], got {_describe(mean)}")
     if mean.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"mean must be float32 or float64, got {mean.dtype}")
-    _check_se("se", se, mean, mean.shape[1])
+    _check_se("se", se, mean, mean.shape[1], (torch.float16, torch.bfloat16))
     return _squeeze_excite_gate(mean, list(se[:4]), se.act, se.gate, backend)
 
 
@@ -345,15 +345,19 @@ def _check_weight(name: str, weight: Tensor, x: Tensor, shape: tuple[int | None,
     raise ValueError(f"{name} must have shape [{wanted}], got {_describe(weight)}")
 
 
-def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_vector(
+    name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor, also: tuple[torch.dtype, ...] = ()
+) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     if vector.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {_describe(vector)}")
     if vector.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {vector.device}")
-    if vector.dtype != x.dtype and vector.dtype != torch.float32:
-        raise TypeError(f"{name} must be float32 or have the dtype of x, {x.dtype}, got {vector.dtype}")
+    dtypes = (torch.float32, x.dtype, *also)
+    if vector.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
+        raise TypeError(f"{name} must be {wanted}, got {vector.dtype}")
 
 
 def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
@@ -378,14 +382,16 @@ def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
         _check_vector(f"{name}.{field}", vector, shape, x)
 
 
-def _check_se(name: str, se: SqueezeExciteWeights, x: Tensor, channels: int) -> None:
+def _check_se(
+    name: str, se: SqueezeExciteWeights, x: Tensor, channels: int, also: tuple[torch.dtype, ...] = ()
+) -> None:
     if not isinstance(se, SqueezeExciteWeights):
         raise TypeError(f"{name} must be SqueezeExciteWeights, got {type(se).__name__}")
     reduced = se.w_reduce.shape[0] if isinstance(se.w_reduce, Tensor) and se.w_reduce.dim() > 0 else 0
-    _check_vector(f"{name}.w_reduce", se.w_reduce, (reduced, channels, 1, 1), x)
-    _check_vector(f"{name}.b_reduce", se.b_reduce, (reduced,), x)
-    _check_vector(f"{name}.w_expand", se.w_expand, (channels, reduced, 1, 1), x)
-    _check_vector(f"{name}.b_expand", se.b_expand, (channels,), x)
+    _check_vector(f"{name}.w_reduce", se.w_reduce, (reduced, channels, 1, 1), x, also)
+    _check_vector(f"{name}.b_reduce", se.b_reduce, (reduced,), x, also)
+    _check_vector(f"{name}.w_expand", se.w_expand, (channels, reduced, 1, 1), x, also)
+    _check_vector(f"{name}.b_expand", se.b_expand, (channels,), x, also)
     _check_choice(f"{name}.act", se.act, ACTIVATIONS)
     _check_choice(f"{name}.gate", se.gate, GATES)
 
