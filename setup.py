@@ -26,7 +26,7 @@ COMMON = [
     "-fno-math-errno",
     *WARNINGS,
 ]
-# One build of kernels.cpp per instruction set; bindings_cpu.cpp chooses among them at run time.
+# One build of kernels.cpp and kernels_train.cpp per instruction set; bindings_cpu.cpp chooses among them at run time.
 INSTRUCTION_SETS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -59,11 +59,13 @@ class BuildNative(build_ext):
         x86 = ["-DEFFNET_X86"] if X86 else []
         jobs = [
             ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
+            ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
             ("csrc/cpu/scratch.cpp", "scratch", COMMON),
         ]
         for name, flags in INSTRUCTION_SETS.items():
             if X86 or name == "generic":
-                jobs.append(("csrc/cpu/kernels.cpp", name, [*COMMON, *flags]))
+                for source in ("csrc/cpu/kernels.cpp", "csrc/cpu/kernels_train.cpp"):
+                    jobs.append((source, name, [*COMMON, *flags]))
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job

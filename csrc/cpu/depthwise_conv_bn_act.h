@@ -217,7 +217,7 @@ static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t sli
 }
 
 template <class T>
-static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
+[[maybe_unused]] static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
   Scratch scratch;
   const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
@@ -241,7 +241,7 @@ static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
   });
 }
 
-static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
+[[maybe_unused]] static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
   p.x.is_bf16 ? depthwise_conv_bn_act<bf16>(p, pool) : depthwise_conv_bn_act<float>(p, pool);
 }
 

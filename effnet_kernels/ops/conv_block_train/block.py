@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.ops.activations import FUNCTIONS, GRADIENTS
+from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.conv_block_train.layers import (
     Gradient,
     Layer,
@@ -152,6 +153,8 @@ def backward(
     if layers[0].weight is None:
         raws = [x]
 
+    if not pool:
+        grad = to_nhwc(grad)
     found: dict[tuple[str, int], Tensor] = {}
     if needs.residual:
         found["residual", 0] = grad
