@@ -1,0 +1,106 @@
+"""What a call costs in Python, per op: the eager boundary that small batches pay.
+
+    python -m benchmarks.boundary
+
+On a GPU it is the time until the call returns, kernels running on behind it. Without one the Triton ops run on CPU
+tensors and enqueueing is replaced by nothing: what is left is all that the package itself does.
+"""
+
+import contextlib
+import functools
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+import effnet_kernels.functional as F
+from effnet_kernels.backends import Problem
+from effnet_kernels.benchmarking.environment import describe, environment
+from effnet_kernels.benchmarking.tables import text_table
+from effnet_kernels.ops import triton_common
+
+ROUNDS, CALLS = 50, 40
+
+
+def bn(channels: int, device: str) -> F.BatchNorm:
+    return F.BatchNorm(*(torch.ones(channels, device=device) for _ in range(4)))
+
+
+def calls(device: str) -> dict[str, Callable[[], object]]:
+    """One call of each op, as small as can be, arguments as a patched model gives them."""
+
+    def half(*shape: int) -> torch.Tensor:
+        x = torch.empty(shape, dtype=torch.float16, device=device)
+        return x.to(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+    x, wide, mean = half(1, 64, 4, 4), bn(64, device), torch.ones(1, 64, device=device)
+    one, dw, dense = half(64, 64, 1, 1), half(64, 1, 3, 3), half(64, 64, 3, 3)
+    se = F.SqueezeExciteWeights(half(16, 64, 1, 1), half(16), half(64, 16, 1, 1), half(64))
+    conv, depthwise = F.ConvBN(one, wide), F.ConvBN(dw, wide)
+    return {
+        "pointwise_conv_bn_act": lambda: F.pointwise_conv_bn_act(x, one, wide, backend="triton"),
+        "depthwise_conv_bn_act": lambda: F.depthwise_conv_bn_act(x, dw, wide, backend="triton"),
+        "squeeze_excite_gate": lambda: F.squeeze_excite_gate(mean, se, backend="triton"),
+        "squeeze_excite": lambda: F.squeeze_excite(x, se, backend="triton"),
+        "fused_mbconv": lambda: F.fused_mbconv(x, F.ConvBN(dense, wide), conv, residual=True, backend="triton"),
+        "mbconv": lambda: F.mbconv(x, conv, depthwise, se, conv, residual=True, backend="triton"),
+    }
+
+
+@contextlib.contextmanager
+def enqueueing_left_out() -> Iterator[None]:
+    class Variant:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *arguments: None
+
+    class Everything(dict):
+        def get(self, key: object, default: object = None) -> Variant:
+            hash(key)
+            return variant
+
+    variant = Variant()
+    with contextlib.ExitStack() as patches:
+        for owner, name, value in (
+            (triton_common, "_compiled", Everything()),
+            (triton_common, "generation", lambda device: 90),
+            (torch.cuda, "current_device", lambda: -1),
+            (torch.cuda, "get_device_name", lambda device: "none"),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        patches.enter_context(mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve))
+        yield
+
+
+@functools.cache
+def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., object]]:
+    return asked, importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
+
+
+@torch.inference_mode()
+def main() -> None:
+    if triton_common.INTERPRETED:
+        raise SystemExit("unset TRITON_INTERPRET: it measures the interpreter")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    with contextlib.nullcontext() if device == "cuda" else enqueueing_left_out():
+        for name, call in calls(device).items():
+            call()
+            rounds = []
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    call()
+                rounds.append((time.perf_counter() - start) / CALLS)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            rows.append((name, f"{statistics.median(rounds) * 1e6:.1f}", f"{min(rounds) * 1e6:.1f}"))
+    print(text_table(("op", "us, median", "us, least"), rows))
+    print(f"{'kernels enqueued' if device == 'cuda' else 'enqueueing left out'}; {describe(environment(device))}")
+
+
+if __name__ == "__main__":
+    main()
