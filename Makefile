@@ -12,7 +12,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench report build lint format coverage-table wheel clean help
+.PHONY: demo test bench report build lint format coverage-table kernels prediction wheel clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -57,6 +57,12 @@ format: build  ## format Python and C++ in place
 
 coverage-table: build  ## regenerate docs/coverage.md: which blocks of which models are fused
 	@$(BIN)/python docs/coverage.py
+
+kernels: build  ## compile every Triton kernel for every generation of GPU and inspect the code (an hour)
+	@$(BIN)/python -m effnet_kernels.benchmarking.ahead_of_time
+
+prediction: build  ## regenerate the predicted GPU times in docs/performance.md
+	@$(BIN)/python docs/gpu_prediction.py
 
 wheel: build  ## build the source distribution and the wheel into dist/
 	@$(BIN)/python -m build --no-isolation
