@@ -143,7 +143,10 @@ def backward(
     size: Sequence[int],
     needs: Needs,
 ) -> list[Tensor]:
-    """The wanted gradients in the order of ``Needs``, from that of the output; ``size`` is the shape of x."""
+    """The wanted gradients in the order of ``Needs``, contiguous; ``size`` is the shape of x.
+
+    That of the residual is ``grad`` itself.
+    """
     last = len(layers) - 1
     todo = work(layers, needs, se is not None, pool)
     norms = [norm_of(layer, s[0], s[1]) for layer, s in zip(layers, statistics, strict=True)]
@@ -156,8 +159,6 @@ def backward(
     if not pool:
         grad = to_nhwc(grad)
     found: dict[tuple[str, int], Tensor] = {}
-    if needs.residual:
-        found["residual", 0] = grad
     pixels = sizes[-1][2] * sizes[-1][3]
     wide = statistics[0].dtype
     current: Gradient | Tensor = (
@@ -220,7 +221,6 @@ def backward(
         ("gamma", needs.gammas),
         ("beta", needs.betas),
         ("se", needs.se),
-        ("residual", [needs.residual]),
     ]
     return [found[name, i] for name, wanted in order for i, want in enumerate(wanted) if want]
 

@@ -104,7 +104,6 @@ class Needs(NamedTuple):
     gammas: Sequence[bool]
     betas: Sequence[bool]
     se: Sequence[bool]  # none, or one per tensor
-    residual: bool
 
 
 class Work(NamedTuple):

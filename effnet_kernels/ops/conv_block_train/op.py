@@ -44,7 +44,7 @@ def _split(needs: Sequence[bool], layers: int, convolutions: int, se: int) -> Ne
         return [next(flags) for _ in range(n)]
 
     (x,), weights, gammas, betas = take(1), take(convolutions), take(layers), take(layers)
-    return Needs(x, weights or [False], gammas, betas, take(se), *take(1))
+    return Needs(x, weights or [False], gammas, betas, take(se))
 
 
 def _excitation(se: Sequence[Tensor], act: str, gate: str) -> SqueezeExcite | None:
@@ -86,14 +86,13 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     wanted = _split(needs, len(acts), len(weights), len(se))
     like = [
-        ([wanted.x], [empty_nhwc(grad.new_empty((size[0],)), *size[1:])]),
         (wanted.weights if weights else [], weights),
         (wanted.gammas, vectors[::4]),
         (wanted.betas, vectors[1::4]),
         (wanted.se, se),
-        ([wanted.residual], [grad]),
     ]
-    return [torch.empty_like(t) for flags, tensors in like for flag, t in zip(flags, tensors, strict=True) if flag]
+    dx = [empty_nhwc(grad.new_empty((size[0],)), *size[1:])] if wanted.x else []
+    return dx + [t.new_empty(t.shape) for flags, tensors in like for flag, t in zip(flags, tensors, strict=True) if flag]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -102,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*raws, *statistics, *squeezed)
     tensors = [x, *weights, *vectors[::4], *vectors[1::4], *se]
-    flags = [t.requires_grad for t in tensors] + [residual is not None and residual.requires_grad]
+    flags = [t.requires_grad for t in tensors]
     needs = _split(flags, len(acts), len(weights), len(se))
     layers = decode(weights, vectors, eps, frozen, acts, geometry)
     todo = work(layers, needs, bool(se), pool)
@@ -114,6 +113,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         *statistics, *squeezed, *through, *vectors[::4], *vectors[1::4], *se,
     )  # fmt: skip
     ctx.lengths = (1, len(raws), len(acts), len(squeezed), len(weights), len(acts), len(acts), len(se))
+    ctx.residual = residual is not None and residual.requires_grad
     ctx.arguments = (eps, frozen, acts, geometry, se_act, se_gate, pool, list(x.shape), flags, backend)
 
 
@@ -125,7 +125,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     ]
     # Running statistics may have moved on; those that were used are in ``statistics``.
     vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
-    if grad is None:
+    if grad is None or not any(flags):
         found: Any = iter(())
         flags = [False] * len(flags)
     else:
@@ -144,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     dvectors: list[Tensor | None] = []
     for dgamma, dbeta in zip(dgammas, dbetas, strict=True):
         dvectors += [dgamma, dbeta, None, None]
-    (dresidual,) = take(1)
+    dresidual = grad if ctx.residual else None
     return dx, dweights, dvectors, None, None, None, None, dse, None, None, dresidual, None, None
 
 

@@ -134,7 +134,7 @@ def convolve_backward(
     if below:
         top, _, left, _ = (0, 0, 0, 0) if any(padding) else layer.padding
         da = to_nhwc(da[:, :, top : top + size[2], left : left + size[3]])
-    return da if below else None, dw if a is not None else None
+    return da if below else None, dw.contiguous() if a is not None else None
 
 
 def _padded(a: Tensor, layer: Layer) -> tuple[Tensor, tuple[int, int]]:
