@@ -171,13 +171,15 @@ def build(
     with one_builder(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         jobs = [(HERE / "control.cpp", KERNEL_FLAGS), *sources]
         module_job = (HERE / "module.cpp", [*python, f"-DMODULE={module_name}", *defines])
-        *objects, module_object = pool.map(lambda job: compile_object(job[0], [*job[1], *sanitize]), [*jobs, module_job])
+        *objects, module_object = pool.map(
+            lambda job: compile_object(job[0], [*job[1], *sanitize]), [*jobs, module_job]
+        )
 
         folder = BUILD / f"{module_name}-{digest(path.name for path in (*objects, module_object))}"
         linker = [CXX, "-shared", *sanitize]
         library = make(
             folder / f"lib{module_name}.so",
-            [*linker, *map(str, objects), *dynamic_shared_memory(objects), *link],
+            [*linker, f"-Wl,-soname,lib{module_name}.so", *map(str, objects), *dynamic_shared_memory(objects), *link],
         )
         module = make(
             folder / f"{module_name}.so",
@@ -212,6 +214,4 @@ def load(asan: bool | None = None) -> ModuleType:
     sources = [(source, KERNEL_FLAGS) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     sources.append((ROOT / "csrc" / "bindings_cuda.cpp", [*KERNEL_FLAGS, *torch_flags]))
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    return build(
-        "emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[]
-    )
+    return build("emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[])

@@ -12,6 +12,8 @@ CUDA_EMULATION_EXPORT bool cuda_emulation_set_device(int capability);
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_launches();
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_switches();
 
-// fixtures.cu: the kernel of that name, over `in` and `out`. Returns CUDA's own message where the launch fails.
-CUDA_EMULATION_EXPORT const char* cuda_emulation_run_fixture(const char* name, const float* in, float* out, int n,
-                                                             int blocks, int threads, size_t dynamic_shared);
+// fixtures.cu: the kernel of that name, over `in` and `out`. Returns CUDA's own message where the launch
+// fails.
+CUDA_EMULATION_EXPORT const char* cuda_emulation_run_fixture(const char* name, const float* in, float* out,
+                                                             int n, int blocks, int threads,
+                                                             size_t dynamic_shared);

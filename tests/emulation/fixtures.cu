@@ -1,5 +1,5 @@
-// Kernels that the emulation tests itself with: correct ones, and ones with a planted bug that must be caught. All
-// compute `out`, of n elements, from `in`.
+// Kernels that the emulation tests itself with: correct ones, and ones with a planted bug that must be
+// caught. All compute `out`, of n elements, from `in`.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -16,7 +16,8 @@ using namespace cuda_emulation::ptx;
 
 constexpr unsigned kAll = 0xffffffff;
 
-// ---- reductions --------------------------------------------------------------------------------------------
+// ---- reductions
+// --------------------------------------------------------------------------------------------
 
 // out[block] is the sum of the block's part of in.
 template <bool kBarrier>
@@ -61,7 +62,13 @@ __global__ void grid_sum(const float* in, float* out, int) {
   }
 }
 
-// Lanes hand values to each other through shared memory, twice through the same place.
+// When each thread ran, counted over the grid.
+__global__ void order(const float*, float* out, int n) {
+  static unsigned next = 0;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = static_cast<float>(atomicInc(&next, n - 1));
+}
+
+// Lanes hand values to each other through shared memory.
 template <bool kBarrier>
 __global__ void warp_reverse(const float* in, float* out, int) {
   __shared__ float values[1024];
@@ -72,7 +79,8 @@ __global__ void warp_reverse(const float* in, float* out, int) {
   out[threadIdx.x] = warp[31 - lane];
 }
 
-// Element i is how many threads before i in its warp hold a negative value; the last, how many in the block do.
+// Element i is how many threads before i in its warp hold a negative value; the last, how many in the block
+// do.
 __global__ void votes(const float* in, float* out, int n) {
   const bool negative = in[threadIdx.x] < 0;
   const unsigned ballot = __ballot_sync(kAll, negative);
@@ -82,7 +90,8 @@ __global__ void votes(const float* in, float* out, int n) {
   if (threadIdx.x == 0) out[n - 1] = static_cast<float>(count + 10000 * any + 100000 * all);
 }
 
-// ---- tensor cores and asynchronous copies ------------------------------------------------------------------
+// ---- tensor cores and asynchronous copies
+// ------------------------------------------------------------------
 
 // out [16, 16] = a [16, 32] @ b [32, 16]; in is a, then b. One warp.
 template <typename T>
@@ -107,8 +116,8 @@ __global__ void matrix_product(const float* in, float* out, int) {
       out[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = d[half][i];
 }
 
-// out[i] is the sum over k of in[k * n + i], four elements a thread, the next four on their way meanwhile. The last
-// are copied in part only.
+// out[i] is the sum over k of in[k * n + i], four elements a thread, the next four on their way meanwhile.
+// The last are copied in part only.
 template <int kPending, bool kBarrier>
 __global__ void double_buffer(const float* in, float* out, int n) {
   constexpr int kTiles = 5;
@@ -121,8 +130,7 @@ __global__ void double_buffer(const float* in, float* out, int n) {
   cp_async_commit();
   for (int k = 0; k < kTiles; ++k) {
     const bool last = k + 1 == kTiles - 1;
-    if (k + 1 < kTiles)
-      cp_async_16(buffers + (k + 1) % 2 * n + mine, in + (k + 1) * n + mine, last ? 8 : 16);
+    if (k + 1 < kTiles) cp_async_16(buffers + (k + 1) % 2 * n + mine, in + (k + 1) * n + mine, last ? 8 : 16);
     cp_async_commit();
     cp_async_wait<kPending>();
     if (kBarrier) __syncthreads();
@@ -142,7 +150,8 @@ __global__ void approximations(const float* in, float* out, int n) {
   }
 }
 
-// ---- planted: memory ---------------------------------------------------------------------------------------
+// ---- planted: memory
+// ---------------------------------------------------------------------------------------
 
 __global__ void copy(const float* in, float* out, int) { out[threadIdx.x] = in[threadIdx.x]; }
 
@@ -188,12 +197,13 @@ __global__ void misaligned_load(const float* in, float* out, int) {
 
 __global__ void copy_to_global(const float* in, float* out, int) { cp_async_16(out, in); }
 
-// Lane 31 reads lane 32, which no warp has; lane 3 reads one outside of the mask.
+// Lane 7 reads a lane outside of the mask.
 __global__ void shuffle_from_nowhere(const float* in, float* out, int) {
   if (threadIdx.x < 8) out[threadIdx.x] = __shfl_down_sync(0xff, in[threadIdx.x], 1);
 }
 
-// ---- planted: waiting --------------------------------------------------------------------------------------
+// ---- planted: waiting
+// --------------------------------------------------------------------------------------
 
 __global__ void barrier_without_some(const float*, float* out, int) {
   if (threadIdx.x < 40) __syncthreads();
@@ -249,7 +259,8 @@ __global__ void ask_until_answered(const float* in, float* out, int) {
   }
 }
 
-// ---- the table ---------------------------------------------------------------------------------------------
+// ---- the table
+// ---------------------------------------------------------------------------------------------
 
 struct Fixture {
   const char* name;
@@ -261,6 +272,7 @@ constexpr Fixture kFixtures[] = {
     {"block_sum_without_barrier", block_sum<false>},
     {"warp_sum", warp_sum},
     {"grid_sum", grid_sum},
+    {"order", order},
     {"warp_reverse", warp_reverse<true>},
     {"warp_reverse_without_barrier", warp_reverse<false>},
     {"votes", votes},
@@ -291,8 +303,8 @@ constexpr Fixture kFixtures[] = {
 
 }  // namespace fixtures
 
-const char* cuda_emulation_run_fixture(const char* name, const float* in, float* out, int n, int blocks, int threads,
-                                       size_t dynamic_shared) {
+const char* cuda_emulation_run_fixture(const char* name, const float* in, float* out, int n, int blocks,
+                                       int threads, size_t dynamic_shared) {
   for (const fixtures::Fixture& fixture : fixtures::kFixtures) {
     if (std::strcmp(fixture.name, name) != 0) continue;
     cudaLaunchConfig_t config{};
@@ -300,7 +312,7 @@ const char* cuda_emulation_run_fixture(const char* name, const float* in, float*
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = dynamic_shared;
     cudaError_t error = cudaSuccess;
-    if (dynamic_shared > 100 * 1024)
+    if (dynamic_shared >= 64 * 1024)
       error = cudaFuncSetAttribute(fixture.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(dynamic_shared));
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, fixture.kernel, in, out, n);

@@ -14,9 +14,11 @@ namespace {
 
 using Floats = py::array_t<float, py::array::c_style>;
 
-void run(const std::string& name, const Floats& in, Floats out, int blocks, int threads, size_t dynamic_shared) {
-  const char* error = cuda_emulation_run_fixture(name.c_str(), in.data(), out.mutable_data(),
-                                                 static_cast<int>(out.size()), blocks, threads, dynamic_shared);
+void run(const std::string& name, const Floats& in, Floats out, int blocks, int threads,
+         size_t dynamic_shared) {
+  const char* error =
+      cuda_emulation_run_fixture(name.c_str(), in.data(), out.mutable_data(), static_cast<int>(out.size()),
+                                 blocks, threads, dynamic_shared);
   if (error != nullptr) throw std::runtime_error(error);
 }
 
@@ -33,7 +35,8 @@ PYBIND11_MODULE(MODULE, m) {
       },
       py::arg("capability"), "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120.");
   m.def("launches", cuda_emulation_launches, "Kernels launched since the last set_seed().");
-  m.def("switches", cuda_emulation_switches, "Changes from one fiber to another since the library was loaded.");
+  m.def("switches", cuda_emulation_switches,
+        "Changes from one fiber to another since the library was loaded.");
 #if defined(WITH_FIXTURES)
   m.def("run", run, py::arg("name"), py::arg("input"), py::arg("out"), py::kw_only(), py::arg("blocks") = 1,
         py::arg("threads") = 256, py::arg("dynamic_shared") = 0,

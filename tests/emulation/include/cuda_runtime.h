@@ -3,7 +3,8 @@
 #pragma once
 
 #if !defined(CUDA_EMULATION)
-#error "this is the emulation of CUDA on the CPU: compile with -DCUDA_EMULATION, or take this folder off the path"
+#error \
+    "this is the emulation of CUDA on the CPU: compile with -DCUDA_EMULATION, or take this folder off the path"
 #endif
 
 #include <crt/host_defines.h>

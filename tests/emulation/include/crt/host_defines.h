@@ -1,5 +1,5 @@
-// Shadows CUDA's file of this name, which torch's wheels do not carry: the function and variable qualifiers of
-// CUDA C++, for a plain C++ compiler.
+// Shadows CUDA's file of this name, which torch's wheels do not carry: the function and variable qualifiers
+// of CUDA C++, for a plain C++ compiler.
 #ifndef __HOST_DEFINES_H__
 #define __HOST_DEFINES_H__
 
@@ -13,8 +13,8 @@
 #define __maxnreg__(...)
 #define __cluster_dims__(...)
 
-// A block's memory is a variable of the thread that runs the blocks, one after another. Unlike `static` this may
-// also follow `extern`, as dynamic shared memory is declared.
+// A block's memory is a variable of the thread that runs the blocks, one after another. Unlike `static` this
+// may also follow `extern`, as dynamic shared memory is declared.
 #define __shared__ thread_local
 
 #define __align__(n) __attribute__((aligned(n)))

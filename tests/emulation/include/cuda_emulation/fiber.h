@@ -41,8 +41,8 @@ struct Context {
 };
 
 #if defined(__x86_64__)
-// Saves what the calling convention lets a function rely on across a call, and takes the other stack. `jmp` instead
-// of `ret`, whose target the processor would predict from the calls on the old stack, wrongly.
+// Saves what the calling convention lets a function rely on across a call, and takes the other stack. `jmp`
+// instead of `ret`, whose target the processor would predict from the calls on the old stack, wrongly.
 __attribute__((naked, noinline, noipa)) inline void switch_stacks(void** /*saved*/, void* /*resumed*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -82,8 +82,10 @@ class Stacks {
  public:
   static constexpr std::size_t kStackSize = 64 * 1024;
 
-  explicit Stacks(int count) : page_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))), bytes_(count * stride()) {
-    void* base = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  explicit Stacks(int count)
+      : page_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))), bytes_(count * stride()) {
+    void* base =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) throw std::bad_alloc();
     base_ = static_cast<unsigned char*>(base);
     for (int i = 0; i < count; ++i) mprotect(base_ + i * stride(), page_, PROT_NONE);
@@ -94,7 +96,8 @@ class Stacks {
 
   unsigned char* bottom(int i) const { return base_ + i * stride() + page_; }
 
-  // The tops are staggered: at a stride of a power of two, the live ends of all stacks would share a few cache sets.
+  // The tops are staggered: at a stride of a power of two, the live ends of all stacks would share a few
+  // cache sets.
   std::size_t size(int i) const { return kStackSize - (i * 5 % 32) * 128; }
 
  private:

@@ -1,5 +1,6 @@
-// The part of the CUDA runtime that launchers use. Launches are checked as CUDA checks them, and run before they
-// return. Signatures are those of CUDA's cuda_runtime_api.h; what is not defined here is missing at link time.
+// The part of the CUDA runtime that launchers use. Launches are checked as CUDA checks them, and run before
+// they return. Signatures are those of CUDA's cuda_runtime_api.h; what is not defined here is missing at link
+// time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,10 +19,10 @@ namespace cuda_emulation {
 
 // What a launcher can ask about a device.
 struct Device {
-  int capability;                // 90 for sm_90
+  int capability;  // 90 for sm_90
   int multiprocessors;
-  int shared_memory;             // KB of a multiprocessor; a block has at most 1 KB less
-  int threads;                   // of a multiprocessor
+  int shared_memory;  // KB of a multiprocessor; a block has at most 1 KB less
+  int threads;        // of a multiprocessor
 };
 inline constexpr Device kDevices[] = {{80, 108, 164, 2048}, {86, 84, 100, 1536},   {89, 142, 100, 1536},
                                       {90, 132, 228, 2048}, {100, 148, 228, 2048}, {120, 170, 100, 1536}};
@@ -47,10 +48,11 @@ inline Runtime runtime;
 
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
-  const bool grid_fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff && grid.y <= 0xffff &&
-                         grid.z <= 0xffff;
+  const bool grid_fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff &&
+                         grid.y <= 0xffff && grid.z <= 0xffff;
   const bool block_fits = block.x >= 1 && block.y >= 1 && block.z >= 1 && block.x <= kMaxThreads &&
-                          block.y <= kMaxThreads && block.z <= 64 && block.x * block.y * block.z <= kMaxThreads;
+                          block.y <= kMaxThreads && block.z <= 64 &&
+                          block.x * block.y * block.z <= kMaxThreads;
   if (!grid_fits || !block_fits) return cudaErrorInvalidConfiguration;
   const auto raised = runtime.dynamic_shared_limit.find(kernel);
   const int limit = raised == runtime.dynamic_shared_limit.end() ? 48 * 1024 : raised->second;
@@ -66,7 +68,8 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* ke
 
 }  // namespace cuda_emulation
 
-// ---- launches ----------------------------------------------------------------------------------------------
+// ---- launches
+// ----------------------------------------------------------------------------------------------
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -86,7 +89,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-CUDA_EMULATION_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+CUDA_EMULATION_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                                    int value) {
   using cuda_emulation::runtime;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
   if (value < 0 || value > runtime.max_shared_memory()) return runtime.report(cudaErrorInvalidValue);
@@ -100,14 +104,16 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 
 // Registers are not counted.
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, std::size_t dynamic) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads,
+                                                          std::size_t dynamic) {
   const cuda_emulation::Device& device = cuda_emulation::runtime.device;
   const int by_threads = device.threads / ((threads + 31) / 32 * 32);
   *blocks = std::min({32, by_threads, device.shared_memory * 1024 / (static_cast<int>(dynamic) + 1024)});
   return cudaSuccess;
 }
 
-// ---- errors ------------------------------------------------------------------------------------------------
+// ---- errors
+// ------------------------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaPeekAtLastError() { return cuda_emulation::runtime.last_error; }
 CUDA_EMULATION_API cudaError_t cudaGetLastError() {
@@ -115,17 +121,25 @@ CUDA_EMULATION_API cudaError_t cudaGetLastError() {
 }
 CUDA_EMULATION_API const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorNotSupported: return "operation not supported";
-    default: return "unrecognized error code";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    default:
+      return "unrecognized error code";
   }
 }
 
-// ---- the device --------------------------------------------------------------------------------------------
+// ---- the device
+// --------------------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 CUDA_EMULATION_API cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -135,26 +149,54 @@ CUDA_EMULATION_API cudaError_t cudaSetDevice(int device) {
 CUDA_EMULATION_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_emulation::Device& device = cuda_emulation::runtime.device;
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = device.capability / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = device.capability % 10; break;
-    case cudaDevAttrMultiProcessorCount: *value = device.multiprocessors; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_emulation::runtime.max_shared_memory(); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = device.shared_memory * 1024; break;
-    case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = cuda_emulation::kMaxThreads; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = device.threads; break;
-    case cudaDevAttrMaxRegistersPerBlock: *value = 65536; break;
-    case cudaDevAttrMaxGridDimX: *value = 0x7fffffff; break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 * 1024;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_emulation::runtime.max_shared_memory();
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device.shared_memory * 1024;
+      break;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = 1024;
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = cuda_emulation::kMaxThreads;
+      break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = device.threads;
+      break;
+    case cudaDevAttrMaxRegistersPerBlock:
+      *value = 65536;
+      break;
+    case cudaDevAttrMaxGridDimX:
+      *value = 0x7fffffff;
+      break;
     case cudaDevAttrMaxGridDimY:
-    case cudaDevAttrMaxGridDimZ: *value = 0xffff; break;
-    case cudaDevAttrWarpSize: *value = warpSize; break;
-    default: return cuda_emulation::runtime.report(cudaErrorInvalidValue);
+    case cudaDevAttrMaxGridDimZ:
+      *value = 0xffff;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = warpSize;
+      break;
+    default:
+      return cuda_emulation::runtime.report(cudaErrorInvalidValue);
   }
   return cudaSuccess;
 }
 
-// ---- memory and streams ------------------------------------------------------------------------------------
+// ---- memory and streams
+// ------------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(pointer, value, bytes), cudaSuccess;

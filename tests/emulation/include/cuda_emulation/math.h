@@ -1,5 +1,6 @@
-// Device functions of CUDA C++ that a C++ compiler lacks. Where the hardware approximates, so do these: the exact
-// value is moved by a pseudo-random part of the error that CUDA's documentation allows, the same for the same input.
+// Device functions of CUDA C++ that a C++ compiler lacks. Where the hardware approximates, so do these: the
+// exact value is moved by a pseudo-random part of the error that CUDA's documentation allows, the same for
+// the same input.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +65,9 @@ inline float __fdividef(float x, float y) {
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1 / std::sqrt(double{x})); }
-inline float rsqrtf(float x) { return cuda_emulation::approximate(1 / std::sqrt(double{x}), cuda_emulation::kUlp, x); }
+inline float rsqrtf(float x) {
+  return cuda_emulation::approximate(1 / std::sqrt(double{x}), cuda_emulation::kUlp, x);
+}
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 
@@ -93,7 +96,9 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((std::uint64_t{x} * y) >> 32); }
+inline unsigned __umulhi(unsigned x, unsigned y) {
+  return static_cast<unsigned>((std::uint64_t{x} * y) >> 32);
+}
 inline int __mulhi(int x, int y) { return static_cast<int>((std::int64_t{x} * y) >> 32); }
 
 // CUDA's unqualified min and max mix types as arithmetic does; of a number and a NaN they return the number.

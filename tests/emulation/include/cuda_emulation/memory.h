@@ -11,11 +11,13 @@ namespace cuda_emulation {
 template <typename T>
 T* aligned(T* pointer) {
   if (reinterpret_cast<std::uintptr_t>(pointer) % alignof(T) != 0)
-    scheduler.fail("accesses %p, which is not aligned to %zu bytes", static_cast<const void*>(pointer), alignof(T));
+    scheduler.fail("accesses %p, which is not aligned to %zu bytes", static_cast<const void*>(pointer),
+                   alignof(T));
   return pointer;
 }
 
-// Threads are not interrupted, so any operation is atomic. Whoever waits for another's by asking again lets it run.
+// Threads are not interrupted, so any operation is atomic. Whoever waits for another's by asking again lets
+// it run.
 template <typename T, typename Update>
 T atomic(T* pointer, Update update) {
   const T old = *aligned(pointer);
@@ -26,10 +28,10 @@ T atomic(T* pointer, Update update) {
 
 }  // namespace cuda_emulation
 
-#define CUDA_EMULATION_LOAD(name)                \
-  template <typename T>                          \
-  T name(const T* pointer) {                     \
-    return *cuda_emulation::aligned(pointer);    \
+#define CUDA_EMULATION_LOAD(name)             \
+  template <typename T>                       \
+  T name(const T* pointer) {                  \
+    return *cuda_emulation::aligned(pointer); \
   }
 CUDA_EMULATION_LOAD(__ldg)
 CUDA_EMULATION_LOAD(__ldca)
@@ -39,10 +41,10 @@ CUDA_EMULATION_LOAD(__ldcv)
 CUDA_EMULATION_LOAD(__ldlu)
 #undef CUDA_EMULATION_LOAD
 
-#define CUDA_EMULATION_STORE(name)               \
-  template <typename T>                          \
-  void name(T* pointer, T value) {               \
-    *cuda_emulation::aligned(pointer) = value;   \
+#define CUDA_EMULATION_STORE(name)             \
+  template <typename T>                        \
+  void name(T* pointer, T value) {             \
+    *cuda_emulation::aligned(pointer) = value; \
   }
 CUDA_EMULATION_STORE(__stcg)
 CUDA_EMULATION_STORE(__stcs)
@@ -56,9 +58,9 @@ inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { cuda_emulation::scheduler.yield(); }
 [[noreturn]] inline void __trap() { cuda_emulation::scheduler.fail("executes __trap()"); }
 
-#define CUDA_EMULATION_ATOMIC(name, expression)                                   \
-  template <typename T>                                                           \
-  T name(T* pointer, std::common_type_t<T> value) {                               \
+#define CUDA_EMULATION_ATOMIC(name, expression)                                      \
+  template <typename T>                                                              \
+  T name(T* pointer, std::common_type_t<T> value) {                                  \
     return cuda_emulation::atomic(pointer, [value](T old) { return (expression); }); \
   }
 CUDA_EMULATION_ATOMIC(atomicAdd, old + value)

@@ -1,5 +1,5 @@
-// PTX instructions as functions: asynchronous copies, tensor cores, approximations. A project that wraps its inline
-// assembly in functions of these names switches to them with `using namespace cuda_emulation::ptx`.
+// PTX instructions as functions: asynchronous copies, tensor cores, approximations. A project that wraps its
+// inline assembly in functions of these names switches to them with `using namespace cuda_emulation::ptx`.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +22,8 @@ inline void check_shared(const void* pointer, std::size_t bytes, const char* cal
     scheduler.fail("calls %s with %p, which is not in shared memory", call, pointer);
 }
 
-// ---- tensor cores ------------------------------------------------------------------------------------------
+// ---- tensor cores
+// ------------------------------------------------------------------------------------------
 
 struct MatrixLoad {
   const void* row;
@@ -79,7 +80,8 @@ void perform_mma_m16n8k16(void* const* operands, unsigned) {
     const MatrixProduct& operand = *lanes[lane];
     const int g = lane / 4, t = lane % 4 * 2;
     for (int i = 0; i < 8; ++i)  // a[i / 2]: 8 rows further down, then 8 columns to the right
-      a[g + i / 2 % 2 * 8][t + i % 2 + i / 4 * 8] = matrix_element<T>(operand.a[i / 2] >> (i % 2 * 16) & 0xffff);
+      a[g + i / 2 % 2 * 8][t + i % 2 + i / 4 * 8] =
+          matrix_element<T>(operand.a[i / 2] >> (i % 2 * 16) & 0xffff);
     for (int i = 0; i < 4; ++i)
       b[t + i % 2 + i / 2 * 8][g] = matrix_element<T>(operand.b[i / 2] >> (i % 2 * 16) & 0xffff);
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][t + i % 2] = operand.d[i];
@@ -97,7 +99,8 @@ void perform_mma_m16n8k16(void* const* operands, unsigned) {
     for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-// ---- asynchronous copies -----------------------------------------------------------------------------------
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------
 
 // The copies of the oldest group take place.
 inline void complete_group(AsyncCopies& pending) {

@@ -1,5 +1,6 @@
-// Runs one block after another, every thread of a block as a fiber. A thread runs until it waits or returns; which
-// one follows is drawn from a seeded random sequence, so code that lacks a barrier sees an order in which it fails.
+// Runs one block after another, every thread of a block as a fiber. A thread runs until it waits or returns;
+// which one follows is drawn from a seeded random sequence, so code that lacks a barrier sees an order in
+// which it fails.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -109,7 +110,8 @@ class Scheduler {
   // Barrier of the whole block. Returns over how many threads the predicate holds.
   int barrier(bool predicate, const Site& site);
 
-  // Waits for all lanes of the mask to make the same call; then `perform` is called once with all their operands.
+  // Waits for all lanes of the mask to make the same call; then `perform` is called once with all their
+  // operands.
   void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
                   const Site& site);
 
@@ -162,6 +164,9 @@ class Scheduler {
   static std::string block_name();
   static std::string name(const Thread& thread);
   std::string deadlock() const;
+#if defined(CUDA_EMULATION_ASAN)
+  static void name_current();
+#endif
 
   // The block that runs.
   int count_ = 0, finished_ = 0;

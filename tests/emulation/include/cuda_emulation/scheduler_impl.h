@@ -3,17 +3,20 @@
 
 namespace cuda_emulation {
 
-// ---- waiting -----------------------------------------------------------------------------------------------
+// ---- waiting
+// -----------------------------------------------------------------------------------------------
 
 inline int Scheduler::barrier(bool predicate, const Site& site) {
   Thread& self = current();
   self.state = State::kAtBarrier;
   self.site = site;
-  if (finished_ > 0) fail("waits in %s, but %s has returned", site.text().c_str(), name(any_finished()).c_str());
+  if (finished_ > 0)
+    fail("waits in %s, but %s has returned", site.text().c_str(), name(any_finished()).c_str());
   if (barrier_.arrived == 0) barrier_.first = &self;
   const Thread& first = *barrier_.first;
   if (!(first.site == site))
-    fail("waits in %s while %s waits in %s", site.text().c_str(), name(first).c_str(), first.site.text().c_str());
+    fail("waits in %s while %s waits in %s", site.text().c_str(), name(first).c_str(),
+         first.site.text().c_str());
   barrier_.holds += predicate;
   if (++barrier_.arrived == count_) {
     barrier_.result = barrier_.holds;
@@ -61,7 +64,8 @@ inline void Scheduler::yield() {
   leave();
 }
 
-// ---- who runs next -----------------------------------------------------------------------------------------
+// ---- who runs next
+// -----------------------------------------------------------------------------------------
 
 // All threads of the block become ready: in any order, or a warp at a time.
 inline void Scheduler::ready_all() {
@@ -98,11 +102,10 @@ inline void Scheduler::ready(Thread& thread, bool ahead) {
     ready_.push_back(thread);
 }
 
-inline Thread* Scheduler::next() {
-  return ready_.empty() ? nullptr : ready_.pop_front();
-}
+inline Thread* Scheduler::next() { return ready_.empty() ? nullptr : ready_.pop_front(); }
 
-// ---- fibers ------------------------------------------------------------------------------------------------
+// ---- fibers
+// ------------------------------------------------------------------------------------------------
 
 // The current thread waits, or is ready again: others run before this returns.
 inline void Scheduler::leave() {
@@ -175,7 +178,8 @@ inline void Scheduler::finish(Thread& thread) {
   }
 }
 
-// ---- blocks and launches -----------------------------------------------------------------------------------
+// ---- blocks and launches
+// -----------------------------------------------------------------------------------
 
 inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*),
                            void* arguments) {
@@ -186,6 +190,9 @@ inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, vo
   kernel_ = kernel;
   arguments_ = arguments;
   block_memory.open(dynamic_shared);
+#if defined(CUDA_EMULATION_ASAN)
+  __sanitizer_set_death_callback(name_current);
+#endif
 
   count_ = static_cast<int>(block.x * block.y * block.z);
   order_.resize(count_);
@@ -239,7 +246,8 @@ inline void Scheduler::run_block() {
   throw Error(error);
 }
 
-// ---- errors ------------------------------------------------------------------------------------------------
+// ---- errors
+// ------------------------------------------------------------------------------------------------
 
 inline void Scheduler::fail(const char* format, ...) {
   char text[1024];
@@ -267,6 +275,14 @@ inline std::string Scheduler::name(const Thread& thread) {
   const uint3 i = thread.index;
   return "thread (" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
+
+#if defined(CUDA_EMULATION_ASAN)
+// Ends AddressSanitizer's report.
+inline void Scheduler::name_current() {
+  if (scheduler.current_ == nullptr) return;
+  std::fprintf(stderr, "in %s, %s\n", block_name().c_str(), name(*scheduler.current_).c_str());
+}
+#endif
 
 // One line for every place where threads wait.
 inline std::string Scheduler::deadlock() const {

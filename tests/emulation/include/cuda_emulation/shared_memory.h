@@ -1,5 +1,5 @@
-// Shared memory: the thread-local storage of the library that contains the kernels, since `__shared__` stands for
-// `thread_local`. Dynamic shared memory is one buffer of it.
+// Shared memory: the thread-local storage of the library that contains the kernels, since `__shared__` stands
+// for `thread_local`. Dynamic shared memory is one buffer of it.
 #pragma once
 
 #include <link.h>
@@ -14,8 +14,9 @@ namespace cuda_emulation {
 inline constexpr std::size_t kMaxSharedMemory = 256 * 1024;  // more than any chip has
 }
 
-// `extern __shared__ unsigned char name[]` declares a variable of the namespace around it. The linker is told that
-// it is this one: -Wl,--defsym=<mangled name>=cuda_emulation_shared_memory. Some bytes in front of it stay unused.
+// `extern __shared__ unsigned char name[]` declares a variable of the namespace around it. The linker is told
+// that it is this one: -Wl,--defsym=<mangled name>=cuda_emulation_shared_memory. Some bytes in front of it
+// stay unused.
 asm(R"(
   .pushsection .tbss.cuda_emulation, "awTG", @nobits, cuda_emulation_shared_memory, comdat
   .balign 1024
@@ -76,7 +77,8 @@ class SharedMemory {
           auto* begin = static_cast<unsigned char*>(info->dlpi_tls_data);
           for (int i = 0; begin != nullptr && i < info->dlpi_phnum; ++i) {
             const auto& segment = info->dlpi_phdr[i];
-            if (segment.p_type != PT_TLS || self->dynamic_ < begin || self->dynamic_ >= begin + segment.p_memsz)
+            if (segment.p_type != PT_TLS || self->dynamic_ < begin ||
+                self->dynamic_ >= begin + segment.p_memsz)
               continue;
             self->begin_ = begin;
             self->end_ = begin + segment.p_memsz;

@@ -8,7 +8,8 @@
 
 #define CUDA_EMULATION_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// ---- the block ---------------------------------------------------------------------------------------------
+// ---- the block
+// ---------------------------------------------------------------------------------------------
 
 inline void __syncthreads(CUDA_EMULATION_CALLER) {
   cuda_emulation::scheduler.barrier(true, {"__syncthreads", file, line});
@@ -23,7 +24,8 @@ inline int __syncthreads_or(int predicate, CUDA_EMULATION_CALLER) {
   return cuda_emulation::scheduler.barrier(predicate != 0, {"__syncthreads_or", file, line}) != 0;
 }
 
-// ---- the warp ----------------------------------------------------------------------------------------------
+// ---- the warp
+// ----------------------------------------------------------------------------------------------
 
 namespace cuda_emulation {
 
@@ -81,7 +83,8 @@ inline int lane_index() { return scheduler.current().lane; }
 }  // namespace cuda_emulation
 
 inline void __syncwarp(unsigned mask = 0xffffffff, CUDA_EMULATION_CALLER) {
-  cuda_emulation::scheduler.collective(mask, nullptr, [](void* const*, unsigned) {}, {"__syncwarp", file, line});
+  cuda_emulation::scheduler.collective(mask, nullptr, [](void* const*, unsigned) {},
+                                       {"__syncwarp", file, line});
 }
 
 template <typename T>

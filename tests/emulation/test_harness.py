@@ -1,0 +1,322 @@
+"""The emulation of CUDA: kernels that are right give the right numbers in every order of threads, and each planted
+bug is caught."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.emulation import build
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+
+SEEDS = range(8)
+THREADS = 256
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    module = build.load_fixtures()
+    yield module
+    module.set_device(90)
+
+
+def launch(module, name: str, values, size: int, *, seed: int = 0, **how) -> np.ndarray:
+    """Runs a kernel of fixtures.cu; what it does not write is NaN."""
+    out = np.full(size, np.nan, np.float32)
+    module.set_seed(seed)
+    module.run(name, np.ascontiguousarray(values, np.float32).ravel(), out, **how)
+    return out
+
+
+def integers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Values whose sums are exact in every order."""
+    return np.random.default_rng(seed).integers(-8, 9, shape).astype(np.float32)
+
+
+def wrong(module, name: str, values, expected: np.ndarray, **how) -> int:
+    """For how many of the seeds the result is not the expected one."""
+    results = [launch(module, name, values, expected.size, seed=seed, **how) for seed in SEEDS]
+    return sum(not np.array_equal(result, expected.ravel()) for result in results)
+
+
+# ---- order -----------------------------------------------------------------------------------------------------
+
+
+def test_threads_and_blocks_run_in_an_order_that_the_seed_decides(emulation):
+    size, how = 4 * 64, {"blocks": 4, "threads": 64}
+    orders = [launch(emulation, "order", [0], size, seed=seed, **how) for seed in SEEDS]
+    for order in orders:
+        assert sorted(order) == list(range(size))
+    assert len({order.tobytes() for order in orders}) == len(SEEDS)
+    assert len({tuple(np.argsort(order[::64])) for order in orders}) > 2, "blocks"
+    assert np.array_equal(orders[3], launch(emulation, "order", [0], size, seed=3, **how))
+
+
+def test_a_launch_of_the_same_kernel_takes_another_order(emulation):
+    first = launch(emulation, "order", [0], 64, threads=64)
+    second = np.empty_like(first)
+    emulation.run("order", np.zeros(1, np.float32), second, threads=64)
+    assert not np.array_equal(first, second)
+    assert emulation.launches() == 2
+
+
+# ---- barriers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["block_sum", "warp_sum"])
+def test_block_reductions(emulation, name):
+    values = integers(3, THREADS)
+    assert wrong(emulation, name, values, values.sum(1), blocks=3, threads=THREADS, dynamic_shared=4 * THREADS) == 0
+
+
+def test_missing_syncthreads(emulation):
+    values = integers(3, THREADS)
+    how = {"blocks": 3, "threads": THREADS, "dynamic_shared": 4 * THREADS}
+    assert wrong(emulation, "block_sum_without_barrier", values, values.sum(1), **how) > 0
+
+
+def test_the_last_block_sees_what_the_others_wrote(emulation):
+    values = integers(40)
+    assert wrong(emulation, "grid_sum", values, values.sum(keepdims=True), blocks=40, threads=32) == 0
+
+
+def test_exchange_within_a_warp(emulation):
+    values = integers(8, 32)
+    expected = values[:, ::-1]
+    assert wrong(emulation, "warp_reverse", values, expected) == 0
+    assert wrong(emulation, "warp_reverse_without_barrier", values, expected) > 0, "a missing __syncwarp"
+
+
+def test_votes(emulation):
+    values = integers(8, 32)
+    negative = values < 0
+    before = np.cumsum(negative, 1) - negative
+    expected = np.append(before.ravel(), negative.sum() + 10000).astype(np.float32)
+    assert wrong(emulation, "votes", values, expected) == 0
+    expected = np.append(np.tile(np.arange(32), 8), 256 + 110000).astype(np.float32)
+    assert wrong(emulation, "votes", np.full(256, -1), expected) == 0
+
+
+# ---- tensor cores, asynchronous copies, approximations ---------------------------------------------------------
+
+
+def product(emulation, name: str, a: np.ndarray, b: np.ndarray, seed: int = 0) -> np.ndarray:
+    return launch(emulation, name, np.append(a, b), 256, seed=seed, threads=32).reshape(16, 16)
+
+
+@pytest.mark.parametrize("name", ["matrix_product_fp16", "matrix_product_bf16"])
+def test_matrix_fragments_hold_what_ptx_says(emulation, name):
+    a, b = integers(16, 32), integers(32, 16, seed=1)
+    for seed in SEEDS:
+        assert np.array_equal(product(emulation, name, a, b, seed), a @ b)
+
+
+def test_matrix_products_are_rounded_toward_zero(emulation):
+    """Sums of fp16 products, which are exact, lose what does not fit into fp32: never half a unit upwards."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(0, 1, shape).astype(np.float16).astype(np.float64) for shape in ((16, 32), (32, 16)))
+    exact = a @ b
+    error = (product(emulation, "matrix_product_fp16", a, b) - exact) / exact
+    assert -4 * 2**-23 < error.min() < 0
+    assert error.max() <= 0
+
+
+def test_fp16_extremes_in_matrix_products(emulation):
+    a, b = np.zeros((16, 32)), np.zeros((32, 16))
+    b[0] = 1
+    a[:5, 0] = [np.inf, -np.inf, np.nan, 2.0**-24, 65504]
+    result = product(emulation, "matrix_product_fp16", a, b)
+    assert np.array_equal(result[:, 0], a[:, 0].astype(np.float32), equal_nan=True)
+
+
+def double_buffer(emulation, name: str) -> int:
+    values = integers(5, 128)
+    arrived = values.copy()
+    arrived[4].reshape(32, 4)[:, 2:] = 0  # of the last tile only 8 of 16 bytes are copied
+    return wrong(emulation, name, values, arrived.sum(0), threads=32, dynamic_shared=2 * 4 * 128)
+
+
+def test_asynchronous_copies(emulation):
+    assert double_buffer(emulation, "double_buffer") == 0
+
+
+def test_missing_wait_for_an_asynchronous_copy(emulation):
+    assert double_buffer(emulation, "double_buffer_waits_for_too_little") == len(SEEDS)
+
+
+def test_missing_barrier_after_the_wait(emulation):
+    """A thread may have waited for its own copies, not for its neighbour's."""
+    assert double_buffer(emulation, "double_buffer_without_barrier") > 0
+
+
+def test_approximations_have_the_error_that_the_hardware_may_have(emulation):
+    x = np.random.default_rng(0).uniform(-4, 4, 20000).astype(np.float32)
+    result = launch(emulation, "approximations", x, 4 * x.size).reshape(4, -1).astype(np.float64)
+    exact_x = x.astype(np.float64)
+    exact = np.stack([np.tanh(exact_x), np.exp2(exact_x), 1 / exact_x, np.exp(exact_x)])
+    ulp = 2.0**-23
+    allowed = np.stack([np.full(x.size, 2.0**-11), np.full(x.size, 2 * ulp), np.full(x.size, ulp)])
+    allowed = np.vstack([allowed, (2 + np.floor(1.173 * abs(exact_x))) * ulp])
+    error = abs(result / exact - 1) / (allowed + ulp / 2)
+    assert (error.max(1) <= 1).all()
+    assert (error.max(1) > 0.6).all(), "an exact result would hide a kernel's reliance on it"
+
+
+# ---- uninitialised and foreign memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_shared_memory_starts_as_nan(emulation, kind):
+    """Also in the second launch, which finds what the first one left."""
+    values = integers(2 * 64)
+    how = {"threads": 64, "dynamic_shared": 4 * 64}
+    for seed in (0, 1):
+        result = launch(emulation, f"read_before_write_{kind}", values, 64, seed=seed, **how)
+        assert np.flatnonzero(np.isnan(result)).tolist() == [5]
+
+
+def test_shuffle_from_a_lane_outside_of_the_mask_gives_nan(emulation):
+    values = integers(32)
+    result = launch(emulation, "shuffle_from_nowhere", values, 8, threads=32)
+    assert np.array_equal(result[:7], values[1:8])
+    assert np.isnan(result[7])
+
+
+ASAN_SCRIPT = """
+import sys
+import numpy as np
+from tests.emulation import build
+name, (size, threads, dynamic_shared) = sys.argv[1], map(int, sys.argv[2:])
+values, out = np.ones(4096, np.float32), np.zeros(size, np.float32)
+build.load_fixtures(asan=True).run(name, values, out, threads=threads, dynamic_shared=dynamic_shared)
+print("ran to its end")
+"""
+
+
+def under_asan(name: str, size: int, threads: int, dynamic_shared: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", ASAN_SCRIPT, name, *map(str, (size, threads, dynamic_shared))],
+        cwd=build.ROOT,
+        env={**os.environ, **build.asan_environment()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "threads", "dynamic_shared", "report"),
+    [
+        # numpy keeps small arrays in its own pool; these are not small
+        ("write_outside_global", 1024, 1024, 0, "heap-buffer-overflow"),
+        ("write_outside_dynamic_shared", 1024, 1024, 4096, "use-after-poison"),
+        ("write_outside_static_shared", 1024, 64, 0, "out of bounds for type 'float [32]'"),
+    ],
+)
+def test_address_sanitizer_reports_a_write_outside(name, size, threads, dynamic_shared, report):
+    result = under_asan(name, size, threads, dynamic_shared)
+    assert result.returncode != 0
+    assert "ran to its end" not in result.stdout
+    assert report in result.stderr
+    assert "fixtures.cu" in result.stderr, "the line of the access"
+    if "AddressSanitizer" in result.stderr:
+        assert re.search(r"block \(0, 0, 0\), thread \(1023, 0, 0\)", result.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "threads", "dynamic_shared"),
+    [
+        ("block_sum", 1, 1024, 4096),
+        ("warp_sum", 1, 1024, 0),
+        ("write_outside_static_shared", 1024, 32, 0),
+        ("double_buffer", 128, 32, 1024),
+    ],
+)
+def test_address_sanitizer_is_content_with_what_is_right(name, size, threads, dynamic_shared):
+    """Its knowledge of stacks survives the fibers."""
+    result = under_asan(name, size, threads, dynamic_shared)
+    assert result.returncode == 0, result.stderr
+    assert "ran to its end" in result.stdout
+
+
+# ---- errors that stop a kernel ---------------------------------------------------------------------------------
+
+HERE = r"block \(0, 0, 0\), thread \(\d+, 0, 0\)"
+CALL = r"at \S*fixtures\.cu:\d+"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("barrier_without_some", rf"{HERE} (returned while|waits in __syncthreads {CALL}, but) thread \(\d+, 0, 0\)"),
+        ("barrier_in_two_places", rf"{HERE} waits in __syncthreads {CALL} while thread \(\d+, 0, 0\) waits in"),
+        (
+            "barrier_against_warp",
+            rf"block \(0, 0, 0\): deadlock.*thread \(0, 0, 0\) waits in __syncthreads {CALL}",
+        ),
+        ("barrier_against_warp", rf"deadlock.*thread \(16, 0, 0\) waits in __syncwarp {CALL}, with 127 others"),
+        ("lane_returned", r"__shfl_xor_sync.*thread \(37, 0, 0\) has returned|\(37, 0, 0\) returned while thread"),
+        ("mask_without_caller", r"calls __shfl_xor_sync .*whose mask 0x7fffffff lacks this lane, 31"),
+        ("masks_differ", rf"{HERE} calls __shfl_xor_sync .*with the mask 0x\w+ while thread"),
+        ("ask_until_answered", r"thread \(7, 0, 0\) waits for a value that no thread changes"),
+        ("misaligned_load", rf"{HERE} accesses 0x\w+, which is not aligned to 16 bytes"),
+        ("copy_to_global", rf"{HERE} calls cp.async with 0x\w+, which is not in shared memory"),
+    ],
+)
+def test_threads_that_cannot_go_on_are_named(emulation, name, message):
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=message):
+            launch(emulation, name, np.zeros(THREADS), THREADS, seed=seed, threads=THREADS)
+
+
+def test_tensor_cores_need_a_whole_warp(emulation):
+    with pytest.raises(RuntimeError, match=r"mma_m16n8k16 .* in a warp of fewer than 32 threads"):
+        launch(emulation, "half_a_warp_multiplies", [0], 16, threads=16)
+
+
+def test_a_thread_may_wait_for_another_by_asking(emulation):
+    assert wrong(emulation, "ask_until_answered", [1], np.array([3], np.float32), threads=64) == 0
+
+
+def test_the_next_launch_is_not_affected_by_a_failed_one(emulation):
+    values = integers(THREADS)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="deadlock"):
+            launch(emulation, "barrier_against_warp", [0], THREADS)
+        assert launch(emulation, "warp_sum", values, 1)[0] == values.sum()
+
+
+# ---- launches that CUDA refuses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"blocks": 0}, {"threads": 0}, {"threads": 1025}])
+def test_impossible_grids(emulation, how):
+    with pytest.raises(RuntimeError, match="invalid configuration argument"):
+        launch(emulation, "copy", [0], 1, **how)
+
+
+def test_limits_of_dynamic_shared_memory(emulation):
+    """48 KB unless the kernel asks for more, as the fixtures do from 64 KB; then what the device has."""
+
+    def fits(kilobytes: float) -> bool:
+        try:
+            launch(emulation, "copy", [0], 1, threads=1, dynamic_shared=int(kilobytes * 1024))
+        except RuntimeError as error:
+            if str(error) != "invalid argument":
+                raise
+            return False
+        return True
+
+    assert [fits(size) for size in (48, 49, 64, 227, 227.5)] == [True, False, True, True, False]
+    emulation.set_device(86)
+    assert [fits(size) for size in (48, 64, 99, 99.5)] == [True, True, True, False]
+    with pytest.raises(ValueError, match="device"):
+        emulation.set_device(10)
