@@ -16,8 +16,7 @@ using namespace cuda_emulation::ptx;
 
 constexpr unsigned kAll = 0xffffffff;
 
-// ---- reductions
-// --------------------------------------------------------------------------------------------
+// ---- reductions -----------------------------------------------------------------------------------------
 
 // out[block] is the sum of the block's part of in.
 template <bool kBarrier>
@@ -90,8 +89,7 @@ __global__ void votes(const float* in, float* out, int n) {
   if (threadIdx.x == 0) out[n - 1] = static_cast<float>(count + 10000 * any + 100000 * all);
 }
 
-// ---- tensor cores and asynchronous copies
-// ------------------------------------------------------------------
+// ---- tensor cores and asynchronous copies ---------------------------------------------------------------
 
 // out [16, 16] = a [16, 32] @ b [32, 16]; in is a, then b. One warp.
 template <typename T>
@@ -150,8 +148,7 @@ __global__ void approximations(const float* in, float* out, int n) {
   }
 }
 
-// ---- planted: memory
-// ---------------------------------------------------------------------------------------
+// ---- planted: memory ------------------------------------------------------------------------------------
 
 __global__ void copy(const float* in, float* out, int) { out[threadIdx.x] = in[threadIdx.x]; }
 
@@ -202,8 +199,7 @@ __global__ void shuffle_from_nowhere(const float* in, float* out, int) {
   if (threadIdx.x < 8) out[threadIdx.x] = __shfl_down_sync(0xff, in[threadIdx.x], 1);
 }
 
-// ---- planted: waiting
-// --------------------------------------------------------------------------------------
+// ---- planted: waiting -----------------------------------------------------------------------------------
 
 __global__ void barrier_without_some(const float*, float* out, int) {
   if (threadIdx.x < 40) __syncthreads();
@@ -259,8 +255,7 @@ __global__ void ask_until_answered(const float* in, float* out, int) {
   }
 }
 
-// ---- the table
-// ---------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------
 
 struct Fixture {
   const char* name;

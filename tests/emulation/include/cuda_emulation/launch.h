@@ -68,8 +68,7 @@ inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* ke
 
 }  // namespace cuda_emulation
 
-// ---- launches
-// ----------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -112,8 +111,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
   return cudaSuccess;
 }
 
-// ---- errors
-// ------------------------------------------------------------------------------------------------
+// ---- errors ---------------------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaPeekAtLastError() { return cuda_emulation::runtime.last_error; }
 CUDA_EMULATION_API cudaError_t cudaGetLastError() {
@@ -138,8 +136,7 @@ CUDA_EMULATION_API const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-// ---- the device
-// --------------------------------------------------------------------------------------------
+// ---- the device -----------------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 CUDA_EMULATION_API cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
@@ -195,8 +192,7 @@ CUDA_EMULATION_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr
   return cudaSuccess;
 }
 
-// ---- memory and streams
-// ------------------------------------------------------------------------------------
+// ---- memory and streams ---------------------------------------------------------------------------------
 
 CUDA_EMULATION_API cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t) {
   return std::memset(pointer, value, bytes), cudaSuccess;

@@ -22,8 +22,7 @@ inline void check_shared(const void* pointer, std::size_t bytes, const char* cal
     scheduler.fail("calls %s with %p, which is not in shared memory", call, pointer);
 }
 
-// ---- tensor cores
-// ------------------------------------------------------------------------------------------
+// ---- tensor cores ---------------------------------------------------------------------------------------
 
 struct MatrixLoad {
   const void* row;
@@ -99,8 +98,7 @@ void perform_mma_m16n8k16(void* const* operands, unsigned) {
     for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-// ---- asynchronous copies
-// -----------------------------------------------------------------------------------
+// ---- asynchronous copies --------------------------------------------------------------------------------
 
 // The copies of the oldest group take place.
 inline void complete_group(AsyncCopies& pending) {

@@ -3,8 +3,7 @@
 
 namespace cuda_emulation {
 
-// ---- waiting
-// -----------------------------------------------------------------------------------------------
+// ---- waiting --------------------------------------------------------------------------------------------
 
 inline int Scheduler::barrier(bool predicate, const Site& site) {
   Thread& self = current();
@@ -64,8 +63,7 @@ inline void Scheduler::yield() {
   leave();
 }
 
-// ---- who runs next
-// -----------------------------------------------------------------------------------------
+// ---- who runs next --------------------------------------------------------------------------------------
 
 // All threads of the block become ready: in any order, or a warp at a time.
 inline void Scheduler::ready_all() {
@@ -104,8 +102,7 @@ inline void Scheduler::ready(Thread& thread, bool ahead) {
 
 inline Thread* Scheduler::next() { return ready_.empty() ? nullptr : ready_.pop_front(); }
 
-// ---- fibers
-// ------------------------------------------------------------------------------------------------
+// ---- fibers ---------------------------------------------------------------------------------------------
 
 // The current thread waits, or is ready again: others run before this returns.
 inline void Scheduler::leave() {
@@ -178,8 +175,7 @@ inline void Scheduler::finish(Thread& thread) {
   }
 }
 
-// ---- blocks and launches
-// -----------------------------------------------------------------------------------
+// ---- blocks and launches --------------------------------------------------------------------------------
 
 inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*),
                            void* arguments) {
@@ -246,8 +242,7 @@ inline void Scheduler::run_block() {
   throw Error(error);
 }
 
-// ---- errors
-// ------------------------------------------------------------------------------------------------
+// ---- errors ---------------------------------------------------------------------------------------------
 
 inline void Scheduler::fail(const char* format, ...) {
   char text[1024];

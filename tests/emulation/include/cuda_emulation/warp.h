@@ -8,8 +8,7 @@
 
 #define CUDA_EMULATION_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// ---- the block
-// ---------------------------------------------------------------------------------------------
+// ---- the block ------------------------------------------------------------------------------------------
 
 inline void __syncthreads(CUDA_EMULATION_CALLER) {
   cuda_emulation::scheduler.barrier(true, {"__syncthreads", file, line});
@@ -24,8 +23,7 @@ inline int __syncthreads_or(int predicate, CUDA_EMULATION_CALLER) {
   return cuda_emulation::scheduler.barrier(predicate != 0, {"__syncthreads_or", file, line}) != 0;
 }
 
-// ---- the warp
-// ----------------------------------------------------------------------------------------------
+// ---- the warp -------------------------------------------------------------------------------------------
 
 namespace cuda_emulation {
 
