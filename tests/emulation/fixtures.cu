@@ -192,6 +192,10 @@ __global__ void misaligned_load(const float* in, float* out, int) {
   out[threadIdx.x] = four.x;
 }
 
+__global__ void misaligned_vector(const float* in, float* out, int) {
+  out[threadIdx.x] = reinterpret_cast<const float4*>(in + threadIdx.x)->x;
+}
+
 __global__ void copy_to_global(const float* in, float* out, int) { cp_async_16(out, in); }
 
 // Lane 7 reads a lane outside of the mask.
@@ -255,6 +259,17 @@ __global__ void ask_until_answered(const float* in, float* out, int) {
   }
 }
 
+__global__ void loop_on_a_plain_variable(const float*, float* out, int) {
+  __shared__ int answer;
+  const volatile int* asked = &answer;
+  answer = 0;
+  __syncthreads();
+  if (threadIdx.x == 3)
+    while (*asked == 0) {
+    }
+  out[threadIdx.x] = 1;
+}
+
 // ---- the table ------------------------------------------------------------------------------------------
 
 struct Fixture {
@@ -284,6 +299,7 @@ constexpr Fixture kFixtures[] = {
     {"read_before_write_dynamic", read_before_write_dynamic},
     {"read_before_write_static", read_before_write_static},
     {"misaligned_load", misaligned_load},
+    {"misaligned_vector", misaligned_vector},
     {"copy_to_global", copy_to_global},
     {"shuffle_from_nowhere", shuffle_from_nowhere},
     {"barrier_without_some", barrier_without_some},
@@ -294,6 +310,7 @@ constexpr Fixture kFixtures[] = {
     {"masks_differ", masks_differ},
     {"half_a_warp_multiplies", half_a_warp_multiplies},
     {"ask_until_answered", ask_until_answered},
+    {"loop_on_a_plain_variable", loop_on_a_plain_variable},
 };
 
 }  // namespace fixtures

@@ -34,6 +34,8 @@ PYBIND11_MODULE(MODULE, m) {
         if (!cuda_emulation_set_device(capability)) throw py::value_error("no such device is described");
       },
       py::arg("capability"), "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120.");
+  m.def("set_patience", cuda_emulation_set_patience, py::arg("seconds"),
+        "Processor time that a thread may run without waiting or returning; 30 s.");
   m.def("launches", cuda_emulation_launches, "Kernels launched since the last set_seed().");
   m.def("switches", cuda_emulation_switches,
         "Changes from one fiber to another since the library was loaded.");

@@ -24,6 +24,7 @@ def emulation():
     module = build.load_fixtures()
     yield module
     module.set_device(90)
+    module.set_patience(30)
 
 
 def launch(module, name: str, values, size: int, *, seed: int = 0, **how) -> np.ndarray:
@@ -218,9 +219,10 @@ def under_asan(name: str, size: int, threads: int, dynamic_shared: int) -> subpr
         ("write_outside_global", 1024, 1024, 0, "heap-buffer-overflow"),
         ("write_outside_dynamic_shared", 1024, 1024, 4096, "use-after-poison"),
         ("write_outside_static_shared", 1024, 64, 0, "out of bounds for type 'float [32]'"),
+        ("misaligned_vector", 64, 64, 0, "misaligned address"),
     ],
 )
-def test_address_sanitizer_reports_a_write_outside(name, size, threads, dynamic_shared, report):
+def test_sanitizers_report_accesses_that_the_gpu_does_not_have(name, size, threads, dynamic_shared, report):
     result = under_asan(name, size, threads, dynamic_shared)
     assert result.returncode != 0
     assert "ran to its end" not in result.stdout
@@ -275,6 +277,15 @@ def test_threads_that_cannot_go_on_are_named(emulation, name, message):
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=message):
             launch(emulation, name, np.zeros(THREADS), THREADS, seed=seed, threads=THREADS)
+
+
+def test_an_endless_loop_is_not_endless(emulation):
+    emulation.set_patience(0.3)
+    with pytest.raises(RuntimeError, match=r"thread \(3, 0, 0\) runs on and on"):
+        launch(emulation, "loop_on_a_plain_variable", [0], 64, threads=64)
+    emulation.set_patience(30)
+    values = integers(THREADS)
+    assert launch(emulation, "warp_sum", values, 1)[0] == values.sum()
 
 
 def test_tensor_cores_need_a_whole_warp(emulation):

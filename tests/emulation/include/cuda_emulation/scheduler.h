@@ -19,6 +19,7 @@
 #include "fiber.h"
 #include "random.h"
 #include "shared_memory.h"
+#include "watchdog.h"
 
 inline uint3 threadIdx{}, blockIdx{};
 inline dim3 blockDim{}, gridDim{};
@@ -137,6 +138,8 @@ class Scheduler {
     seed_ = seed;
     launches_ = 0;
   }
+  // Seconds of processor time that a thread may run without waiting or returning.
+  void set_patience(double seconds) { patience_ = seconds; }
   std::uint64_t launches() const { return launches_; }
   std::uint64_t switches() const { return switches_; }
 
@@ -158,9 +161,11 @@ class Scheduler {
   void enter(Thread& thread) {
     current_ = &thread;
     threadIdx = thread.index;
+    ++progress_;
   }
 
   const Thread& any_finished() const;
+  static void lose_patience();
   static std::string block_name();
   static std::string name(const Thread& thread);
   std::string deadlock() const;
@@ -196,7 +201,8 @@ class Scheduler {
   void* arguments_ = nullptr;
   Random random_;
   std::vector<int> order_, warp_order_, lane_order_;
-  std::uint64_t seed_ = 0, launches_ = 0, switches_ = 0;
+  std::uint64_t seed_ = 0, launches_ = 0, switches_ = 0, progress_ = 0;
+  double patience_ = 30;
 };
 
 inline Scheduler scheduler;

@@ -207,6 +207,7 @@ inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, vo
   std::vector<std::uint32_t> blocks(std::size_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0u);
   random_.shuffle(blocks.begin(), static_cast<std::uint32_t>(blocks.size()));
+  const Watchdog watchdog(patience_, progress_, lose_patience);
   for (const std::uint32_t i : blocks) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     block_memory.poison();
@@ -253,6 +254,12 @@ inline void Scheduler::fail(const char* format, ...) {
   error_ = block_name() + ", " + name(current()) + " " + text;
   switch_context(running_->context, main_);
   __builtin_unreachable();
+}
+
+inline void Scheduler::lose_patience() {
+  if (scheduler.current_ != nullptr)
+    scheduler.fail(
+        "runs on and on, without waiting or returning: does it wait for a plain variable to change?");
 }
 
 inline const Thread& Scheduler::any_finished() const {
