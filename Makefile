@@ -6,11 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
+
+# GPUs to build the CUDA kernels for, where there is an nvcc: each takes a core one or two minutes. Unset, as for a
+# wheel, they are those of setup.py.
+export TORCH_CUDA_ARCH_LIST ?= 9.0a
 
 .PHONY: demo test bench report build lint format coverage-table kernels prediction wheel clean help
 

@@ -6,6 +6,10 @@ tagged accordingly. A missing compiler or missing headers cost the backend, neve
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +38,11 @@ INSTRUCTION_SETS = {
 }
 
 
+# GPUs that the CUDA library has machine code for, unless TORCH_CUDA_ARCH_LIST says others; and PTX of the newest.
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0a 12.0+PTX"
+CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
+
+
 def torch_flags() -> tuple[list[str], list[str]]:
     """Compiler and linker flags for the stable ABI of torch 2.11."""
     import torch
@@ -44,13 +53,66 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return compile_flags, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
+def find_nvcc() -> Path:
+    """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc)."""
+    candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    candidates += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc"), reverse=True)
+    refusals = []
+    for nvcc in candidates:
+        try:  # it may be a script, or broken: ask
+            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            refusals.append(f"{nvcc}: {error}")
+            continue
+        found = re.search(r"release (\d+)\.(\d+)", version)
+        if found and (int(found[1]), int(found[2])) >= (12, 4):
+            return nvcc
+        refusals.append(f"{nvcc} is not of CUDA 12.4 or later")
+    raise RuntimeError("no CUDA compiler: " + ("; ".join(refusals) or "nvcc is neither in CUDA_HOME nor in PATH"))
+
+
+def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
+    """Folders of CUDA's headers, the compiler's own first, then torch's wheels; and libcudart_static.a."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE)]
+    tops += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu[0-9]*"))
+    libraries = [
+        top / folder / "libcudart_static.a" for top in tops for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ]
+    runtime = next((library for library in libraries if library.exists()), None)
+    if runtime is None:
+        raise RuntimeError(f"libcudart_static.a is in none of {sorted({str(library.parent) for library in libraries})}")
+    return list(dict.fromkeys(str(top / "include") for top in tops if (top / "include").is_dir())), runtime
+
+
+def architecture_flags() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a+PTX" or "8.0 9.0a+PTX"."""
+    flags = []
+    for name in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must be like '8.0 9.0a 12.0+PTX', got {name!r}")
+        if int(found[1]) < 8:
+            continue  # bfloat16 and the asynchronous copy begin with 8.0
+        number = found[1] + found[2] + found[3]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise RuntimeError("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
+    return flags
+
+
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        build = self.build_cuda if ext.name.endswith("_cuda") else self.build_cpu
         try:
-            self.build_cpu(ext)
+            build(ext)
         except Exception as error:  # the package works without its compiled backends
             self.warn(f"{ext.name} was not built, its backend will be missing: {error}")
 
@@ -59,13 +121,11 @@ class BuildNative(build_ext):
         x86 = ["-DEFFNET_X86"] if X86 else []
         jobs = [
             ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
-            ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
             ("csrc/cpu/scratch.cpp", "scratch", COMMON),
         ]
         for name, flags in INSTRUCTION_SETS.items():
             if X86 or name == "generic":
-                for source in ("csrc/cpu/kernels.cpp", "csrc/cpu/kernels_train.cpp"):
-                    jobs.append((source, name, [*COMMON, *flags]))
+                jobs.append(("csrc/cpu/kernels.cpp", name, [*COMMON, *flags]))
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job
@@ -77,6 +137,41 @@ class BuildNative(build_ext):
             objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=torch_link, target_lang="c++"
+        )
+
+    def build_cuda(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        includes, runtime = cuda_folders(nvcc)
+        architectures = architecture_flags()
+        torch_compile, torch_link = torch_flags()
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        headers = ["-Icsrc", *[f"-I{path}" for path in includes]]
+
+        def compile_one(source: Path) -> str:
+            output = folder / f"{source.stem}.o"
+            threads = max(1, (os.cpu_count() or 1) // len(sources))
+            command = [nvcc, *CUDA_COMMON, *architectures, *headers, f"--threads={threads}", "-c", source, "-o", output]
+            result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise RuntimeError(f"nvcc {source}: {result.stderr.strip()[-2000:]}")
+            return str(output)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = [pool.submit(compile_one, source) for source in sources]
+            system = [word for path in includes for word in ("-isystem", path)]
+            bindings = self.compiler.compile(
+                ["csrc/bindings_cuda.cpp"], output_dir=str(folder), include_dirs=["csrc"],
+                extra_postargs=[*COMMON, *torch_compile, *system],
+            )  # fmt: skip
+            objects = [*bindings, *(kernel.result() for kernel in kernels)]
+        # The static runtime: torch's may be of another CUDA version, or not be there.
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=[str(runtime), *torch_link, "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"],
+            target_lang="c++",
         )
 
     def copy_extensions_to_source(self) -> None:
@@ -94,6 +189,6 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("effnet_kernels._native_cpu", sources=[])],
+    ext_modules=[Extension(f"effnet_kernels._native_{backend}", sources=[]) for backend in ("cpu", "cuda")],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -182,8 +182,8 @@ struct Call {
             param(name, bn[3], {channels}), static_cast<float>(eps)};
   }
 
-  SqueezeExcite squeeze_excite(const Tensors& se, const std::string& act, const std::string& gate,
-                               int64_t channels) const {
+  SqueezeExcite squeeze_excite(const Tensors& se, const char* act_name, const std::string& act,
+                               const char* gate_name, const std::string& gate, int64_t channels) const {
     STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(), " tensors");
     const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
     STD_TORCH_CHECK(reduced > 0 && reduced <= INT_MAX, "se.w_reduce must have at least one row");
@@ -193,8 +193,8 @@ struct Call {
     out.w_expand = param("se.w_expand", se[2], {channels, reduced, 1, 1});
     out.b_expand = param("se.b_expand", se[3], {channels});
     out.reduced = static_cast<int>(reduced);
-    out.act = act_code("se_act", act);
-    out.gate = act_code("se_gate", gate);
+    out.act = act_code(act_name, act);
+    out.gate = act_code(gate_name, gate);
     return out;
   }
 
@@ -318,7 +318,7 @@ void squeeze_excite_gate(Tensor out, Tensor mean, Tensors se, std::string act, s
   p.dtype = call.dtype;
   p.sums = call.fp32("mean", mean, {n, c});
   p.gate = call.fp32("out", out, {n, c});
-  p.se = call.squeeze_excite(se, act, gate, c);
+  p.se = call.squeeze_excite(se, "act", act, "gate", gate, c);
   p.n = n;
   p.c = narrow("mean", c);
   check("squeeze_excite_gate", launch_squeeze_excite_gate(p, device.stream()));
@@ -339,7 +339,7 @@ void squeeze_excite(Tensor out, Tensor x, Tensors se, std::string act, std::stri
   scale.n = n, scale.pixels = pool.pixels, scale.c = pool.c;
   GateParams p;
   p.dtype = call.dtype;
-  p.se = call.squeeze_excite(se, act, gate, c);
+  p.se = call.squeeze_excite(se, "act", act, "gate", gate, c);
   p.n = n, p.c = pool.c, p.pixels = pool.pixels, p.tiles = pool_tiles(pool);
   if (n == 0 || c == 0 || pool.pixels == 0) return;
   const Tensor sums = empty_fp32(x, {n, p.tiles, c}), gates = empty_fp32(x, {n, c});
@@ -416,7 +416,7 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
   q.n = n, q.pixels = int64_t{e.oh} * e.ow, q.c_in = e.c_mid, q.c_out = narrow("project_weight", c_out);
 
   GateParams g;
-  if (!se.empty()) g.se = call.squeeze_excite(se, se_act, se_gate, c_mid);
+  if (!se.empty()) g.se = call.squeeze_excite(se, "se_act", se_act, "se_gate", se_gate, c_mid);
   if (n == 0 || c_mid == 0) return;
 
   const Tensor filtered = torch::stable::new_empty(x, {n, e.oh, e.ow, c_mid});

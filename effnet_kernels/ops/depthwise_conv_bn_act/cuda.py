@@ -1,8 +1,8 @@
 """``depthwise_conv_bn_act`` in CUDA C++: csrc/cuda/depthwise_conv_bn_act.cu."""
 
+from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 from effnet_kernels.ops.native_cuda import bind
 from effnet_kernels.ops.native_cuda import supports_depthwise as supports
-from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 
 __all__ = ["run", "supports"]
 

@@ -1,0 +1,80 @@
+"""The native ops, called without the checks of the public functions, refuse what does not fit together."""
+
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from effnet_kernels.ops.common import Op
+from tests.cuda.tools import native, on_device
+from tests.ops.inputs import SAMPLES, sample
+from tests.ops.test_native_arguments import _describe, spoiled
+
+
+class Record(TorchDispatchMode):
+    """Keeps the arguments of native ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "effnet_kernels_cuda":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_bad_arguments_are_refused(name, monkeypatch):
+    """An exception that names the argument, whatever is wrong with whichever; and the good ones still work."""
+    with monkeypatch.context() as patch, torch.no_grad(), Record() as record:
+        patch.setattr(Op, "__call__", Op.run)
+        native(sample(name)).call("cuda")
+    ((op, args),) = record.calls
+    good = list(args)
+    names = re.compile(rf"\b({'|'.join(a.name for a in op._schema.arguments)})\b[^,:]* (must|is no activation)")
+    taken, unnamed = [], []
+    for position, value in enumerate(good):
+        argument = op._schema.arguments[position].name
+        if name == "mbconv-separable" and argument in ("se_act", "se_gate"):
+            continue  # there is no SE
+        for bad in spoiled(value):
+            described = f"{argument}: {_describe(bad)} instead of {_describe(value)}"
+            try:
+                op(*good[:position], bad, *good[position + 1 :])
+            except (RuntimeError, NotImplementedError) as error:
+                # An argument whose sizes are read from another may be named for it. "meta" ends in the dispatcher.
+                if "meta" not in described and not names.search(str(error)):
+                    unnamed.append(f"{described}: {error}")
+                continue
+            taken.append(described)
+    assert not taken, "taken although wrong:\n" + "\n".join(taken)
+    assert not unnamed, "not named:\n" + "\n".join(unnamed)
+    op(*good)
+    assert torch.isfinite(good[0]).all()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name, monkeypatch):
+    problem = sample(name)
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Op, "__call__", lambda op, *args: calls.append((op.overload, args)) or torch.zeros(()))
+        problem.call("cuda")
+    ((overload, args),) = calls
+    torch.library.opcheck(overload, on_device(tree_map(lambda leaf: leaf, args)))
+
+
+@torch.no_grad()
+def test_a_row_too_long_for_the_depthwise_kernel_is_refused():
+    """What only the launcher knows becomes an exception, too; nothing of that size has to exist for it."""
+    x = on_device(torch.zeros(1)).expand(1, 2**18, 1, 2**13).as_strided((0, 2**18, 1, 2**13), (2**31, 1, 2**31, 2**18))
+    vector = on_device(torch.ones(2**18))
+    weight = on_device(torch.zeros(1)).expand(2**18, 1, 3, 3).contiguous()
+    out, mean = torch.empty_like(x), x.new_empty(0)
+    with pytest.raises(RuntimeError, match=r"depthwise_conv_bn_act: a row of x must have fewer than 2\^31 elements"):
+        torch.ops.effnet_kernels_cuda.depthwise_conv_bn_act(
+            out, mean, x, weight, [vector] * 4, 1e-5, [1, 1], [1, 1, 1, 1], "relu", False
+        )

@@ -1,0 +1,102 @@
+"""Squeeze-and-excitation in CUDA against the float64 reference, by the criterion of docs/numerics.md."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from effnet_kernels import functional as F
+from effnet_kernels.functional import SqueezeExciteWeights
+from tests.cuda.tools import native, on_device
+from tests.ops import oracle
+from tests.ops.cases import DTYPES, Squeeze, drawn, fits, hostile, real
+from tests.ops.inputs import build
+
+pytestmark = pytest.mark.usefixtures("poison")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Several tiles of pixels; several blocks of channels; more channels than threads; more hidden units than warps.
+TILED = [
+    Squeeze(2, (17, 31), c=136, reduced=6),
+    Squeeze(1, (40, 30), c=8, reduced=2),
+    Squeeze(1, (3, 3), c=700, reduced=150),
+    Squeeze(2, (20, 20), c=37, reduced=9),
+]
+
+
+@pytest.mark.parametrize("case", hostile(Squeeze), ids=str)
+@each_dtype
+@torch.no_grad()
+def test_hostile(case, dtype):
+    if not fits(case, dtype):
+        pytest.skip("overflows in stock layers")
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", [*hostile(Squeeze), *real(Squeeze)], ids=str)
+@torch.no_grad()
+def test_gate(case):
+    oracle.check(native(build(case, torch.float32, gate_only=True)), "cuda")
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
+@each_dtype
+@torch.no_grad()
+def test_many_blocks(case, dtype, schedule):
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", real(Squeeze), ids=str)
+@torch.no_grad()
+def test_real_shapes(case):
+    oracle.check(native(build(case, torch.bfloat16)), "cuda")
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@torch.no_grad()
+def test_any_shape(data):
+    case = data.draw(drawn(Squeeze))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    assume(fits(case, dtype))
+    oracle.check(native(build(case, dtype)), "cuda")
+
+
+@pytest.mark.parametrize("case", [Squeeze(70, (5, 5), c=48, reduced=3), Squeeze(3, (19, 20), c=70)], ids=str)
+@each_dtype
+@torch.no_grad()
+def test_same_bits(case, dtype):
+    """On every run, for every batch size, which decides how many blocks share a gate, and wherever the map begins."""
+    problem = native(build(case, dtype))
+    (y,) = problem.call("cuda")
+    (again,) = problem.call("cuda")
+    assert torch.equal(again, y)
+    x = problem.x
+    (one,) = (F.squeeze_excite(*on_device((x[1:2], *problem.args[1:])), **problem.kwargs, backend="cuda").cpu(),)
+    assert torch.equal(one[0], y[1])
+    buffer = torch.empty(x.numel() + 1, dtype=dtype)
+    shifted = buffer[1:].as_strided(x.shape, x.stride()).copy_(x)
+    moved = F.squeeze_excite(*on_device((shifted, *problem.args[1:])), **problem.kwargs, backend="cuda")
+    assert torch.equal(moved.cpu(), y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@torch.no_grad()
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(value):
+    problem = native(build(Squeeze(2, (5, 5), c=19), torch.float32))
+    (before,) = problem.call("cuda")
+    problem.x[-1, 1, 2, 2] = value
+    (got,), (expected,) = problem.call("cuda"), oracle.stock(problem.x, problem.steps)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())
+    assert torch.equal(got[0], before[0])
+
+
+@torch.no_grad()
+def test_means_do_not_overflow_in_float16():
+    zero = SqueezeExciteWeights(torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.zeros(4, 2, 1, 1), torch.zeros(4))
+    large = torch.full((1, 4, 32, 32), 6e4, dtype=torch.float16)
+    x, zero = on_device((large, zero))
+    assert torch.equal(F.squeeze_excite(x, zero, backend="cuda").cpu(), large / 2)
