@@ -10,7 +10,10 @@
 #include <new>
 #include <vector>
 
-#if !defined(__x86_64__)
+// Elsewhere, or on request, the C library switches, with a system call each time.
+#if defined(__x86_64__) && !defined(CUDA_EMULATION_UCONTEXT)
+#define CUDA_EMULATION_OWN_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -30,7 +33,7 @@ namespace cuda_emulation {
 
 // Where a suspended fiber, or the scheduler, goes on.
 struct Context {
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_OWN_SWITCH)
   void* stack_pointer = nullptr;
 #else
   ucontext_t registers;
@@ -40,7 +43,7 @@ struct Context {
   void* fake_stack = nullptr;
 };
 
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_OWN_SWITCH)
 // Saves what the calling convention lets a function rely on across a call, and takes the other stack. `jmp`
 // instead of `ret`, whose target the processor would predict from the calls on the old stack, wrongly.
 __attribute__((naked, noinline, noipa)) inline void switch_stacks(void** /*saved*/, void* /*resumed*/) {
@@ -60,7 +63,7 @@ inline void switch_context(Context& from, Context& to) {
 #if defined(CUDA_EMULATION_ASAN)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_size);
 #endif
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_OWN_SWITCH)
   switch_stacks(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.registers, &to.registers);
@@ -115,7 +118,7 @@ inline void prepare(Context& context, unsigned char* bottom, std::size_t size, v
 #if defined(CUDA_EMULATION_ASAN)
   __asan_unpoison_memory_region(bottom, size);  // what an abandoned fiber left
 #endif
-#if defined(__x86_64__)
+#if defined(CUDA_EMULATION_OWN_SWITCH)
   auto** top = reinterpret_cast<void**>(bottom + size);
   *--top = nullptr;  // a return address: aligns the stack as after a call, and ends backtraces
   *--top = reinterpret_cast<void*>(entry);
