@@ -149,10 +149,10 @@ def dynamic_shared_memory(objects: list[Path]) -> list[str]:
 
 
 @contextmanager
-def one_builder() -> Iterator[None]:
+def one_builder(name: str) -> Iterator[None]:
     """Test processes that run side by side must not all compile."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -168,7 +168,7 @@ def build(
     sanitize = ASAN_FLAGS if asan else []
     module_name = f"{name}_asan" if asan else name
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    with one_builder(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with one_builder(module_name), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         jobs = [(HERE / "control.cpp", KERNEL_FLAGS), *sources]
         module_job = (HERE / "module.cpp", [*python, f"-DMODULE={module_name}", *defines])
         *objects, module_object = pool.map(
