@@ -102,7 +102,8 @@ def conv_block(
             F._check_se("se", se, x, shape[1])
         values = shape[0] * shape[2] * shape[3]
         if not layer.frozen and values == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+            got = torch.Size(shape)  # torch's own words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
         geometry += stride + padding
     if pool and shape[2] * shape[3] == 0:
         raise ValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")

@@ -115,24 +115,45 @@ EFFNET_INLINE vf clamp(vf x, float low, float high) {
 #endif
 }
 
-// exp(x), at most 1 ulp (Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2]).
-// Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
+#if defined(__AVX512F__)
+// 2^(i/16), and what rounding left of it.
+alignas(64) constexpr float kExp2[16] = {
+    1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
+    1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+alignas(64) constexpr float kExp2Low[16] = {0.0f,          4.83347e-08f,  -1.30775e-08f, 5.38622e-08f,
+                                            3.79764e-08f,  4.49684e-08f,  -4.019e-08f,   -1.01233e-08f,
+                                            2.42032e-08f,  -4.5009e-08f,  8.0709e-09f,   9.83622e-09f,
+                                            -2.47553e-08f, -9.23577e-09f, -1.12393e-08f, 9.84533e-09f};
+#endif
+
+// exp(x), at most 1 ulp. Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
 EFFNET_INLINE vf exp(vf x) {
   x = clamp(x, -104.0f, 104.0f);
+#if defined(__AVX512F__)
+  // x log2(e) = n + r with n a multiple of 1/16: 2^n is an entry of the table, at n's last four bits, and a
+  // power of two. |r| <= 1/32 leaves three terms of the series.
+  const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16
+  const vf t = x * 1.44269504088896341f + magic;
+  const vf n = t - magic;
+  vf r = x * 1.44269504088896341f - n;
+  r = r + x * 1.925963033500e-8f;
+  const vf high = _mm512_permutexvar_ps((__m512i)t, load(kExp2));
+  const vf low = _mm512_permutexvar_ps((__m512i)t, load(kExp2Low));
+  const vf series = (r * 5.5504108664e-2f + 2.4022650695e-1f) * r + 6.9314718056e-1f;
+  const vf p = high + ((high * r) * series + low);
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // the plain form warns of an uninitialised operand in GCC 12
+#else
+  // Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2].
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf t = x * 1.44269504088896341f + magic;
   const vf n = t - magic;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  // Pairs instead of Horner's chain: the loop around this is bound by latency.
   const vf r2 = r * r;
   const vf p0 = r * 1.9875691500e-4f + 1.3981999507e-3f;
   const vf p1 = r * 8.3334519073e-3f + 4.1665795894e-2f;
   const vf p2 = r * 1.6666665459e-1f + 5.0000001201e-1f;
   const vf p = ((p0 * r2 + p1) * r2 + p2) * r2 + r + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(0xffff, p, n);  // the plain form warns of an uninitialised operand in GCC 12
-#else
   // 2^n in two factors, each of which is a normal number.
   const vi i = (vi)t - (vi)magic, half = i >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
@@ -181,6 +202,7 @@ static inline void with_act(int act, const Body& body) {
 static inline void activate_all(int act, float* p, int64_t vectors) {
   if (act == kIdentity) return;
   with_act(act, [&](auto tag) {
+#pragma GCC unroll 2
     for (int64_t i = 0; i < vectors; ++i)
       store(p + i * kWidth, activate<decltype(tag)::value>(load(p + i * kWidth)));
   });

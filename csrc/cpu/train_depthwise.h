@@ -33,7 +33,7 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
   for (int64_t c = 0; c < padded; ++c) one[c] = 1, zero[c] = 0;
   const Depthwise d{channels, p.x.raw.size[2], p.x.raw.size[3], p.y.size[2], p.y.size[3], size[2],
                     size[3],  p.window,        kIdentity,       packed,      {one, zero}};
-  float* partial = scratch.take(images * 2 * padded);  // [image][mean, squares][padded]
+  float* partial = scratch.take(images * 3 * padded);  // [image][shift, mean, squares][padded]
 
   parallel(pool, images * slices, [&](int64_t unit) {
     const int64_t image = unit / slices, slice = unit % slices;
@@ -51,14 +51,15 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
           float* value = from + i * kSlice + j * kWidth;
           store_first(to, load(value), view.left(j));
           if constexpr (sizeof(T) != sizeof(float)) store(value, load_first(to, view.left(j)));
-          sum += load(value);
+          if (moments[j].count == 0 && i == 0) moments[j].shift = load(value);
+          sum += load(value) - moments[j].shift;
         }
         const vf mean = sum / static_cast<float>(d.ow);
         for (int64_t i = 0; i < d.ow; ++i) {
-          const vf e = load(from + i * kSlice + j * kWidth) - mean;
+          const vf e = load(from + i * kSlice + j * kWidth) - moments[j].shift - mean;
           squares += e * e;
         }
-        Moments::merge(moments[j], d.ow, mean, squares);
+        moments[j].merge(d.ow, mean, squares);
       }
     };
     with_act(p.x.norm.act, [&](auto tag) {
@@ -75,21 +76,15 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
       depthwise_strips(d, slice, 0, d.strips(), sums, padded, fill, [&](int64_t) { return row; }, finish);
     });
     for (int64_t j = 0; j < view.cols; ++j) {
-      store(partial + image * 2 * padded + view.first + j * kWidth, moments[j].mean);
-      store(partial + (image * 2 + 1) * padded + view.first + j * kWidth, moments[j].squares);
+      float* to = partial + image * 3 * padded + view.first + j * kWidth;
+      store(to, moments[j].shift);
+      store(to + padded, moments[j].mean);
+      store(to + 2 * padded, moments[j].squares);
     }
   });
-
   if (p.statistics == nullptr) return;
-  const int64_t pixels = d.oh * d.ow;
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    Moments m;
-    for (int64_t image = 0; image < images; ++image)
-      Moments::merge(m, pixels, load(partial + image * 2 * padded + c),
-                     load(partial + (image * 2 + 1) * padded + c));
-    store_first(p.statistics + c, m.mean, channels - c);
-    store_first(p.statistics + channels + c, m.squares / static_cast<float>(m.count), channels - c);
-  }
+  const auto count = [&](int64_t) { return d.oh * d.ow; };
+  merge_moments(partial, images, channels, padded, count, p.statistics);
 }
 
 // A row of the output's gradient and the kernel row through which it sees the input row at hand.

@@ -118,63 +118,82 @@ static void add_strips(const Strips& s, const float* sums, int64_t begin, int64_
   }
 }
 
-// Mean and sum of squared deviations of `count` values, merged with those of others by the formula of Chan,
-// Golub and LeVeque (Algorithms for computing the sample variance, 1983).
+// Mean, relative to `shift`, and sum of squared deviations of `count` values, merged with those of others by
+// the formula of Chan, Golub and LeVeque (Algorithms for computing the sample variance, 1983). The shift is
+// one of the values: where they lie close together and far from zero, the differences are exact and the mean
+// is not.
 struct Moments {
   int64_t count = 0;
-  vf mean{}, squares{};
+  vf shift{}, mean{}, squares{};
 
-  EFFNET_INLINE void merge(Moments& to, int64_t count, vf mean, vf squares) {
-    const float total = static_cast<float>(to.count + count), share = static_cast<float>(count) / total;
-    const vf delta = mean - to.mean;
-    to.mean += delta * share;
-    to.squares += squares + delta * delta * (static_cast<float>(to.count) * share);
-    to.count += count;
+  void merge(int64_t n, vf other_mean, vf other_squares) {
+    const float share = static_cast<float>(n) / static_cast<float>(count + n);
+    const vf delta = other_mean - mean;
+    mean += delta * share;
+    squares += other_squares + delta * delta * (static_cast<float>(count) * share);
+    count += n;
   }
 };
+
+// [2][C] mean and biased variance from the moments of `parts` parts, [part][shift, mean, squares][padded], in
+// double: the shifts differ. count(part): how many values.
+template <class Count>
+static void merge_moments(const float* moments, int64_t parts, int64_t channels, int64_t padded,
+                          const Count& count, float* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double mean = 0, squares = 0, total = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* m = moments + part * 3 * padded + c;
+      const double n = static_cast<double>(count(part)), share = n / (total + n);
+      const double delta = static_cast<double>(m[0]) + static_cast<double>(m[padded]) - mean;
+      mean += delta * share;
+      squares += m[2 * padded] + delta * delta * total * share;
+      total += n;
+    }
+    out[c] = static_cast<float>(mean);
+    out[channels + c] = static_cast<float>(squares / total);
+  }
+}
 
 template <class T>
 static void train_statistics(const Tensor4& y, float* out, const Pool& pool) {
   const Strips s(y);
   const int64_t padded = s.padded();
   Scratch scratch;
-  float* partial = scratch.take(s.count() * 2 * padded);  // [strip][mean, squares][padded]
+  float* partial = scratch.take(s.count() * 3 * padded);
   parallel(pool, s.count(), [&](int64_t strip) {
     Scratch own;
     float* block = own.take(2 * padded);
-    float *mean = partial + strip * 2 * padded, *squares = mean + padded;
+    float *shift = partial + strip * 3 * padded, *mean = shift + padded, *squares = mean + padded;
     const int64_t begin = s.begin(strip), end = s.end(strip);
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t n = min64(end - first, kBlock);
-      const T* rows = pixel_of<T>(y, s.image(strip), first);
+    const T* rows = pixel_of<T>(y, s.image(strip), begin);
+    std::memset(mean, 0, 2 * padded * sizeof(float));
+    for (int64_t c = 0; c < s.channels; c += kWidth) store(shift + c, load_first(rows + c, s.channels - c));
+    for (int64_t done = 0; done < end - begin; done += kBlock, rows += kBlock * s.channels) {
+      const int64_t n = min64(end - begin - done, kBlock);
+      const auto value = [&](int64_t i, int64_t c) {
+        return load_first(rows + i * s.channels + c, s.channels - c) - load(shift + c);
+      };
       std::memset(block, 0, 2 * padded * sizeof(float));
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < s.channels; c += kWidth)
-          store(block + c, load(block + c) + load_first(rows + i * s.channels + c, s.channels - c));
+        for (int64_t c = 0; c < s.channels; c += kWidth) store(block + c, load(block + c) + value(i, c));
       for (int64_t c = 0; c < padded; c += kWidth) store(block + c, load(block + c) / static_cast<float>(n));
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t c = 0; c < s.channels; c += kWidth) {
-          const vf d = load_first(rows + i * s.channels + c, s.channels - c) - load(block + c);
+          const vf d = value(i, c) - load(block + c);
           store(block + padded + c, load(block + padded + c) + d * d);
         }
       }
       for (int64_t c = 0; c < padded; c += kWidth) {
-        Moments m{first - begin, load(mean + c), load(squares + c)};
-        if (first == begin) m = {};
-        Moments::merge(m, n, load(block + c), load(block + padded + c));
+        Moments m{done, {}, load(mean + c), load(squares + c)};
+        m.merge(n, load(block + c), load(block + padded + c));
         store(mean + c, m.mean);
         store(squares + c, m.squares);
       }
     }
   });
-  for (int64_t c = 0; c < s.channels; c += kWidth) {
-    Moments m;
-    for (int64_t strip = 0; strip < s.count(); ++strip)
-      Moments::merge(m, s.end(strip) - s.begin(strip), load(partial + strip * 2 * padded + c),
-                     load(partial + (strip * 2 + 1) * padded + c));
-    store_first(out + c, m.mean, s.channels - c);
-    store_first(out + s.channels + c, m.squares / static_cast<float>(m.count), s.channels - c);
-  }
+  const auto count = [&](int64_t strip) { return s.end(strip) - s.begin(strip); };
+  merge_moments(partial, s.count(), s.channels, padded, count, out);
 }
 
 template <class T>

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import Problem, implementation
-from effnet_kernels.ops.common import LIBRARY, empty_nhwc
+from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc
 from effnet_kernels.ops.conv_block_train import block
 from effnet_kernels.ops.conv_block_train.layers import Needs, SqueezeExcite, decode, wide_dtype, work
 
@@ -54,7 +54,8 @@ def _excitation(se: Sequence[Tensor], act: str, gate: str) -> SqueezeExcite | No
 def _run_forward(x, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate, residual, pool, backend):  # type: ignore[no-untyped-def]
     layers = decode(weights, vectors, eps, frozen, acts, geometry)
     run = implementation(problem(x), backend)
-    return run(block.forward, x, layers, _excitation(se, se_act, se_gate), residual, pool)
+    residual = None if residual is None else to_nhwc(residual)
+    return run(block.forward, to_nhwc(x), layers, _excitation(se, se_act, se_gate), residual, pool)
 
 
 def _run_backward(  # type: ignore[no-untyped-def]
@@ -62,6 +63,7 @@ def _run_backward(  # type: ignore[no-untyped-def]
     pool, size, needs, backend,
 ):  # fmt: skip
     layers = decode(weights, vectors, eps, frozen, acts, geometry)
+    x = None if x is None else to_nhwc(x)
     return implementation(problem(grad), backend)(
         block.backward, grad, x, raws, statistics, squeezed, layers, _excitation(se, se_act, se_gate), pool, size,
         _split(needs, len(layers), len(weights), len(se)),
@@ -92,7 +94,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
         (wanted.se, se),
     ]
     dx = [empty_nhwc(grad.new_empty((size[0],)), *size[1:])] if wanted.x else []
-    return dx + [t.new_empty(t.shape) for flags, tensors in like for flag, t in zip(flags, tensors, strict=True) if flag]
+    return dx + [
+        t.new_empty(t.shape) for flags, tensors in like for flag, t in zip(flags, tensors, strict=True) if flag
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
