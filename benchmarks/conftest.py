@@ -121,9 +121,30 @@ class Suite:
 
         Fails on a wrong result and skips a contender that cannot run.
         """
+        options = {"batch": batch, "bytes_": bytes_, "count": count}
+        self._replay(benchmark, contender, level, case, lambda: self._measure(make, fused, **options))
+
+    def replay(
+        self,
+        benchmark: Any,
+        contender: str,
+        *,
+        level: str,
+        case: str,
+        batch: int,
+        measure: Callable[[float], dict[str, dict[str, Any]]],
+    ) -> None:
+        """As ``run`` for a case that knows how to measure all its contenders, given the seconds for each."""
+        seconds = self.config.getoption("--seconds")
+        record = {"batch": batch, "count": 1, "bytes": None}
+        self._replay(benchmark, contender, level, case, lambda: {**record, "contenders": measure(seconds)})
+
+    def _replay(
+        self, benchmark: Any, contender: str, level: str, case: str, measure: Callable[[], dict[str, Any]]
+    ) -> None:
         cases = self.levels.setdefault(level, {})
         if case not in cases:
-            cases[case] = self._measure(make, fused, batch=batch, bytes_=bytes_, count=count)
+            cases[case] = measure()
         result = cases[case]["contenders"][contender]
         assert "wrong" not in result, f"{case}: {contender} is wrong and was not timed: {result['wrong']}"
         if "failed" in result:

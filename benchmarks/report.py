@@ -19,6 +19,11 @@ from effnet_kernels.benchmarking.environment import describe
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"(<!-- benchmark:(\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 TITLES = {"op": "Ops", "block": "Blocks", "model": "Whole models, one forward pass"}
+TITLES |= {
+    "training_op": "Training steps of ops",
+    "training_block": "Training steps of blocks",
+    "training_model": "Training steps of whole models",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,7 +86,8 @@ def table(result: dict[str, Any]) -> str:
 
 def _cell(result: Mapping[str, Any]) -> str:
     if "median" in result:
-        return tables.seconds(result["median"])
+        saved = f", {result['saved'] / 1e6:.1f} MB" if "saved" in result else ""
+        return tables.seconds(result["median"]) + saved
     return "wrong" if "wrong" in result else ""
 
 

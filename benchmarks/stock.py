@@ -1,10 +1,12 @@
 """Each op as a stock PyTorch module, and the same weights through our op."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import Op
-from effnet_kernels import functional
+from effnet_kernels import functional, training
 
 
 class SqueezeExcite(nn.Module):
@@ -63,6 +65,21 @@ class OurOp(nn.Module):
             return functional.depthwise_conv_bn_act(x, *first, stride=op.stride, backend=backend)[0]
         project = functional.ConvBN(stock[3].weight, _batch_norm(stock[4]))
         return functional.fused_mbconv(x, first, project, stride=op.stride, backend=backend)
+
+
+class OurTrainingOp(nn.Module):
+    """A stock convolution, BatchNorm and SiLU through ``effnet_kernels.training``, on one backend."""
+
+    def __init__(self, stock: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.stock, self.backend = copy.deepcopy(stock), backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, _ = self.stock
+        layer = training.ConvBNAct(conv.weight, _batch_norm(norm), "silu", conv.stride, conv.padding)
+        y, (statistics,) = training.conv_block(x, [layer], backend=self.backend)
+        training.update_running_statistics(norm, statistics, y.numel() // y.shape[1])
+        return y
 
 
 def _batch_norm(norm: nn.BatchNorm2d) -> functional.BatchNorm:

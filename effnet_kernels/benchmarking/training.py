@@ -1,0 +1,154 @@
+"""Training steps: who is compared, whether the gradients are right, how long, and in how much memory."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.benchmarking import UserError, contenders, timing
+
+# Gradients against float64: ours at most so many times stock's error, as a root mean square over all of them.
+ALLOWED = 2.0
+
+
+def contender_names(device: str, *, compiled: bool = True) -> list[str]:
+    """The contenders of a training step: other runtimes only infer."""
+    return contenders.contender_names(device, compiled=compiled, with_peers=False)
+
+
+class Step:
+    """Forward, a loss, backward and SGD, on one module and one batch."""
+
+    def __init__(self, module: nn.Module, x: Tensor, amp: torch.dtype | None) -> None:
+        self.module, self.x, self.amp = module, x, amp
+        self.optimizer = torch.optim.SGD(module.parameters(), 1e-4)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward()
+        self.optimizer.step()
+
+    def loss(self) -> Tensor:
+        with torch.autocast(self.x.device.type, self.amp, enabled=self.amp is not None):
+            y = self.module(self.x)
+        return y.float().square().mean()
+
+    def backward(self) -> None:
+        self.loss().backward()
+
+    def gradients(self) -> Tensor:
+        """All gradients of one step, flat and in float64, the module and its buffers left as they were."""
+        module = self.module
+        self.module = copy.deepcopy(module)
+        self.backward()
+        found = [p.grad.double().flatten() for p in self.module.parameters() if p.grad is not None]
+        self.module = module
+        return torch.cat(found)
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps for backward, parameters and buffers left out, each storage once."""
+        own = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())}
+        kept: dict[int, Tensor] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self.loss()
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    def peak_bytes(self) -> int | None:
+        """What one step needs at its peak beyond what is there before it: device memory, or resident memory."""
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self()
+            return torch.cuda.max_memory_allocated() - before
+        if sys.platform != "linux":
+            return None
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        self()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (peak,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return peak - before
+
+
+def build(
+    name: str, stock: nn.Module, x: Tensor, amp: torch.dtype | None, fused: Callable[[nn.Module, str], nn.Module]
+) -> Step:
+    """The contender ``name`` as a training step. Parameters are its own."""
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    if name == contenders.STOCK:
+        return Step(copy.deepcopy(stock), x, amp)
+    channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if name == contenders.CHANNELS_LAST:
+        return Step(channels_last, nhwc, amp)
+    if name == contenders.COMPILED:
+        torch._dynamo.reset()
+        channels_last.compile()
+        return Step(channels_last, nhwc, amp)
+    if name.startswith(f"{contenders.OURS} "):
+        return Step(fused(stock, name.removeprefix(f"{contenders.OURS} ")), nhwc, amp)
+    raise UserError(f"there is no contender {name!r} in training")
+
+
+def compare(
+    stock: nn.Module,
+    x: Tensor,
+    names: Iterable[str],
+    *,
+    amp: torch.dtype | None = None,
+    fused: Callable[[nn.Module, str], nn.Module] = contenders.patched,
+    seconds: float = 2.0,
+) -> dict[str, dict[str, Any]]:
+    """Check every contender's gradients against float64, measure its memory, then time those that are right.
+
+    Args:
+        stock: the module in training mode, float32, on the device of x.
+        x: its input, [N, C, H, W].
+        names: contenders, see ``contender_names``.
+        amp: autocast to this dtype.
+        fused: makes our module from a stock one and a backend's name.
+        seconds: timed for about so long each.
+
+    Returns:
+        As ``contenders.compare``, with ``error`` of the gradients and, in bytes, ``saved`` for backward and the
+        ``peak`` of a step.
+    """
+    exact = Step(copy.deepcopy(stock).double(), x.double(), None).gradients()
+    scale = _rms(exact)
+    allowed = ALLOWED * _rms(Step(stock, x, amp).gradients() - exact) + 1e-6 * scale
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Step] = {}
+    for name in names:
+        try:
+            step = build(name, stock, x, amp, fused)
+            error = _rms(step.gradients() - exact)
+            step()
+            memory = {"saved": step.saved_bytes(), "peak": step.peak_bytes()}
+        except Exception as failure:  # a contender that cannot run is a result, and the others go on
+            kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+            results[name] = {"failed": f"{kind}{failure}".splitlines()[0]}
+            continue
+        if name.startswith(contenders.OURS) and error > allowed:
+            results[name] = {"wrong": f"error of the gradients {error:.3g}, allowed {allowed:.3g}"}
+            continue
+        results[name] = {"error": error / scale, **memory}
+        calls[name] = step
+    for name, samples in timing.interleaved(calls, seconds=seconds, device=x.device.type).items():
+        results[name] |= {**timing.summary(samples), "samples": samples}
+    return results
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
