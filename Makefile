@@ -12,9 +12,10 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 
-# GPUs to build the CUDA kernels for, where there is an nvcc: each takes a core one or two minutes. Unset, as for a
-# wheel, they are those of setup.py.
-export TORCH_CUDA_ARCH_LIST ?= 9.0a
+# GPUs to build the CUDA kernels for, where there is an nvcc: this machine's, else the H100. Each takes a core one or two
+# minutes, so that the whole list of setup.py is left to `make wheel`.
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
+WHEEL_CUDA_ARCH_LIST ?=
 
 .PHONY: demo test bench report build lint format coverage-table kernels prediction wheel clean help
 
@@ -69,7 +70,7 @@ prediction: build  ## regenerate the predicted GPU times in docs/performance.md
 	@$(BIN)/python docs/gpu_prediction.py
 
 wheel: build  ## build the source distribution and the wheel into dist/
-	@$(BIN)/python -m build --no-isolation
+	@TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info effnet_kernels/*.so

@@ -1,6 +1,6 @@
-// Registers the CUDA kernels as torch.ops.effnet_kernels_cuda.*, against PyTorch's stable ABI. It checks all that the
-// launchers rely on; a call that passes cannot touch memory outside its tensors. It links to the CUDA runtime
-// statically and to no CUDA part of torch, so that it loads where there is no GPU.
+// Registers the CUDA kernels as torch.ops.effnet_kernels_cuda.*, against PyTorch's stable ABI. It checks all
+// that the launchers rely on; a call that passes cannot touch memory outside its tensors. It links to the
+// CUDA runtime statically and to no CUDA part of torch, so that it loads where there is no GPU.
 //
 // With CUDA_EMULATION the same ops serve CPU tensors: see tests/emulation.
 #include <cuda_runtime.h>
@@ -34,14 +34,15 @@ using OptionalTensor = std::optional<Tensor>;
 void check(const char* op, const Status& status) {
   if (status.ok()) return;
   const char* message = status.message == nullptr ? "" : status.message;
-  if (status.message != nullptr && status.error == cudaErrorInvalidValue) STD_TORCH_CHECK(false, op, ": ", message);
+  if (status.message != nullptr && status.error == cudaErrorInvalidValue)
+    STD_TORCH_CHECK(false, op, ": ", message);
   STD_TORCH_CHECK(false, op, ": ", cudaGetErrorString(status.error), *message != '\0' ? ": " : "", message);
 }
 
 void check(const char* op, cudaError_t error) { check(op, Status{error, nullptr}); }
 
-// torch's current stream on a device. It comes from torch's CUDA library, which is looked up among those that are
-// loaded instead of linked to.
+// torch's current stream on a device. It comes from torch's CUDA library, which is looked up among those that
+// are loaded instead of linked to.
 cudaStream_t current_stream([[maybe_unused]] int device) {
 #if defined(CUDA_EMULATION)
   return nullptr;
@@ -84,7 +85,8 @@ class OnDeviceOf {
   // Bytes of shared memory that a block may ask for.
   int shared_limit() const {
     int bytes = 0;
-    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    check("cudaDeviceGetAttribute",
+          cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     return bytes;
   }
 
@@ -156,8 +158,8 @@ struct Call {
     check_sizes(name, t, sizes);
     STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " must have the dtype of x");
     const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-    STD_TORCH_CHECK(t.stride(0) == h * w * c && t.stride(1) == 1 && t.stride(2) == w * c && t.stride(3) == c, name,
-                    " must be dense in [N, H, W, C] memory");
+    STD_TORCH_CHECK(t.stride(0) == h * w * c && t.stride(1) == 1 && t.stride(2) == w * c && t.stride(3) == c,
+                    name, " must be dense in [N, H, W, C] memory");
     return t.data_ptr();
   }
 
@@ -165,13 +167,15 @@ struct Call {
     check_sizes(name, t, sizes);
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
     const DType type = dtype_of(name, t);
-    STD_TORCH_CHECK(type == DType::kFloat32 || type == dtype, name, " must be float32 or have the dtype of x");
+    STD_TORCH_CHECK(type == DType::kFloat32 || type == dtype, name,
+                    " must be float32 or have the dtype of x");
     return {t.data_ptr(), type == DType::kFloat32};
   }
 
   float* fp32(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
     check_sizes(name, t, sizes);
-    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name, " must be contiguous float32");
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
+                    " must be contiguous float32");
     return static_cast<float*>(t.data_ptr());
   }
 
@@ -184,7 +188,8 @@ struct Call {
 
   SqueezeExcite squeeze_excite(const Tensors& se, const char* act_name, const std::string& act,
                                const char* gate_name, const std::string& gate, int64_t channels) const {
-    STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(), " tensors");
+    STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(),
+                    " tensors");
     const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
     STD_TORCH_CHECK(reduced > 0 && reduced <= INT_MAX, "se.w_reduce must have at least one row");
     SqueezeExcite out;
@@ -231,7 +236,8 @@ struct WindowOf {
 WindowOf window_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding) {
   STD_TORCH_CHECK(weight.dim() == 4, "weight must have 4 dimensions, got ", weight.dim());
-  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride must be two positive numbers");
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                  "stride must be two positive numbers");
   STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");
   for (int64_t p : padding)
     STD_TORCH_CHECK(p >= 0 && p < (1 << 30), "padding must not be negative nor exceed 2^30, got ", p);
@@ -360,7 +366,8 @@ void fused_mbconv(Tensor out, Tensor x, Tensor weight, Tensors bn, double eps, s
   FusedMBConvParams p;
   p.dtype = call.dtype;
   p.x = x.data_ptr();
-  p.x_stride[0] = x.stride(0), p.x_stride[1] = x.stride(2), p.x_stride[2] = x.stride(3), p.x_stride[3] = x.stride(1);
+  p.x_stride[0] = x.stride(0), p.x_stride[1] = x.stride(2), p.x_stride[2] = x.stride(3),
+  p.x_stride[3] = x.stride(1);
   p.weight = call.map("weight", weight, {c_mid, c_in, window.window.kh, window.window.kw});
   p.bn = call.batch_norm("bn", bn, eps, c_mid);
   int64_t c_out = c_mid;
@@ -380,11 +387,12 @@ void fused_mbconv(Tensor out, Tensor x, Tensor weight, Tensors bn, double eps, s
   check("fused_mbconv", launch_fused_mbconv(p, device.shared_limit(), device.stream()));
 }
 
-// Expansion and depthwise convolution in one kernel where it takes the shape, else in two; the gate; the projection.
+// Expansion and depthwise convolution in one kernel where it takes the shape, else in two; the gate; the
+// projection.
 void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor weight,
-            Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding, std::string act,
-            Tensors se, std::string se_act, std::string se_gate, Tensor project, Tensors project_bn,
-            double project_eps, std::string project_act, bool residual) {
+            Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+            std::string act, Tensors se, std::string se_act, std::string se_gate, Tensor project,
+            Tensors project_bn, double project_eps, std::string project_act, bool residual) {
   const OnDeviceOf device(x);
   const Call call = call_of("x", x, 4);
   const int64_t n = x.size(0), c_in = x.size(1), h = x.size(2), w = x.size(3);
@@ -482,18 +490,22 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
 STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
   m.def("refusal(int device) -> str");
   m.def(
-      "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, "
+      "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, "
+      "Tensor? gate, "
       "Tensor? residual, bool pool) -> ()");
   m.def(
-      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, float eps, "
+      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, float "
+      "eps, "
       "int[] stride, int[] padding, str act, bool with_mean) -> ()");
   m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
   m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
   m.def(
-      "fused_mbconv(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
+      "fused_mbconv(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] "
+      "padding, "
       "str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual) -> ()");
   m.def(
-      "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor "
+      "weight, "
       "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
       "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
 }

@@ -163,17 +163,18 @@ __device__ __forceinline__ Affine bn_affine(const BatchNorm& bn, int channel) {
 __device__ __forceinline__ float at_least(float x, float low) { return x < low ? low : x; }
 __device__ __forceinline__ float at_most(float x, float high) { return x > high ? high : x; }
 
-// 1 / (1 + exp(-x)). Divided by 4 until the end, so that the approximate reciprocal, within 1 ulp, stays a normal number
-// up to where exp(-x) overflows, in stock layers too. For a 16-bit result the exponential is an approximation as well,
-// within 2 ulp near zero. (One tanh.approx would do for both, but with 2^-11 relative error 1 + tanh(x / 2) has no
-// correct digit left at x = -8, and stock has all of them.)
+// 1 / (1 + exp(-x)). Divided by 4 until the end, so that the approximate reciprocal, within 1 ulp, stays a
+// normal number up to where exp(-x) overflows, in stock layers too. For a 16-bit result the exponential is an
+// approximation as well, within 2 ulp near zero. (One tanh.approx would do for both, but with 2^-11 relative
+// error 1 + tanh(x / 2) has no correct digit left at x = -8, and stock has all of them.)
 template <bool kExact>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (kExact) return 0.25f * rcp_approx(fmaf(expf(-x), 0.25f, 0.25f));
   return 0.25f * rcp_approx(ex2_approx(fmaf(x, -1.4426950408889634f, -2.0f)) + 0.25f);
 }
 
-// Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not diverge.
+// Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not
+// diverge.
 template <bool kExact>
 __device__ __forceinline__ float activate(int act, float x) {
   switch (act) {
@@ -243,8 +244,9 @@ Status with_dtype(DType dtype, F&& f) {
   }
 }
 
-// Enqueues kernel<<<grid, threads, shared_bytes, stream>>>(params). Up to 48 KB of dynamic shared memory need no
-// leave; more is asked for at every call, which costs less than a microsecond and needs no state per device.
+// Enqueues kernel<<<grid, threads, shared_bytes, stream>>>(params). Up to 48 KB of dynamic shared memory need
+// no leave; more is asked for at every call, which costs less than a microsecond and needs no state per
+// device.
 template <class Params>
 Status launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
               const Params& params) {

@@ -1,3 +1,31 @@
+// act(bn(depthwise_conv(x))) over [N, H, W, C], and the channel sums of the result: one read of x, one write
+// of y.
+//
+// A thread computes a strip of kWidth output columns of kChannels channels and slides down the map. An input
+// row is loaded (one row ahead), converted to fp32 once, and added to the up to kKernel output rows that it
+// belongs to, whose sums wait in registers. So each element is loaded and converted (kWidth - 1 + kKernel /
+// kStride) / kWidth times, halo included. The neighbours' halo comes from the L1; shared memory holds only
+// the block's weights and BatchNorm in fp32.
+//
+// Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of 4 bytes. Counted in the machine
+// code for sm_90a (tests/test_cuda_cubins.py holds them), SiLU, in the middle of a map, per element of y:
+//
+//     dtype   window  channels x width  load      instructions  budget  registers  blocks of 128 threads
+//     16-bit  3x3 s1  8 x 2             16 bytes  26            35      168        3
+//     16-bit  3x3 s2  8 x 2             16 bytes  32            87      167        3
+//     16-bit  5x5 s1  4 x 4              8 bytes  44            35      162        3
+//     16-bit  5x5 s2  4 x 2              8 bytes  60            87      120        4
+//     fp32    3x3 s1  4 x 2             16 bytes  37            70      116        4
+//     fp32    5x5 s1  4 x 2             16 bytes  58            70      151        3
+//
+// The 5x5 window at stride 1 is over the budget: 25 of its 44 are the products. Eight channels a thread would
+// need 5 x 2 x 8 sums and spill, and would read weights from shared memory twice as often per product; so it
+// loads 8 bytes. Products of pairs in 16 bit would halve the 25, but five bf16 roundings of 2^-9 (fp16:
+// 2^-11) per row of the window, each as large as the rounding of the result that stock layers make once, are
+// not within twice stock's error (docs/numerics.md): all sums are fp32.
+//
+// C that is no multiple of the vector, or maps that do not begin at one, take kChannels = 1, with the same
+// bits.
 #include <algorithm>
 #include <cstdint>
 
@@ -7,7 +35,7 @@ namespace effnet::cuda {
 namespace {
 
 constexpr int kMaxThreads = 128;
-constexpr int kSumRows = 8;     // output rows that one partial sum covers: the same whatever rows a block takes
+constexpr int kSumRows = 8;  // output rows that one partial sum covers: the same whatever rows a block takes
 
 // Where the blocks and threads lie; the same for a whole launch.
 struct Geometry {
@@ -35,14 +63,14 @@ struct Traits {
   static constexpr int kColumns = (kWidth - 1) * kStride + kKernel;  // of x that a strip reads
   static constexpr int kOpen = (kKernel + kStride - 1) / kStride;    // output rows that an input row adds to
   static constexpr int kTaps = kKernel * kKernel;
-  static constexpr int kRows = kTaps + 2;                            // in shared memory: taps, scale, shift
-  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;        // floats that one load from there brings
+  static constexpr int kRows = kTaps + 2;                      // in shared memory: taps, scale, shift
+  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;  // floats that one load from there brings
   static constexpr int kQuads = kChannels / kQuad;
 };
 
-// Shared memory has for every vector of channels its taps, scale and shift: [quad][vector][kRows][kQuad] floats, so
-// that all addresses are constants from the thread's own. A vector's stride is an odd multiple of 16 bytes, so
-// eight lanes that load 16 bytes each from eight vectors meet no bank twice.
+// Shared memory has for every vector of channels its taps, scale and shift: [quad][vector][kRows][kQuad]
+// floats, so that all addresses are constants from the thread's own. A vector's stride is an odd multiple of
+// 16 bytes, so eight lanes that load 16 bytes each from eight vectors meet no bank twice.
 template <class Tr>
 __device__ __forceinline__ int shared_index(int vectors, int channel, int row) {
   const int vector = channel / Tr::kChannels, lane = channel % Tr::kChannels;
@@ -241,14 +269,16 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
 }
 // ---- launcher --------------------------------------------------------------------------------------------
 
-// Channels and columns of a thread, and blocks per multiprocessor: as registers allow (see the head of this file).
+// Channels and columns of a thread, and blocks per multiprocessor, as registers allow: see the head of this
+// file.
 template <class T, int kKernel, int kStride, bool kVectorised>
 struct Choose {
   static constexpr bool kWide = kIs16Bit<T> && kKernel == 3;
   static constexpr int kChannels = kWide ? 8 : 4;
   static constexpr int kWidth = kIs16Bit<T> && kKernel == 5 && kStride == 1 ? 4 : 2;
   static constexpr bool kFour = !kWide && (kKernel == 3 || (kIs16Bit<T> && kKernel == 5 && kStride == 2));
-  using type = Traits<T, kKernel, kStride, kVectorised ? kChannels : 1, kWidth, kFour || !kVectorised ? 4 : 3>;
+  using type =
+      Traits<T, kKernel, kStride, kVectorised ? kChannels : 1, kWidth, kFour || !kVectorised ? 4 : 3>;
 };
 
 // Strips and tiles come from the shape and dtype alone: they decide in which order sums are added up.
@@ -290,7 +320,8 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
   g.vectors = vectors_of_block<Tr>(vectors, g.strips);
   g.chunks = ceil_div(vectors, g.vectors);
 
-  // Long columns re-read fewer rows, short ones make more blocks: at least 16 per multiprocessor, if there can be.
+  // Long columns re-read fewer rows, short ones make more blocks: at least 16 per multiprocessor, if there
+  // can be.
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {

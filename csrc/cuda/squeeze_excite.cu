@@ -1,10 +1,11 @@
 // Squeeze-and-excitation: the gate from sums over tiles, and the passes of its stand-alone form.
 //
-// gate_kernel      both layers of one image in one block, 2 C R weights from the L2: 110 KB in B0's widest block at 16 bit.
+// gate_kernel      both layers of one image in one block, 2 C R weights from the L2: 110 KB in B0's widest
+// block at 16 bit.
 //                  With few images several blocks each compute all hidden units and a part of the gate.
 // pool_kernel      x [N, P, C] -> sums [N, tiles, C]. One read of x; 16 bytes a thread and load.
-// scale_kernel     y = x * gate. One read and one write; the read comes from the L2 for as many images as fit there.
-// mean_kernel      sums [N, tiles, C] -> means [N, C].
+// scale_kernel     y = x * gate. One read and one write; the read comes from the L2 for as many images as fit
+// there. mean_kernel      sums [N, tiles, C] -> means [N, C].
 //
 // Every sum has a fixed order that depends on the shape alone.
 #include <algorithm>
@@ -34,8 +35,8 @@ __device__ __forceinline__ float dot(const W* w, const float* v, int count, int 
   return sum;
 }
 
-// out[o] = act(bias[o] + sum over i of w[o][i] in[i]) for o in [first, last). `lanes` lanes compute one output; a
-// power of two. All threads of the block take part.
+// out[o] = act(bias[o] + sum over i of w[o][i] in[i]) for o in [first, last). `lanes` lanes compute one
+// output; a power of two. All threads of the block take part.
 template <class T, class W, class Store>
 __device__ __forceinline__ void layer(const W* w, const Param& bias, int act, const float* in, int inputs,
                                       int first, int last, int lanes, Store store) {
@@ -66,7 +67,8 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(const __grid_constan
     for (int c = thread % group_threads; c < p.c; c += group_threads) {
       float sum = 0;
 #pragma unroll 8
-      for (int tile = group; tile < p.tiles; tile += launch.groups) sum += sums[static_cast<int64_t>(tile) * p.c + c];
+      for (int tile = group; tile < p.tiles; tile += launch.groups)
+        sum += sums[static_cast<int64_t>(tile) * p.c + c];
       mean[group * p.c + c] = sum;
     }
   }
@@ -232,11 +234,13 @@ Status launch_squeeze_excite_gate(const GateParams& p, cudaStream_t stream) {
 int pool_tiles(const PoolParams& p) { return static_cast<int>(ceil_div(p.pixels, int64_t{kTilePixels})); }
 
 Status launch_pool(const PoolParams& p, cudaStream_t stream) {
-  return launch_map<true>(p.dtype, MapLaunch{p.x, nullptr, nullptr, p.sums, p.pixels, p.c, 0, 0, 0}, p.n, stream);
+  return launch_map<true>(p.dtype, MapLaunch{p.x, nullptr, nullptr, p.sums, p.pixels, p.c, 0, 0, 0}, p.n,
+                          stream);
 }
 
 Status launch_scale(const ScaleParams& p, cudaStream_t stream) {
-  return launch_map<false>(p.dtype, MapLaunch{p.x, p.gate, p.y, nullptr, p.pixels, p.c, 0, 0, 0}, p.n, stream);
+  return launch_map<false>(p.dtype, MapLaunch{p.x, p.gate, p.y, nullptr, p.pixels, p.c, 0, 0, 0}, p.n,
+                           stream);
 }
 
 Status launch_mean(const MeanParams& p, cudaStream_t stream) {

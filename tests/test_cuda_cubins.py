@@ -1,0 +1,219 @@
+"""What the machine code of the CUDA library must look like, read from the library with Triton's cuobjdump.
+
+It is checked for the GPUs that the library was built for; `TORCH_CUDA_ARCH_LIST="8.0 8.6 8.9 9.0a 10.0a 12.0" make build`
+builds it for all.
+"""
+
+import functools
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from effnet_kernels import native
+
+TRITON = importlib.util.find_spec("triton")
+pytestmark = [
+    pytest.mark.skipif(not native._CUDA_LIBRARY.exists(), reason="the CUDA library is not built"),
+    pytest.mark.skipif(TRITON is None, reason="cuobjdump comes with Triton"),
+]
+# Of one multiprocessor.
+REGISTERS = 65536
+
+
+class Kernel(NamedTuple):
+    architecture: str
+    name: str  # mangled
+    registers: int
+    local: int  # bytes a thread: spilled registers, and arrays that found none
+    shared: int  # bytes a block, static
+    instructions: tuple[tuple[int, str], ...]  # address, text
+
+    def has(self, pattern: str) -> bool:
+        return any(re.match(pattern, _opcode(text)) for _, text in self.instructions)
+
+
+def _cuobjdump(option: str) -> str:
+    tool = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, option, native._CUDA_LIBRARY]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+ ", "", text).split()[0]
+
+
+@functools.cache
+def kernels() -> list[Kernel]:
+    usage = {}
+    architecture = ""
+    for line in _cuobjdump("-res-usage").splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function (\S+):", line):
+            name = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, found.groups())
+            usage[architecture, name] = registers, stack + local, shared
+    code: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for line in _cuobjdump("-sass").splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            name = found[1]
+            code[architecture, name] = []
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            code[architecture, name].append((int(found[1], 16), found[2]))
+    assert set(usage) == set(code)
+    return [Kernel(*key, *usage[key], tuple(code[key])) for key in usage]
+
+
+def named(pattern: str) -> list[tuple[Kernel, re.Match[str]]]:
+    """The kernels whose mangled name has a match of the pattern; at least one."""
+    found = [(kernel, match) for kernel in kernels() if (match := re.search(pattern, kernel.name))]
+    assert found, f"no kernel is named {pattern}"
+    return found
+
+
+def blocks(instructions: tuple[tuple[int, str], ...]) -> list[tuple[int, list[str], list[int]]]:
+    """Basic blocks in order: address, instructions, addresses of what may follow."""
+    targets = {}
+    for address, text in instructions:
+        if _opcode(text).split(".")[0] == "BRA":
+            targets[address] = int(re.search(r"(0x[0-9a-f]+)\s*$", text)[1], 16)
+    ends = {a for a, text in instructions if _opcode(text).split(".")[0] in ("BRA", "BRX", "EXIT", "RET")}
+    starts = {instructions[0][0], *targets.values()}
+    starts |= {b for (a, _), (b, _) in zip(instructions, instructions[1:], strict=False) if a in ends}
+    result: list[tuple[int, list[str], list[int]]] = []
+    for i, (address, text) in enumerate(instructions):
+        if address in starts:
+            if result and previous not in ends:
+                result[-1][2].append(address)
+            result.append((address, [], []))
+        result[-1][1].append(text)
+        if address in targets:
+            result[-1][2].append(targets[address])
+        conditional = text.startswith("@") or re.search(r"BRA(\.\S+)? !?U?P\d", text)
+        if address in ends and conditional and "BRX" not in text and i + 1 < len(instructions):
+            result[-1][2].append(instructions[i + 1][0])
+        previous = address
+    return result
+
+
+def busiest_path(kernel: Kernel, loads: int, stores: int) -> list[str]:
+    """The instructions of one iteration of the longest loop, on the path that multiplies most among those with that many
+    loads from and stores to global memory; the shortest of these.
+
+    That is an iteration in the middle of a map, without sums to write, with SiLU: the other activations have no
+    reciprocal.
+    """
+    found = blocks(kernel.instructions)
+    begin, end = max(
+        ((target, address) for address, _, following in found for target in following if target <= address),
+        key=lambda loop: loop[1] - loop[0],
+    )
+    body = [block for block in found if begin <= block[0] <= end]
+    reached = {target for _, _, following in body for target in following}
+    # From a block to the end of the iteration, by loads and stores on the way: reciprocals, multiplications, path.
+    best: dict[int, dict[tuple[int, int], tuple[int, int, int, list[str]]]] = {}
+    for address, texts, following in reversed(body):
+        if _opcode(texts[-1]).startswith("BRX"):  # the cases of a switch: what nothing else leads to
+            following = [a for a, _, _ in body if a > address and a not in reached]
+        tails = [tail for a in following if a > address for tail in best.get(a, {}).items()]
+        if begin in following or address == body[-1][0]:
+            tails.append(((0, 0), (0, 0, 0, [])))
+        ldg, stg, mufu, multiply = (
+            sum(_opcode(t).startswith(op) for t in texts) for op in ("LDG", "STG", "MUFU", ("FFMA", "FMUL"))
+        )
+        best[address] = {}
+        for (loaded, stored), (reciprocals, multiplied, negative_length, tail) in tails:
+            key = (loaded + ldg, stored + stg)
+            candidate = (reciprocals + mufu, multiplied + multiply, negative_length - len(texts), texts + tail)
+            best[address][key] = max(best[address].get(key, candidate), candidate, key=lambda each: each[:3])
+    return best[begin][loads, stores][3]
+
+
+DEPTHWISE = r"depthwise_kernelI\w*6TraitsI(f|6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELi(\d)ELi(\d)ELi(\d)E"
+
+
+def test_no_kernel_uses_local_memory():
+    wrong = [f"{k.architecture} {k.name}: {k.local} bytes" for k in kernels() if k.local or k.has("LDL|STL")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_depthwise_moves_vectors_and_leaves_room_for_its_blocks():
+    for kernel, match in named(DEPTHWISE):
+        size = 4 if match[1] == "f" else 2
+        kernel_size, stride, channels, _, blocks_wanted = map(int, match.groups()[1:])
+        case = f"{kernel.architecture} {match[0]}"
+        if channels > 1:
+            width = {16: r"\.128", 8: r"\.64"}[channels * size]
+            assert kernel.has(r"LDG\S*" + width), case
+            assert kernel.has(r"STG\S*" + width), case
+            assert kernel.has(r"LDS\.128"), case
+        # 8 bytes only where four channels are all that the registers hold: see the kernel's head.
+        assert channels == 1 or channels * size == 16 or kernel_size > 3, case
+        assert -(-kernel.registers // 8) * 8 * 128 * blocks_wanted <= REGISTERS, f"{case}: {kernel.registers} registers"
+
+
+# Instructions of a lane per element of the result, as the kernel's head says.
+PER_ELEMENT = {
+    (2, 3, 1): 28, (2, 3, 2): 34, (2, 5, 1): 46, (2, 5, 2): 62,
+    (4, 3, 1): 39, (4, 3, 2): 40, (4, 5, 1): 60, (4, 5, 2): 61,
+}  # fmt: skip
+
+
+def test_instructions_per_element_of_the_depthwise_convolution():
+    seen = set()
+    for kernel, match in named(DEPTHWISE):
+        size = 4 if match[1] == "f" else 2
+        kernel_size, stride, channels, width, _ = map(int, match.groups()[1:])
+        if channels == 1 or kernel_size == 7:
+            continue
+        path = busiest_path(kernel, stride * ((width - 1) * stride + kernel_size), width)
+        multiplications = sum(_opcode(text).startswith(("FFMA", "FMUL")) for text in path)
+        assert multiplications >= kernel_size**2 * channels * width, "the path has lost its way"
+        per_element = len(path) / (channels * width)
+        limit = PER_ELEMENT[size, kernel_size, stride]
+        assert per_element <= limit, f"{kernel.architecture} {match[0]}: {per_element:.1f}"
+        seen.add((size, kernel_size, stride))
+    assert seen == set(PER_ELEMENT)
+
+
+def test_squeeze_excite_moves_16_bytes():
+    for kernel, match in named(r"map_kernelI(f|6__half|13__nv_bfloat16)Li(\d)ELb(\d)E"):
+        if int(match[2]) > 1:
+            assert kernel.has(r"LDG\S*\.128"), kernel.name
+            assert kernel.has(r"STG\S*\.128") or match[3] == "1", kernel.name
+
+
+DTYPE = r"(f|6__half|13__nv_bfloat16)"
+# Kernels with matrix products: name, and the blocks of 256 threads for which a multiprocessor has registers.
+GEMMS = {
+    rf"16pointwise_kernelI{DTYPE}NS0_9BlockTileILi32EEELb\dELb0E": (2, 4),  # of fp32, of 16-bit types
+    rf"16pointwise_kernelI{DTYPE}NS0_9BlockTileILi64EEELb0ELb0E": (2, 3),
+    rf"16pointwise_kernelI{DTYPE}NS0_9BlockTileILi64EEELb1ELb0E": (2, 2),
+    rf"16pointwise_kernelI{DTYPE}NS0_9BlockTileILi64EEELb\dELb1E": (2, 2),
+    rf"16pointwise_kernelI{DTYPE}NS0_9BlockTileILi128E": (2, 2),
+    rf"23expand_depthwise_kernelI{DTYPE}Li": (2, 2),
+    rf"19fused_mbconv_kernelI{DTYPE}Li\d+ELi(?:0|64)E": (2, 2),
+    rf"19fused_mbconv_kernelI{DTYPE}Li\d+ELi128E": (1, 1),
+}
+
+
+@pytest.mark.parametrize("pattern", GEMMS)
+def test_gemms_copy_16_bytes_multiply_on_tensor_cores_and_leave_room_for_their_blocks(pattern):
+    for kernel, match in named(pattern):
+        exact = match[1] == "f"
+        case = f"{kernel.architecture} {match[0]}"
+        assert kernel.has(r"LDGSTS\S*\.128"), case  # x and weights, past the registers
+        assert kernel.has(r"HMMA\.16816\.F32") != exact, case
+        assert kernel.has(r"LDSM\.16\.M88\.4") != exact, case
+        pooled = re.search(r"ELb\dELb1E", kernel.name)
+        if "expand_depthwise" not in pattern and not pooled:  # there, a warp stores a pair of channels a lane
+            assert kernel.has(r"STG\S*\.128"), case
+        blocks_wanted = GEMMS[pattern][0 if exact else 1]
+        assert -(-kernel.registers // 8) * 8 * 256 * blocks_wanted <= REGISTERS, f"{case}: {kernel.registers} registers"
