@@ -1,20 +1,24 @@
-// expand_depthwise: the first two convolutions of an MBConv, with the expanded map between them in shared memory only.
+// expand_depthwise: the first two convolutions of an MBConv, with the expanded map between them in shared
+// memory only.
 //
-// Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in C_mid written
-// and read, is what it saves. Blocks that share a strip of x are neighbours in the grid, one per slice of 32 or 64 expanded
-// channels, so x is read once from DRAM and once per slice from the L2.
+// Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in
+// C_mid written and read, is what it saves. Blocks that share a strip of x are neighbours in the grid, one
+// per slice of 32 or 64 expanded channels, so x is read once from DRAM and once per slice from the L2.
 //
-// A block owns a strip of output rows of one image and full width (where whole maps fit, a whole map; where they are
-// smaller than a tile of the GEMM, several images), and one slice of channels:
-//   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, rounded to the type of the map, into shared memory.
+// A block owns a strip of output rows of one image and full width (where whole maps fit, a whole map; where
+// they are smaller than a tile of the GEMM, several images), and one slice of channels:
+//   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, rounded to the type of the map, into
+//   shared memory.
 //      Rows of x that two strips need are expanded in both.
-//   2. Depthwise: a walker of half as many lanes as channels goes along an output row with two channels a lane. The taps'
-//      weights stay in registers, each input column is read once per output row, added to the outputs that it touches,
-//      and an output leaves when its last column has been seen. Positions in the padding are skipped: the padding lies
-//      around the expanded map and is zero, not act(bn(0)).
+//   2. Depthwise: a walker of half as many lanes as channels goes along an output row with two channels a
+//   lane. The taps'
+//      weights stay in registers, each input column is read once per output row, added to the outputs that it
+//      touches, and an output leaves when its last column has been seen. Positions in the padding are
+//      skipped: the padding lies around the expanded map and is zero, not act(bn(0)).
 // Padding never costs a test per tap: columns and rows are the same for a whole walker.
 //
-// 256 threads, at most 128 registers; the plan takes the largest strip with which two blocks fit on a multiprocessor.
+// 256 threads, at most 128 registers; the plan takes the largest strip with which two blocks fit on a
+// multiprocessor.
 #include <algorithm>
 
 #include "cuda/gemm.cuh"
@@ -36,7 +40,7 @@ template <class T, int kChannels>
 struct Shared {
   using Tile = BlockTile<kChannels>;
   static constexpr int kStage = (Tile::kRows + kChannels) * Stage<T>::kStride;  // elements
-  static constexpr int kStride = kChannels + kVector<T>;                        // elements between expanded pixels
+  static constexpr int kStride = kChannels + kVector<T>;  // elements between expanded pixels
   static constexpr int kWalkers = kGemmThreads / (kChannels / 2);
 
   // Two affine maps, taps [kernel^2][kChannels], stages (later the walkers' sums), the expanded map.
@@ -47,26 +51,38 @@ struct Shared {
   }
 };
 
-// One row of outputs, columns [first, last), for two channels: emit(column, a, b) in order.
-// `rows[i]` is the expanded row under the taps' row i at column 0, nullptr in the padding.
-template <class T, int kKernel, int kStrideW, class Emit>
-__device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int pixel_stride, int width, int left, int first,
+// One row of outputs, columns [first, last), for two channels: emit(a, b) for one after the other.
+// `rows[i]` is the expanded row under the taps' row i at column 0, nullptr in the padding; its pixels are
+// kPixel elements apart. kFast: with a copy of the code for the inside of the map that tests nothing.
+template <class T, int kPixel, int kKernel, int kStrideW, bool kFast, class Emit>
+__device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int width, int left, int first,
                                      int last, const float2 (&taps)[kKernel * kKernel], Emit emit) {
   constexpr int kOpen = (kKernel + kStrideW - 1) / kStrideW;  // outputs that a column can touch
-  constexpr int kPeriod = kOpen * kStrideW;                   // after which an output's place comes round again
+  constexpr int kPeriod = kOpen * kStrideW;  // after which an output's place comes round again
+  constexpr int kLast = kKernel - 1;
+  static_assert(kPeriod > kLast);
   float2 open[kOpen] = {};
   const int columns = (last - 1 - first) * kStrideW + kKernel, start = first * kStrideW - left;
-  for (int base = 0; base < columns; base += kPeriod) {
+  bool whole = true;  // no row is padding
+#pragma unroll
+  for (int i = 0; i < kKernel; ++i) whole = whole && rows[i] != nullptr;
+  int base = 0;
+  // kInside: every column of the period is in the map, and ends an output if its place in the period does.
+  const auto period = [&](auto inside) {
+    constexpr bool kInside = decltype(inside)::value;
+    const T* at[kKernel];
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i) at[i] = rows[i] + (start + base) * kPixel;
 #pragma unroll
     for (int j = 0; j < kPeriod; ++j) {
-      if (base + j >= columns) break;
+      if (!kInside && base + j >= columns) break;
       const int column = start + base + j;
       if (j % kStrideW == 0) open[j / kStrideW] = {0.0f, 0.0f};  // its first column
-      if (0 <= column && column < width) {
+      if (kInside || (0 <= column && column < width)) {
         float2 in[kKernel];
 #pragma unroll
         for (int i = 0; i < kKernel; ++i)
-          in[i] = rows[i] == nullptr ? float2{0.0f, 0.0f} : load_pair(rows[i] + column * pixel_stride);
+          in[i] = kInside || rows[i] != nullptr ? load_pair(at[i] + j * kPixel) : float2{0.0f, 0.0f};
 #pragma unroll
         for (int tap = 0; tap < kKernel; ++tap) {
           if ((j + kPeriod * kKernel - tap) % kStrideW != 0) continue;
@@ -78,17 +94,25 @@ __device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int pixel_
           }
         }
       }
-      constexpr int kLast = kKernel - 1;
-      if ((j + kPeriod * kKernel - kLast) % kStrideW == 0 && base + j >= kLast) {
+      if ((j + kPeriod * kKernel - kLast) % kStrideW == 0 && (kInside || base + j >= kLast)) {
         const float2 sum = open[(j + kPeriod * kKernel - kLast) / kStrideW % kOpen];
-        emit(first + (base + j - kLast) / kStrideW, sum.x, sum.y);
+        emit(sum.x, sum.y);
       }
+    }
+  };
+  for (; base < columns; base += kPeriod) {
+    if (kFast && whole && base > 0 && start + base >= 0 && start + base + kPeriod <= width &&
+        base + kPeriod <= columns) {
+      period(std::true_type());
+    } else {
+      period(std::false_type());
     }
   }
 }
 
 template <class T, int kChannels, int kKernel, int kStrideW>
-__global__ void __launch_bounds__(kGemmThreads, 2) kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kGemmThreads, 2)
+    expand_depthwise_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using S = Shared<T, kChannels>;
   using Tile = typename S::Tile;
@@ -130,14 +154,15 @@ __global__ void __launch_bounds__(kGemmThreads, 2) kernel(const __grid_constant_
   int loaded_row = 0, loaded_k = 0;
   const auto load = [&](int, int slot) {
     T* a = stages + slot * S::kStage;
-    load_rows<kDepth>(a, kStride, Tile::kRows, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
-      return loaded_row + row < pixels ? strip + static_cast<int64_t>(loaded_row + row) * p.c_in + loaded_k : nullptr;
+    load_rows<Tile::kRows, kDepth>(a, kStride, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
+      return loaded_row + row < pixels ? strip + static_cast<int64_t>(loaded_row + row) * p.c_in + loaded_k
+                                       : nullptr;
     });
-    load_rows<kDepth>(a + Tile::kRows * kStride, kStride, kChannels, p.c_in - loaded_k, args.vector_in, expand_weight,
-                      [&](int row) {
-                        return c0 + row < p.c_mid ? expand_weight + static_cast<int64_t>(c0 + row) * p.c_in + loaded_k
-                                                  : nullptr;
-                      });
+    load_rows<kChannels, kDepth>(
+        a + Tile::kRows * kStride, kStride, p.c_in - loaded_k, args.vector_in, expand_weight, [&](int row) {
+          return c0 + row < p.c_mid ? expand_weight + static_cast<int64_t>(c0 + row) * p.c_in + loaded_k
+                                    : nullptr;
+        });
     loaded_k += kDepth;
     if (loaded_k >= p.c_in) {
       loaded_k = 0;
@@ -148,7 +173,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2) kernel(const __grid_constant_
   const auto compute = [&](int, int slot) {
     const T* a = stages + slot * S::kStage;
     if (row0 + Tile::first_row() < pixels)  // the warp has rows in the strip
-      multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0, NoPrologue());
+      multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0,
+                             NoPrologue());
     k0 += kDepth;
     if (k0 < p.c_in) return;
     batch_norm_act<Tile, kExact>(acc, expand_affine, p.act);
@@ -169,48 +195,58 @@ __global__ void __launch_bounds__(kGemmThreads, 2) kernel(const __grid_constant_
 #pragma unroll
   for (int i = 0; i < kKernel * kKernel; ++i) tap[i] = load_pair(taps + i * kChannels + channel);
   const Affine first = affine[channel], second = affine[channel + 1];
-  const int there = p.c_mid - (c0 + channel);  // of this thread's channels: none, one, two or more
+  const int there =
+      p.c_mid - (c0 + channel);  // of this thread's channels: one, two or more; none where not positive
   const int segment = ceil_div(p.ow, args.segments), tasks = (oh1 - oh0) * args.segments;
   float* partial = reinterpret_cast<float*>(stages);  // [walkers, channels]
-  for (int image = 0; image < images; ++image) {
-    const T* map = expanded + image * map_pixels * S::kStride + channel;
-    float2 total = {0.0f, 0.0f};
-    for (int task = walker; task < tasks; task += S::kWalkers) {
-      const int oh = oh0 + task / args.segments, ow = task % args.segments * segment;
-      if (ow >= p.ow) continue;
-      const T* rows[kKernel];
+  const auto depthwise =
+      [&](auto silu) {  // the one activation that is worth a copy of the code without a switch
+        constexpr bool kSiluOnly = decltype(silu)::value;
+        for (int image = 0; image < images; ++image) {
+          const T* map = expanded + image * map_pixels * S::kStride + channel;
+          float2 total = {0.0f, 0.0f};
+          for (int task = walker; task < tasks && there > 0; task += S::kWalkers) {
+            const int oh = oh0 + task / args.segments, ow = task % args.segments * segment;
+            if (ow >= p.ow) continue;
+            const T* rows[kKernel];
 #pragma unroll
-      for (int i = 0; i < kKernel; ++i) {
-        const int ih = oh * kStrideW - p.window.top + i;
-        rows[i] = 0 <= ih && ih < p.h ? map + (ih - ih0) * p.w * S::kStride : nullptr;
-      }
-      T* y = static_cast<T*>(p.y) + ((image0 + image) * p.oh + oh) * p.ow * p.c_mid + c0 + channel;
-      walk<T, kKernel, kStrideW>(rows, S::kStride, p.w, p.window.left, ow, min(ow + segment, p.ow), tap,
-                                 [&](int column, float a, float b) {
-                                   float value[2] = {fmaf(a, first.scale, first.shift),
-                                                     fmaf(b, second.scale, second.shift)};
-                                   activate<kExact>(p.act, value);
-                                   total.x += value[0];
-                                   total.y += value[1];
-                                   T* to = y + static_cast<int64_t>(column) * p.c_mid;
-                                   if (args.pair_out && there > 0) {
-                                     store_pair(to, value[0], value[1]);
-                                   } else {
-                                     if (there > 0) to[0] = from_float<T>(value[0]);
-                                     if (there > 1) to[1] = from_float<T>(value[1]);
-                                   }
-                                 });
-    }
-    if (p.sums != nullptr) {  // over the walkers, in order
-      store_pair(partial + walker * kChannels + channel, total.x, total.y);
-      __syncthreads();
-      for (int i = threadIdx.x; i < kChannels && c0 + i < p.c_mid; i += kGemmThreads) {
-        float sum = 0.0f;
-        for (int w = 0; w < S::kWalkers; ++w) sum += partial[w * kChannels + i];
-        p.sums[((image0 + image) * args.tiles + tile) * p.c_mid + c0 + i] = sum;
-      }
-      __syncthreads();
-    }
+            for (int i = 0; i < kKernel; ++i) {
+              const int ih = oh * kStrideW - p.window.top + i;
+              rows[i] = 0 <= ih && ih < p.h ? map + (ih - ih0) * p.w * S::kStride : nullptr;
+            }
+            T* y =
+                static_cast<T*>(p.y) + (((image0 + image) * p.oh + oh) * p.ow + ow) * p.c_mid + c0 + channel;
+            walk<T, S::kStride, kKernel, kStrideW, kSiluOnly>(
+                rows, p.w, p.window.left, ow, min(ow + segment, p.ow), tap, [&](float a, float b) {
+                  float value[2] = {fmaf(a, first.scale, first.shift), fmaf(b, second.scale, second.shift)};
+                  activate<kExact>(kSiluOnly ? kSilu : p.act, value);
+                  total.x += value[0];
+                  total.y += value[1];
+                  if (args.pair_out) {
+                    store_pair(y, value[0], value[1]);
+                  } else {
+                    y[0] = from_float<T>(value[0]);
+                    if (there > 1) y[1] = from_float<T>(value[1]);
+                  }
+                  y += p.c_mid;
+                });
+          }
+          if (p.sums != nullptr) {  // over the walkers, in order
+            store_pair(partial + walker * kChannels + channel, total.x, total.y);
+            __syncthreads();
+            for (int i = threadIdx.x; i < kChannels && c0 + i < p.c_mid; i += kGemmThreads) {
+              float sum = 0.0f;
+              for (int w = 0; w < S::kWalkers; ++w) sum += partial[w * kChannels + i];
+              p.sums[((image0 + image) * args.tiles + tile) * p.c_mid + c0 + i] = sum;
+            }
+            __syncthreads();
+          }
+        }
+      };
+  if (p.act == kSilu) {
+    depthwise(std::true_type());
+  } else {
+    depthwise(std::false_type());
   }
 }
 
@@ -219,7 +255,8 @@ template <class T, int kChannels>
 ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
   using S = Shared<T, kChannels>;
   const auto bytes = [&](int rows) {
-    const int64_t in = std::min<int64_t>(p.h, static_cast<int64_t>(rows - 1) * p.window.stride_h + p.window.kh);
+    const int64_t in =
+        std::min<int64_t>(p.h, static_cast<int64_t>(rows - 1) * p.window.stride_h + p.window.kh);
     return S::bytes(p.window.kh, in * p.w);
   };
   ExpandDepthwisePlan plan;
@@ -240,8 +277,9 @@ ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
     plan.shared_bytes = static_cast<int>(bytes(plan.rows));
   }
   // Expanded rows over rows, and idle channels: what the block computes over what is wanted.
-  const double expanded = static_cast<double>(plan.tiles) *
-                          std::min<int64_t>(p.h, static_cast<int64_t>(plan.rows - 1) * p.window.stride_h + p.window.kh);
+  const double expanded =
+      static_cast<double>(plan.tiles) *
+      std::min<int64_t>(p.h, static_cast<int64_t>(plan.rows - 1) * p.window.stride_h + p.window.kh);
   plan.overhead = std::max(1.0, expanded / p.h) * ceil_div(p.c_mid, kChannels) * kChannels / p.c_mid;
   return plan;
 }
@@ -263,7 +301,8 @@ int segments_of_row(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
   int best = 1;
   int64_t least = INT64_MAX;
   for (int segments = 1; segments <= 8 && segments <= p.ow; ++segments) {
-    const int64_t columns = static_cast<int64_t>(ceil_div(p.ow, segments) - 1) * p.window.stride_w + p.window.kw;
+    const int64_t columns =
+        static_cast<int64_t>(ceil_div(p.ow, segments) - 1) * p.window.stride_w + p.window.kw;
     const int64_t time = ceil_div<int64_t>(static_cast<int64_t>(plan.rows) * segments, walkers) * columns;
     if (time < least) {
       least = time;
@@ -285,8 +324,8 @@ Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& 
                      ceil_div(p.c_mid, kChannels)};
   const int64_t blocks = ceil_div<int64_t>(p.n, plan.images) * plan.tiles * args.slices;
   if (blocks > INT32_MAX) return {cudaErrorInvalidConfiguration, "expand_depthwise: more than 2^31 tiles"};
-  return launch(kernel<T, kChannels, kKernel, kStrideW>, dim3(static_cast<unsigned>(blocks)), kGemmThreads,
-                plan.shared_bytes, stream, args);
+  return launch(expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>, dim3(static_cast<unsigned>(blocks)),
+                kGemmThreads, plan.shared_bytes, stream, args);
 }
 
 template <class T, int kChannels>
@@ -321,13 +360,15 @@ ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int sh
     if (plan.rows == 0) {
       plan.unsupported = "not one row of the expanded map fits into shared memory";
     } else if (plan.overhead > 2) {
-      plan.unsupported = "so little of the expanded map fits into shared memory that most of it would be computed twice";
+      plan.unsupported =
+          "so little of the expanded map fits into shared memory that most of it would be computed twice";
     }
   }
   return plan;
 }
 
-Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
+Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
+                               cudaStream_t stream) {
   if (plan.unsupported != nullptr) return {cudaErrorInvalidValue, plan.unsupported};
   if (p.n == 0) return {};
   return with_dtype(p.dtype, [&](auto type) {

@@ -1,19 +1,21 @@
-// fused_mbconv: a dense convolution, BatchNorm and activation, then the 1x1 projection, its BatchNorm and the residual: two
-// GEMMs back to back. Without projection the first one is the op (stems, and V2's first stage).
+// fused_mbconv: a dense convolution, BatchNorm and activation, then the 1x1 projection, its BatchNorm and the
+// residual: two GEMMs back to back. Without projection the first one is the op (stems, and V2's first stage).
 //
-// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e; the expanded map, e P_out C_mid written
-// and read, never exists.
+// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e; the expanded map, e P_out
+// C_mid written and read, never exists.
 //
-// A block owns a rectangle of up to 128 output pixels. The rectangle of x under it lies in shared memory, once for all taps:
-// row m of the implicit GEMM under tap (i, j) is the pixel (m's row * stride + i, m's column * stride + j) of it, one
-// addition away. The block walks over chunks of 64 expanded channels as attention walks over keys: the weight of the
-// chunk streams through three stages of 64 bytes of depth, the chunk's results are normalised, activated, rounded and
-// put into shared memory, and a second GEMM adds them to the projection in registers.
-// Weights come from the L2 for every block: e (taps C_in + C_out) C_mid bytes for 128 pixels.
+// A block owns a rectangle of up to 128 output pixels. The rectangle of x under it lies in shared memory,
+// once for all taps: row m of the implicit GEMM under tap (i, j) is the pixel (m's row * stride + i, m's
+// column * stride + j) of it, one addition away. The block walks over chunks of 64 expanded channels as
+// attention walks over keys: the weight of the chunk streams through three stages of 64 bytes of depth, the
+// chunk's results are normalised, activated, rounded and put into shared memory, and a second GEMM adds them
+// to the projection in registers. Weights come from the L2 for every block: e (taps C_in + C_out) C_mid bytes
+// for 128 pixels.
 //
-// 256 threads. With up to 64 output channels 128 registers, two blocks on a multiprocessor; up to 128, one block. Channels
-// per tap are padded to 16: a stem of 3 channels multiplies 13 zeros along, hidden behind its memory traffic. Maps whose
-// channels are not whole 16 bytes, or that are not NHWC (an image of a stem), are read element by element, at any strides.
+// 256 threads. With up to 64 output channels 128 registers, two blocks on a multiprocessor; up to 128, one
+// block. Channels per tap are padded to 16: a stem of 3 channels multiplies 13 zeros along, hidden behind its
+// memory traffic. Maps whose channels are not whole 16 bytes, or that are not NHWC (an image of a stem), are
+// read element by element, at any strides.
 #include "cuda/gemm.cuh"
 
 namespace effnet::cuda {
@@ -38,7 +40,8 @@ struct Shared {
   static constexpr int kStage = kMid * Stage<T>::kStride;  // elements
   static constexpr int kMidStride = kMid + kVector<T>;
   static constexpr int kOutStride = OutTile::kColumns + kVector<T>;
-  static constexpr int kChunk = MidTile::kRows * kMidStride + kOut * kMidStride;  // activated chunk, projection's weight
+  static constexpr int kChunk =
+      MidTile::kRows * kMidStride + kOut * kMidStride;  // activated chunk, projection's weight
   static_assert(kOut == 0 || kOut == kMid || kOut == 2 * kMid);
   static_assert(MidTile::kRows * kOutStride <= kChunk, "y is put together where the chunk was");
 
@@ -50,10 +53,12 @@ struct Shared {
 
 // The rectangle of x from (h0, w0) on, channels [c0, c0 + args.depth), with zeros in the padding.
 template <class T>
-__device__ __forceinline__ void load_halo(T* shared, const Args& args, int64_t image, int h0, int w0, int c0) {
+__device__ __forceinline__ void load_halo(T* shared, const Args& args, int64_t image, int h0, int w0,
+                                          int c0) {
   const FusedMBConvParams& p = args.p;
   const T* x = static_cast<const T*>(p.x) + image * p.x_stride[0];
-  const int stride = args.depth + kVector<T>, step = args.vector_x ? kVector<T> : 1, pieces = args.depth / step;
+  const int stride = args.depth + kVector<T>, step = args.vector_x ? kVector<T> : 1,
+            pieces = args.depth / step;
   for (int i = threadIdx.x; i < args.halo_h * args.halo_w * pieces; i += kGemmThreads) {
     const int pixel = i / pieces, c = c0 + i % pieces * step;
     const int h = h0 + pixel / args.halo_w, w = w0 + pixel % args.halo_w;
@@ -69,7 +74,8 @@ __device__ __forceinline__ void load_halo(T* shared, const Args& args, int64_t i
 }
 
 template <class T, int kMid, int kOut>
-__global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
+    fused_mbconv_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using S = Shared<T, kMid, kOut>;
   using MidTile = typename S::MidTile;
@@ -79,8 +85,8 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
   Affine* affine = reinterpret_cast<Affine*>(shared_memory);
   Affine* project_affine = affine + kMid;
   T* stages = reinterpret_cast<T*>(project_affine + OutTile::kColumns);
-  T* chunk = stages + kStages * S::kStage;                     // [128, kMidStride]
-  T* project_tile = chunk + MidTile::kRows * S::kMidStride;    // [kOut, kMidStride]
+  T* chunk = stages + kStages * S::kStage;                   // [128, kMidStride]
+  T* project_tile = chunk + MidTile::kRows * S::kMidStride;  // [kOut, kMidStride]
   T* halo = chunk + S::kChunk;
   const FusedMBConvParams& p = args.p;
   const T* weight = static_cast<const T*>(p.weight);
@@ -130,9 +136,10 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
     const int c = loaded.part + loaded.k;
     const T* from = weight + (static_cast<int64_t>(loaded.mid) * taps + loaded.tap) * p.c_in + c;
     const int left = p.c_in - c < args.depth - loaded.k ? p.c_in - c : args.depth - loaded.k;
-    load_rows<kDepth>(stages + slot * S::kStage, kStride, kMid, left, args.vector_weight, weight, [&](int row) {
-      return loaded.mid + row < p.c_mid ? from + static_cast<int64_t>(row) * taps * p.c_in : nullptr;
-    });
+    load_rows<kMid, kDepth>(
+        stages + slot * S::kStage, kStride, left, args.vector_weight, weight, [&](int row) {
+          return loaded.mid + row < p.c_mid ? from + static_cast<int64_t>(row) * taps * p.c_in : nullptr;
+        });
     loaded.advance(args, taps);
   };
 
@@ -141,11 +148,11 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
       if (at.part == 0) {
         load_affine<T>(affine, p.bn, at.mid, kMid, p.c_mid);
         if constexpr (kProject)
-          load_rows<kMid>(project_tile, S::kMidStride, kOut, p.c_mid - at.mid, args.vector_project, project,
-                          [&](int row) {
-                            return n0 + row < p.c_out ? project + static_cast<int64_t>(n0 + row) * p.c_mid + at.mid
-                                                      : nullptr;
-                          });
+          load_rows<kOut, kMid>(
+              project_tile, S::kMidStride, p.c_mid - at.mid, args.vector_project, project, [&](int row) {
+                return n0 + row < p.c_out ? project + static_cast<int64_t>(n0 + row) * p.c_mid + at.mid
+                                          : nullptr;
+              });
       }
       if (step == 0 || parts > 1) {
         load_halo(halo, args, image, h0, w0, at.part);
@@ -155,8 +162,9 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
       }
     }
     const int i = at.tap / p.window.kw, j = at.tap % p.window.kw;
-    multiply<kDepth, MidTile>(acc, halo + (i * args.halo_w + j) * halo_stride + at.k, rows, stages + slot * S::kStage,
-                              kStride, args.depth - at.k < kDepth ? args.depth - at.k : kDepth, NoPrologue());
+    multiply<kDepth, MidTile>(acc, halo + (i * args.halo_w + j) * halo_stride + at.k, rows,
+                              stages + slot * S::kStage, kStride,
+                              args.depth - at.k < kDepth ? args.depth - at.k : kDepth, NoPrologue());
     const int mid = at.mid;
     at.advance(args, taps);
     if (kProject && at.mid != mid) {
@@ -189,10 +197,11 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
   };
   if (p.residual) {
     const T* x = static_cast<const T*>(p.x);
-    load_rows<OutTile::kColumns>(out, S::kOutStride, OutTile::kRows, columns, args.vector_out, x, [&](int row) {
-      const int64_t from = pixel(row);
-      return from < 0 ? nullptr : x + from * p.c_out + n0;
-    });
+    load_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, x,
+                                                 [&](int row) {
+                                                   const int64_t from = pixel(row);
+                                                   return from < 0 ? nullptr : x + from * p.c_out + n0;
+                                                 });
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -215,13 +224,14 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1) kernel(const
   }
   __syncthreads();
   T* y = static_cast<T*>(p.y);
-  store_rows<OutTile::kColumns>(out, S::kOutStride, OutTile::kRows, columns, args.vector_out, [&](int row) {
+  store_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
     const int64_t to = pixel(row);
     return to < 0 ? nullptr : y + to * p.c_out + n0;
   });
 }
 
-// Rectangle and depth: the fewest blocks, then the least of x read twice, within `limit` bytes. False where none fits.
+// Rectangle and depth: the fewest blocks, then the least of x read twice, within `limit` bytes. False where
+// none fits.
 template <class S>
 bool cut(Args& args, int64_t limit) {
   const FusedMBConvParams& p = args.p;
@@ -230,7 +240,8 @@ bool cut(Args& args, int64_t limit) {
     depth = ceil_div(depth, 16) * 16;
     int64_t least = INT64_MAX;
     for (int w = 1; w <= S::MidTile::kRows && w <= p.ow; ++w) {
-      for (int h = S::MidTile::kRows / w < p.oh ? S::MidTile::kRows / w : p.oh; h >= 1; h = h > 1 ? h / 2 : 0) {
+      for (int h = S::MidTile::kRows / w < p.oh ? S::MidTile::kRows / w : p.oh; h >= 1;
+           h = h > 1 ? h / 2 : 0) {
         const int64_t halo_h = static_cast<int64_t>(h - 1) * p.window.stride_h + p.window.kh;
         const int64_t halo_w = static_cast<int64_t>(w - 1) * p.window.stride_w + p.window.kw;
         if (S::bytes(halo_h * halo_w, depth) > limit) continue;
@@ -247,8 +258,8 @@ bool cut(Args& args, int64_t limit) {
       }
     }
     // A rectangle of few pixels wastes most of a block's products; rather a part of the channels at a time.
-    if (least < INT64_MAX &&
-        (depth == 16 || 2 * args.tile_h * args.tile_w >= S::MidTile::kRows || args.tile_h * args.tile_w == p.oh * p.ow))
+    if (least < INT64_MAX && (depth == 16 || 2 * args.tile_h * args.tile_w >= S::MidTile::kRows ||
+                              args.tile_h * args.tile_w == p.oh * p.ow))
       return true;
     if (depth == 16) return false;
   }
@@ -261,23 +272,24 @@ Status launch_tile(const FusedMBConvParams& p, int shared_limit, cudaStream_t st
   const auto whole = [](int64_t elements) { return elements % kVector<T> == 0; };
   Args args = {};
   args.p = p;
-  args.vector_x = p.x_stride[3] == 1 && whole(p.x_stride[0]) && whole(p.x_stride[1]) && whole(p.x_stride[2]) &&
-                  rows_of_16_bytes<T>(p.c_in, {p.x});
+  args.vector_x = p.x_stride[3] == 1 && whole(p.x_stride[0]) && whole(p.x_stride[1]) &&
+                  whole(p.x_stride[2]) && rows_of_16_bytes<T>(p.c_in, {p.x});
   args.vector_weight = rows_of_16_bytes<T>(p.c_in, {p.weight});
   args.vector_project = rows_of_16_bytes<T>(p.c_mid, {p.project});
   args.vector_out = rows_of_16_bytes<T>(p.c_out, {p.y, p.residual ? p.x : nullptr});
   args.tiles_n = ceil_div(p.c_out, S::OutTile::kColumns);
   const int limit_of_two = shared_limit / 2 - 1024;  // two blocks; the system takes 1 KB for each
   if (!(kOut <= 64 && cut<S>(args, limit_of_two)) && !cut<S>(args, shared_limit))
-    return {cudaErrorInvalidValue, "fused_mbconv: the window of one output pixel does not fit into shared memory"};
+    return {cudaErrorInvalidValue,
+            "fused_mbconv: the window of one output pixel does not fit into shared memory"};
   args.tiles_h = ceil_div(p.oh, args.tile_h);
   args.tiles_w = ceil_div(p.ow, args.tile_w);
   const int64_t tiles = static_cast<int64_t>(args.tiles_h) * args.tiles_w;
   if (tiles > INT32_MAX || p.n * tiles > INT32_MAX / args.tiles_n)
     return {cudaErrorInvalidConfiguration, "fused_mbconv: more than 2^31 tiles"};
   const int bytes = static_cast<int>(S::bytes(static_cast<int64_t>(args.halo_h) * args.halo_w, args.depth));
-  return launch(kernel<T, kMid, kOut>, dim3(static_cast<unsigned>(p.n * tiles * args.tiles_n)), kGemmThreads, bytes,
-                stream, args);
+  return launch(fused_mbconv_kernel<T, kMid, kOut>, dim3(static_cast<unsigned>(p.n * tiles * args.tiles_n)),
+                kGemmThreads, bytes, stream, args);
 }
 
 }  // namespace

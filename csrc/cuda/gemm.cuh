@@ -1,12 +1,14 @@
-// The matrix product of a block, C[rows, columns] = A[rows, depth] @ B[columns, depth]^T, in pieces that the kernels put
-// together: rows copied into shared memory in a pipeline, the product of a warp, who owns which result.
+// The matrix product of a block, C[rows, columns] = A[rows, depth] @ B[columns, depth]^T, in pieces that the
+// kernels put together: rows copied into shared memory in a pipeline, the product of a warp, who owns which
+// result.
 //
-// Both operands have their depth (input channels) contiguous, in memory and in shared memory, as NHWC maps and [out, in]
-// weights do. Rows in shared memory are an odd multiple of 16 bytes apart: the eight 16-byte rows that ldmatrix reads at
-// a time then lie in eight different groups of banks, and so do the pairs that an epilogue writes from a fragment.
+// Both operands have their depth (input channels) contiguous, in memory and in shared memory, as NHWC maps
+// and [out, in] weights do. Rows in shared memory are an odd multiple of 16 bytes apart: the eight 16-byte
+// rows that ldmatrix reads at a time then lie in eight different groups of banks, and so do the pairs that an
+// epilogue writes from a fragment.
 //
-// 16-bit types multiply on tensor cores (m16n8k16, fp32 sums). fp32 has no matrix instruction of its own precision: it
-// takes FMAs, with results owned by the same threads, so kernels need no second version.
+// 16-bit types multiply on tensor cores (m16n8k16, fp32 sums). fp32 has no matrix instruction of its own
+// precision: it takes FMAs, with results owned by the same threads, so kernels need no second version.
 #pragma once
 
 #include <initializer_list>
@@ -49,8 +51,8 @@ __device__ __forceinline__ void clear(Accumulators<Tile>& acc) {
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
 }
 
-// Calls visit(row, column, a, b) for every pair of results of this thread, columns `column` and `column + 1` of the
-// block tile; a and b may be written.
+// Calls visit(row, column, a, b) for every pair of results of this thread, columns `column` and `column + 1`
+// of the block tile; a and b may be written.
 template <class Tile, class Visit>
 __device__ __forceinline__ void for_each_pair(Accumulators<Tile>& acc, Visit visit) {
   const int row = Tile::first_row() + threadIdx.x % 32 / 4;
@@ -77,8 +79,9 @@ __device__ __forceinline__ void batch_norm_act(Accumulators<Tile>& acc, const Af
 
 // The affine maps of `columns` channels from `first` on; zeros from `channels` on.
 template <class T>
-__device__ __forceinline__ void load_affine(Affine* affine, const BatchNorm& bn, int first, int columns, int channels) {
-  for (int i = threadIdx.x; i < columns; i += blockDim.x)
+__device__ __forceinline__ void load_affine(Affine* affine, const BatchNorm& bn, int first, int columns,
+                                            int channels) {
+  for (int i = threadIdx.x; i < columns; i += kGemmThreads)
     affine[i] = first + i < channels ? bn_affine<T>(bn, first + i) : Affine{0.0f, 0.0f};
 }
 
@@ -96,8 +99,8 @@ __device__ __forceinline__ float2 load_pair(const T* from) {
   return {pair[0], pair[1]};
 }
 
-// Where this lane reads A: element offsets of the rows that ldmatrix (16-bit) or the FMAs (fp32) want from it.
-// `offset_of(row)` is asked for rows of the block tile.
+// Where this lane reads A: element offsets of the rows that ldmatrix (16-bit) or the FMAs (fp32) want from
+// it. `offset_of(row)` is asked for rows of the block tile.
 template <class T, class Tile>
 struct LaneRows {
   static constexpr bool kFma = sizeof(T) == 4;
@@ -125,13 +128,13 @@ struct NoPrologue {
   __device__ __forceinline__ void operator()(Fragment&, int, int) const {}
 };
 
-// acc += A[128, depth] @ B[columns, depth]^T over the first `depth` and at most kDepth columns of a stage; what rounds
-// depth up to 16 is there too, as zeros. `b` is the tile's first row.
-// prologue(fragment, m, k) may change what was read of A: for 16-bit types the four registers of mma's first operand at
-// depth k, for fp32 two float4, rows lane / 4 and lane / 4 + 8 of the fragment m, at depths k to k + 3.
+// acc += A[128, depth] @ B[columns, depth]^T over the first `depth` and at most kDepth columns of a stage;
+// what rounds depth up to 16 is there too, as zeros. `b` is the tile's first row. prologue(fragment, m, k)
+// may change what was read of A: for 16-bit types the four registers of mma's first operand at depth k, for
+// fp32 two float4, rows lane / 4 and lane / 4 + 8 of the fragment m, at depths k to k + 3.
 template <int kDepth, class Tile, class T, class Prologue>
-__device__ __forceinline__ void multiply(Accumulators<Tile>& acc, const T* a, const LaneRows<T, Tile>& rows, const T* b,
-                                         int b_stride, int depth, Prologue prologue) {
+__device__ __forceinline__ void multiply(Accumulators<Tile>& acc, const T* a, const LaneRows<T, Tile>& rows,
+                                         const T* b, int b_stride, int depth, Prologue prologue) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     b += (Tile::first_column() + lane / 16 * 8 + lane % 8) * b_stride + lane / 8 % 2 * 8;
@@ -187,45 +190,50 @@ __device__ __forceinline__ void multiply(Accumulators<Tile>& acc, const T* a, co
   }
 }
 
-// Copies [rows, kDepth] into shared memory. `source(row)` points at the first of `channels` elements of a row, or is
-// nullptr; what is not there becomes zero. With `vector`, sources are multiples of 16 bytes and channels come in whole
-// 16 bytes: then the copies are asynchronous, and belong to the group that the caller commits. `anywhere` is a global
-// address for the copies that read nothing.
-template <int kDepth, class T, class Source>
-__device__ __forceinline__ void load_rows(T* shared, int stride, int rows, int channels, bool vector,
-                                          const T* anywhere, Source source) {
+// Copies [kRows, kDepth] into shared memory. `source(row)` points at the first of `channels` elements of a
+// row, or is nullptr; what is not there becomes zero. With `vector`, sources are multiples of 16 bytes and
+// channels come in whole 16 bytes: then the copies are asynchronous, and belong to the group that the caller
+// commits. `anywhere` is a global address for the copies that read nothing.
+template <int kRows, int kDepth, class T, class Source>
+__device__ __forceinline__ void load_rows(T* shared, int stride, int channels, bool vector, const T* anywhere,
+                                          Source source) {
   if (vector) {
     constexpr int kChunks = kDepth / kVector<T>;
-    for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+#pragma unroll 1  // unrolled, the addresses of all copies would be kept in registers
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kGemmThreads) {
       const int row = i / kChunks, channel = i % kChunks * kVector<T>;
       const T* from = source(row);
       const bool there = from != nullptr && channel < channels;
       cp_async_16(shared + row * stride + channel, there ? from + channel : anywhere, there ? 16 : 0);
     }
   } else {
-    for (int i = threadIdx.x; i < rows * kDepth; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kDepth; i += kGemmThreads) {
       const int row = i / kDepth, channel = i % kDepth;
       const T* from = source(row);
-      shared[row * stride + channel] = from != nullptr && channel < channels ? from[channel] : from_float<T>(0.0f);
+      shared[row * stride + channel] =
+          from != nullptr && channel < channels ? from[channel] : from_float<T>(0.0f);
     }
   }
 }
 
-// Copies [rows, columns] out of shared memory. `target(row)` points at the first of `channels` elements of a row, or
-// is nullptr. With `vector`, targets are multiples of 16 bytes and channels come in whole 16 bytes.
-template <int kColumns, class T, class Target>
-__device__ __forceinline__ void store_rows(const T* shared, int stride, int rows, int channels, bool vector,
+// Copies [kRows, kColumns] out of shared memory. `target(row)` points at the first of `channels` elements of
+// a row, or is nullptr. With `vector`, targets are multiples of 16 bytes and channels come in whole 16 bytes.
+template <int kRows, int kColumns, class T, class Target>
+__device__ __forceinline__ void store_rows(const T* shared, int stride, int channels, bool vector,
                                            Target target) {
   if (vector) {
     constexpr int kChunks = kColumns / kVector<T>;
-    for (int i = threadIdx.x; i < rows * kChunks; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kGemmThreads) {
       const int row = i / kChunks, channel = i % kChunks * kVector<T>;
       T* to = target(row);
       if (to != nullptr && channel < channels)
         Vec<T, kVector<T>>::load(shared + row * stride + channel).store(to + channel);
     }
   } else {
-    for (int i = threadIdx.x; i < rows * kColumns; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kGemmThreads) {
       const int row = i / kColumns, channel = i % kColumns;
       T* to = target(row);
       if (to != nullptr && channel < channels) to[channel] = shared[row * stride + channel];
@@ -233,8 +241,8 @@ __device__ __forceinline__ void store_rows(const T* shared, int stride, int rows
   }
 }
 
-// Runs compute(step, slot) for every step in order while load(step, slot) fills the slots of the steps ahead. Ends with
-// slots possibly still being read: a barrier must follow before their memory is reused.
+// Runs compute(step, slot) for every step in order while load(step, slot) fills the slots of the steps ahead.
+// Ends with slots possibly still being read: a barrier must follow before their memory is reused.
 template <int kStages, class Load, class Compute>
 __device__ __forceinline__ void pipeline(int steps, Load load, Compute compute) {
 #pragma unroll

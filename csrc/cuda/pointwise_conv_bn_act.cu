@@ -1,14 +1,18 @@
-// pointwise_conv_bn_act: a GEMM with the gate in its prologue and BatchNorm, activation, residual or pool in its epilogue.
+// pointwise_conv_bn_act: a GEMM with the gate in its prologue and BatchNorm, activation, residual or pool in
+// its epilogue.
 //
-// Designed for one read of x and of the residual and one write of y from DRAM: e P (C_in + C_out [+ C_out]) bytes for P
-// pixels of element size e. Blocks that share pixels are neighbours in the grid, so only the first of them looks for x
-// outside the L2; the weight stays there. From the L2 a block reads e C_in (128 + columns).
+// Designed for one read of x and of the residual and one write of y from DRAM: e P (C_in + C_out [+ C_out])
+// bytes for P pixels of element size e. Blocks that share pixels are neighbours in the grid, so only the
+// first of them looks for x outside the L2; the weight stays there. From the L2 a block reads e C_in (128 +
+// columns).
 //
-// A block is 256 threads and computes 128 pixels by 32, 64 or 128 channels, in a pipeline of three stages of 64 bytes of
-// depth: 38, 45 or 60 KB of shared memory, in which y is put together afterwards so that it leaves in rows of 16 bytes a
-// thread. Registers are bounded for 16 warps on a multiprocessor (2 blocks), 24 (3) where accumulators are few.
+// A block is 256 threads and computes 128 pixels by 32, 64 or 128 channels, in a pipeline of three stages of
+// 64 bytes of depth: 38, 45 or 60 KB of shared memory, in which y is put together afterwards so that it
+// leaves in rows of 16 bytes a thread. Registers are bounded for 16 warps on a multiprocessor (2 blocks), 24
+// (3) where accumulators are few.
 //
-// With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never written.
+// With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never
+// written.
 #include "cuda/gemm.cuh"
 
 namespace effnet::cuda {
@@ -26,15 +30,16 @@ template <class T, class Tile>
 struct Shared {
   static constexpr int kStage = (Tile::kRows + Tile::kColumns) * Stage<T>::kStride;  // elements
   static constexpr int kOutStride = Tile::kColumns + kVector<T>;                     // elements
-  static constexpr int kBytes = Tile::kColumns * static_cast<int>(sizeof(Affine)) +
-                                kStages * kStage * static_cast<int>(sizeof(T));
+  static constexpr int kBytes =
+      Tile::kColumns * static_cast<int>(sizeof(Affine)) + kStages * kStage * static_cast<int>(sizeof(T));
   static_assert(Tile::kRows * kOutStride <= kStages * kStage, "y is put together where the stages were");
 };
 
-// x * gate on the way from shared memory to the tensor cores. There every element passes two warps, so it is multiplied
-// twice (one instruction for two elements); but the copies into shared memory stay asynchronous, which a multiplication
-// while staging would end, and images may change inside a tile, which a gate multiplied into the weight would forbid.
-// The gate is rounded to the 16-bit type, as stock layers do. It comes from the L1: lanes of a row share a sector.
+// x * gate on the way from shared memory to the tensor cores. There every element passes two warps, so it is
+// multiplied twice (one instruction for two elements); but the copies into shared memory stay asynchronous,
+// which a multiplication while staging would end, and images may change inside a tile, which a gate
+// multiplied into the weight would forbid. The gate is rounded to the 16-bit type, as stock layers do. It
+// comes from the L1: lanes of a row share a sector.
 template <class T, class Tile>
 struct GatePrologue {
   const float* gate[Tile::kM][2];  // of the images of this thread's rows
@@ -81,8 +86,16 @@ struct GatePrologue {
   }
 };
 
+// Blocks for which a multiprocessor has registers.
 template <class T, class Tile, bool kGate, bool kPool>
-__global__ void __launch_bounds__(kGemmThreads, Tile::kColumns == 32 ? 3 : 2) kernel(const __grid_constant__ Args args) {
+constexpr int kBlocks = kPool || sizeof(T) == 4 || Tile::kColumns == 128 ? 2
+                        : Tile::kColumns == 32                           ? 4
+                        : kGate                                          ? 2
+                                                                         : 3;
+
+template <class T, class Tile, bool kGate, bool kPool>
+__global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
+    pointwise_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using S = Shared<T, Tile>;
   constexpr int kDepth = Stage<T>::kDepth, kStride = Stage<T>::kStride;
@@ -117,14 +130,13 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kColumns == 32 ? 3 : 2) ke
   int loaded_k = 0;
   const auto load = [&](int, int slot) {
     T* a = stages + slot * S::kStage;
-    load_rows<kDepth>(a, kStride, Tile::kRows, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
+    load_rows<Tile::kRows, kDepth>(a, kStride, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
       return loaded_row + row < end ? x + (loaded_row + row) * p.c_in + loaded_k : nullptr;
     });
-    load_rows<kDepth>(a + Tile::kRows * kStride, kStride, Tile::kColumns, p.c_in - loaded_k, args.vector_in, weight,
-                      [&](int row) {
-                        return n0 + row < p.c_out ? weight + static_cast<int64_t>(n0 + row) * p.c_in + loaded_k
-                                                  : nullptr;
-                      });
+    load_rows<Tile::kColumns, kDepth>(
+        a + Tile::kRows * kStride, kStride, p.c_in - loaded_k, args.vector_in, weight, [&](int row) {
+          return n0 + row < p.c_out ? weight + static_cast<int64_t>(n0 + row) * p.c_in + loaded_k : nullptr;
+        });
     loaded_k += kDepth;
     if (loaded_k >= p.c_in) {
       loaded_k = 0;
@@ -173,21 +185,23 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kColumns == 32 ? 3 : 2) ke
       for (int i = 0; i < 2; ++i) {
         float total = sum[n][i];
         for (int other = 4; other < 32; other *= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
-        if (lane < 4) partial[warp_row * Tile::kColumns + Tile::first_column() + 8 * n + 2 * lane + i] = total;
+        if (lane < 4)
+          partial[warp_row * Tile::kColumns + Tile::first_column() + 8 * n + 2 * lane + i] = total;
       }
     __syncthreads();
-    for (int column = threadIdx.x; column < Tile::kColumns && n0 + column < p.c_out; column += blockDim.x) {
+    for (int column = threadIdx.x; column < Tile::kColumns && n0 + column < p.c_out; column += kGemmThreads) {
       float total = 0.0f;
       for (int warp = 0; warp < Tile::kWarpsM; ++warp) total += partial[warp * Tile::kColumns + column];
-      static_cast<T*>(p.y)[group * p.c_out + n0 + column] = from_float<T>(total / static_cast<float>(p.pixels));
+      static_cast<T*>(p.y)[group * p.c_out + n0 + column] =
+          from_float<T>(total / static_cast<float>(p.pixels));
     }
   } else {
     T* out = stages;
     const int columns = p.c_out - n0;
     if (residual != nullptr) {
-      load_rows<Tile::kColumns>(out, S::kOutStride, Tile::kRows, columns, args.vector_out, residual, [&](int row) {
-        return first + row < end ? residual + (first + row) * p.c_out + n0 : nullptr;
-      });
+      load_rows<Tile::kRows, Tile::kColumns>(
+          out, S::kOutStride, columns, args.vector_out, residual,
+          [&](int row) { return first + row < end ? residual + (first + row) * p.c_out + n0 : nullptr; });
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
@@ -204,7 +218,7 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kColumns == 32 ? 3 : 2) ke
     });
     __syncthreads();
     T* y = static_cast<T*>(p.y);
-    store_rows<Tile::kColumns>(out, S::kOutStride, Tile::kRows, columns, args.vector_out, [&](int row) {
+    store_rows<Tile::kRows, Tile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
       return first + row < end ? y + (first + row) * p.c_out + n0 : nullptr;
     });
   }
@@ -213,12 +227,13 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kColumns == 32 ? 3 : 2) ke
 template <class T, int kColumns, bool kGate, bool kPool>
 Status launch_tile(const PointwiseParams& p, cudaStream_t stream) {
   using Tile = BlockTile<kColumns>;
-  Args args = {p, rows_of_16_bytes<T>(p.c_in, {p.x, p.weight, p.gate}), rows_of_16_bytes<T>(p.c_out, {p.y, p.residual}),
-               ceil_div(p.c_out, kColumns)};
+  Args args = {p, rows_of_16_bytes<T>(p.c_in, {p.x, p.weight, p.gate}),
+               rows_of_16_bytes<T>(p.c_out, {p.y, p.residual}), ceil_div(p.c_out, kColumns)};
   const int64_t groups = kPool ? p.n : ceil_div<int64_t>(p.n * p.pixels, Tile::kRows);
   const int64_t blocks = groups * args.tiles_n;
-  if (blocks > INT32_MAX) return {cudaErrorInvalidConfiguration, "pointwise_conv_bn_act: more than 2^31 tiles"};
-  return launch(kernel<T, Tile, kGate, kPool>, dim3(static_cast<unsigned>(blocks)), kGemmThreads,
+  if (blocks > INT32_MAX)
+    return {cudaErrorInvalidConfiguration, "pointwise_conv_bn_act: more than 2^31 tiles"};
+  return launch(pointwise_kernel<T, Tile, kGate, kPool>, dim3(static_cast<unsigned>(blocks)), kGemmThreads,
                 Shared<T, Tile>::kBytes, stream, args);
 }
 
@@ -228,7 +243,8 @@ Status launch_columns(const PointwiseParams& p, cudaStream_t stream) {
   if (p.c_out <= 32) return launch_tile<T, 32, kGate, false>(p, stream);
   // Wide tiles read x from the L2 half as often; not where they would leave half of the last one idle.
   if constexpr (sizeof(T) == 2) {
-    if (ceil_div(p.c_out, 128) * 128 == ceil_div(p.c_out, 64) * 64) return launch_tile<T, 128, kGate, false>(p, stream);
+    if (ceil_div(p.c_out, 128) * 128 == ceil_div(p.c_out, 64) * 64)
+      return launch_tile<T, 128, kGate, false>(p, stream);
   }
   return launch_tile<T, 64, kGate, false>(p, stream);
 }
