@@ -147,7 +147,7 @@ def test_no_kernel_uses_local_memory():
 def test_depthwise_moves_vectors_and_leaves_room_for_its_blocks():
     for kernel, match in named(DEPTHWISE):
         size = 4 if match[1] == "f" else 2
-        kernel_size, stride, channels, _, blocks_wanted = map(int, match.groups()[1:])
+        kernel_size, _, channels, _, blocks_wanted = map(int, match.groups()[1:])
         case = f"{kernel.architecture} {match[0]}"
         if channels > 1:
             width = {16: r"\.128", 8: r"\.64"}[channels * size]
