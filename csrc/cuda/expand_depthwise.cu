@@ -8,17 +8,17 @@
 // A block owns a strip of output rows of one image and full width (where whole maps fit, a whole map; where
 // they are smaller than a tile of the GEMM, several images), and one slice of channels:
 //   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, rounded to the type of the map, into
-//   shared memory.
-//      Rows of x that two strips need are expanded in both.
+//      shared memory. Rows of x that two strips need are expanded in both.
 //   2. Depthwise: a walker of half as many lanes as channels goes along an output row with two channels a
-//   lane. The taps'
-//      weights stay in registers, each input column is read once per output row, added to the outputs that it
-//      touches, and an output leaves when its last column has been seen. Positions in the padding are
-//      skipped: the padding lies around the expanded map and is zero, not act(bn(0)).
-// Padding never costs a test per tap: columns and rows are the same for a whole walker.
+//      lane. The taps' weights stay in registers, each input column is read once per output row and added to
+//      the outputs that it touches, and an output leaves when its last column has been seen. The padding lies
+//      around the expanded map and is zero, not act(bn(0)): its positions are skipped. Columns and rows are
+//      the same for a whole walker, so no tap is tested for the padding on its own.
 //
 // 256 threads, at most 128 registers; the plan takes the largest strip with which two blocks fit on a
-// multiprocessor.
+// multiprocessor (at 113 KB each on an H100: 7x7 maps take 45 KB, 14x14 62 to 66 KB, 28x28 92 KB, strips what
+// there is). Inside the map the depthwise part takes 24 instructions of a lane per element for 3x3 and 43 for
+// 5x5, at stride 1 and with SiLU.
 #include <algorithm>
 
 #include "cuda/gemm.cuh"
