@@ -6,10 +6,10 @@
 // first of them looks for x outside the L2; the weight stays there. From the L2 a block reads e C_in (128 +
 // columns).
 //
-// A block is 256 threads and computes 128 pixels by 32, 64 or 128 channels, in a pipeline of three stages of 64
-// bytes of depth: 38, 46 or 61 KB of shared memory, in which y is put together afterwards so that it leaves
-// in rows of 16 bytes a thread. In 16-bit types registers (up to 64, 80, 128) leave room for 4, 3 and 2 blocks on a
-// multiprocessor, 2 at 64 channels with the gate or the pool; in fp32 for 2.
+// A block is 256 threads and computes 128 pixels by 32, 64 or 128 channels, in a pipeline of three stages of
+// 64 bytes of depth: 38, 46 or 61 KB of shared memory, in which y is put together afterwards so that it
+// leaves in rows of 16 bytes a thread. In 16-bit types registers (up to 64, 80, 128) leave room for 4, 3 and
+// 2 blocks on a multiprocessor, 2 at 64 channels with the gate or the pool; in fp32 for 2.
 //
 // With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never
 // written.
