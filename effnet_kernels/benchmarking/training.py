@@ -1,6 +1,8 @@
 """Training steps: who is compared, whether the gradients are right, how long, and in how much memory."""
 
 import copy
+import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,6 +77,8 @@ class Step:
             return torch.cuda.max_memory_allocated() - before
         if sys.platform != "linux":
             return None
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed must not hide what this one needs
         before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         self()

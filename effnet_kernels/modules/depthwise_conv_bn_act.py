@@ -19,8 +19,8 @@ def read(block: nn.Module) -> DepthwisePlan:
 class DepthwiseConvBNAct(nn.Module):
     """``act(bn(conv(x)))`` with a depthwise convolution, ``[N, C, H, W]`` to ``[N, C, OH, OW]``.
 
-    The state_dict has ``conv`` and ``bn``. In eval mode it runs as one op; with BatchNorm in training mode it
-    runs as plain PyTorch.
+    The state_dict has ``conv`` and ``bn``. It runs as one op, in training mode too
+    where the backend trains, else as plain PyTorch.
 
     Args:
         in_chs: channels C.

@@ -38,7 +38,7 @@ class DepthwiseSeparableConv(nn.Module):
     """Depthwise k x k, squeeze-and-excitation, pointwise 1x1, shortcut; ``[N, C, H, W]`` maps.
 
     Constructor and state_dict are those of timm's DepthwiseSeparableConv (``conv_dw, bn1, se, conv_pw, bn2``).
-    In eval mode it runs as one op; with BatchNorm in training mode it runs as plain PyTorch, equal to
+    It runs as one op, in training mode too where the backend trains, else as plain PyTorch, equal to
     timm's block.
 
     Args:

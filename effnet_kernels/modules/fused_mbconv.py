@@ -37,8 +37,8 @@ class FusedMBConv(nn.Module):
     """Dense k x k, squeeze-and-excitation, project 1x1, shortcut; ``[N, C, H, W]`` maps.
 
     Constructor and state_dict are those of timm's EdgeResidual (``conv_exp, bn1, se, conv_pwl, bn2``). In eval
-    mode it runs as one op (three with squeeze-and-excitation); with BatchNorm in training mode it runs as
-    plain PyTorch, equal to timm's block.
+    mode it runs as one op (three with squeeze-and-excitation), in training mode as one where the backend
+    trains, else as plain PyTorch, equal to timm's block.
 
     Args:
         in_chs, out_chs: channels of input and output.

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 import effnet_kernels.functional as F
 from effnet_kernels.backends import Problem, accelerates
+from effnet_kernels.modules import replay
 from effnet_kernels.modules.reading import Geometry, Unfusable, check_calls, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
 
@@ -201,9 +202,15 @@ def fuse(
     """
     if not _may_fuse(x):
         return None
+    plain = _is_plain(x)
+    if plain:
+        y = replay.repeat(read, block, x)
+        if y is not None:
+            return y
+    children = tuple(block.__dict__["_modules"].values() if calls is None else calls)
     norms: list[nn.BatchNorm2d] = []
     try:
-        check_calls(block.__dict__["_modules"].values() if calls is None else calls, norms)
+        check_calls(children, norms)
         plan = read(block)
     except Unfusable:
         return None
@@ -212,7 +219,20 @@ def fuse(
         y = _train(plan, x, norms, backend)
         if y is not None or norms:
             return y
+    elif plain:
+        return replay.run(read, block, children, backend, x, plan)
     return plan.run(x, backend)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether this is inference on a CPU with nobody between us and the kernels."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _train(plan: Plan, x: Tensor, norms: list[nn.BatchNorm2d], backend: str) -> Tensor | None:

@@ -42,8 +42,8 @@ class MBConv(nn.Module):
     """Expand 1x1, depthwise k x k, squeeze-and-excitation, project 1x1, shortcut; ``[N, C, H, W]`` maps.
 
     Constructor and state_dict are those of timm's InvertedResidual
-    (``conv_pw, bn1, conv_dw, bn2, se, conv_pwl, bn3``). In eval mode it runs as one op; with BatchNorm in
-    training mode it runs as plain PyTorch, equal to timm's block.
+    (``conv_pw, bn1, conv_dw, bn2, se, conv_pwl, bn3``). It runs as one op, in training mode too
+    where the backend trains, else as plain PyTorch, equal to timm's block.
 
     Args:
         in_chs, out_chs: channels of input and output.
