@@ -2,6 +2,11 @@
 // bindings the only files of csrc/ that know torch.
 #include "bindings_cpu.h"
 
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
 #include "cpu/train.h"
 
 namespace effnet {
@@ -242,6 +247,60 @@ void mbconv(Tensor out, Tensors packed, Tensor x, OptionalTensor expand, Tensors
   if (!empty(p.y)) kernels().mbconv(p, pool());
 }
 
+// ---- replay ----------------------------------------------------------------------------------------------
+
+// Calls kept with all their arguments but x and out. Torch takes 20 to 50 us to bring 25 tensors from Python
+// here; a kept call brings two. The tensors are read and checked at every replay like at every call.
+class Kept {
+ public:
+  using Call = std::function<void(const Tensor& out, const Tensor& x)>;
+
+  int64_t add(Call call) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    calls_[++last_] = std::make_shared<const Call>(std::move(call));
+    return last_;
+  }
+  std::shared_ptr<const Call> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = calls_.find(number);
+    return found == calls_.end() ? nullptr : found->second;
+  }
+  void remove(int64_t number) {
+    const auto kept = find(number);  // its tensors are released outside the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    calls_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Call>> calls_;
+  int64_t last_ = 0;
+};
+
+Kept& kept() {
+  static Kept* const calls = new Kept;  // never destroyed: torch may be gone by then
+  return *calls;
+}
+
+template <auto kOp>
+struct Keep;
+
+template <class... Rest, void (*kOp)(Tensor, Tensors, Tensor, Rest...)>
+struct Keep<kOp> {
+  static int64_t keep(Tensors packed, Rest... rest) {
+    return kept().add(
+        [packed, rest...](const Tensor& out, const Tensor& x) { kOp(out, packed, x, rest...); });
+  }
+};
+
+void replay(int64_t number, Tensor out, Tensor x) {
+  const auto call = kept().find(number);
+  STD_TORCH_CHECK(call != nullptr, "call must be the number of a kept call, got ", number);
+  (*call)(out, x);
+}
+
+void forget(int64_t number) { kept().remove(number); }
+
 }  // namespace
 
 int64_t instruction_set_in_use() { return chosen.load(std::memory_order_relaxed); }
@@ -252,30 +311,37 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("pack(Tensor weight) -> Tensor");
   m.def("set_instruction_set(int code) -> bool");
-  m.def(
-      "pointwise_conv_bn_act(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float "
-      "eps, str act, Tensor? gate, "
-      "Tensor? residual, bool pool) -> ()");
+#define POINTWISE_CONV_BN_ACT \
+  "Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, Tensor? residual, bool pool"
+#define FUSED_MBCONV                                                              \
+  "Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act, " \
+  "Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual"
+#define MBCONV                                                                              \
+  "Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "            \
+  "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, " \
+  "str se_gate, Tensor project_weight, Tensor[] project_bn, float project_eps, "            \
+  "str project_act, bool residual"
+#define CALL "(Tensor(a!) out, Tensor[] packed, Tensor x, "
+#define KEEP "(Tensor[] packed, "
+  m.def("pointwise_conv_bn_act" CALL POINTWISE_CONV_BN_ACT ") -> ()");
+  m.def("keep_pointwise_conv_bn_act" KEEP POINTWISE_CONV_BN_ACT ") -> int");
+  m.def("fused_mbconv" CALL FUSED_MBCONV ") -> ()");
+  m.def("keep_fused_mbconv" KEEP FUSED_MBCONV ") -> int");
+  m.def("mbconv" CALL MBCONV ") -> ()");
+  m.def("keep_mbconv" KEEP MBCONV ") -> int");
+  m.def("replay(int call, Tensor(a!) out, Tensor x) -> ()");
+  m.def("forget(int call) -> ()");
   m.def(
       "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor[] packed, Tensor x, Tensor weight, "
-      "Tensor[] bn, float eps, "
-      "int[] stride, int[] padding, str act, bool with_mean) -> ()");
+      "Tensor[] bn, float eps, int[] stride, int[] padding, str act, bool with_mean) -> ()");
   m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
   m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
-  m.def(
-      "fused_mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] "
-      "stride, int[] padding, "
-      "str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual) -> ()");
-  m.def(
-      "mbconv(Tensor(a!) out, Tensor[] packed, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float "
-      "expand_eps, Tensor weight, "
-      "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, str se_gate, "
-      "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, bool residual) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&effnet::instruction_set));
   m.impl("set_instruction_set", TORCH_BOX(&effnet::set_instruction_set));
+  m.impl("forget", TORCH_BOX(&effnet::forget));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
@@ -286,4 +352,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
   m.impl("squeeze_excite", TORCH_BOX(&effnet::squeeze_excite));
   m.impl("fused_mbconv", TORCH_BOX(&effnet::fused_mbconv));
   m.impl("mbconv", TORCH_BOX(&effnet::mbconv));
+  m.impl("keep_pointwise_conv_bn_act", TORCH_BOX(&effnet::Keep<&effnet::pointwise_conv_bn_act>::keep));
+  m.impl("keep_fused_mbconv", TORCH_BOX(&effnet::Keep<&effnet::fused_mbconv>::keep));
+  m.impl("keep_mbconv", TORCH_BOX(&effnet::Keep<&effnet::mbconv>::keep));
+  m.impl("replay", TORCH_BOX(&effnet::replay));
 }

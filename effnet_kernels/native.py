@@ -75,6 +75,16 @@ def set_instruction_set(name: str) -> None:
     if not torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name)):
         raise ValueError(f"instruction set {name!r} cannot run on this machine")
     _packed.clear()  # the layout of the copies belongs to the instruction set
+    global _generation
+    _generation += 1
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever packed copies made before must not be used any more."""
+    return _generation
 
 
 # id of a weight -> (the weight, its version, its address, its packed copy).

@@ -1,13 +1,52 @@
 """The glue between the ops and the native CPU library, the same for every op."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from effnet_kernels.backends import Problem
 from effnet_kernels.native import packed
 from effnet_kernels.ops.common import to_nhwc
+
+# The ops that the library can keep a call of, with all arguments but x and the output.
+KEPT = ("pointwise_conv_bn_act", "fused_mbconv", "mbconv")
+
+
+class Call(NamedTuple):
+    """One call of a native op."""
+
+    op: str
+    leading: list[Any]  # outputs, packed copies
+    weights: list[Tensor]  # that the copies are of
+    arguments: list[Any]  # x first
+
+    def repeats(self, x: Tensor, y: Tensor) -> bool:
+        """Whether it was the way from x to y, and could be gone again: the weights have versions."""
+        return (
+            self.op in KEPT
+            and self.leading[0] is y
+            and [argument is x for argument in self.arguments].count(True) == 1
+            and self.arguments[0] is x
+            and not any(weight.is_inference() for weight in self.weights)
+        )
+
+
+_watcher = threading.local()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Call]]:
+    """The native calls that this thread makes inside the ``with`` block."""
+    _watcher.calls = []
+    try:
+        yield _watcher.calls
+    finally:
+        _watcher.calls = None
+
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -50,9 +89,13 @@ def bind(
             if arguments[i] is not None:
                 arguments[i] = arguments[i].to(torch.float32).contiguous()
         leading = list(out) if isinstance(out, tuple) else [out]
+        copied = [args[i] for i in weights if args[i] is not None]
         if weights:
-            leading.append([packed(args[i]) for i in weights if args[i] is not None])
+            leading.append([packed(weight) for weight in copied])
         native(*leading, *arguments)
+        watcher = getattr(_watcher, "calls", None)
+        if watcher is not None:
+            watcher.append(Call(op, leading, copied, arguments))
         return out
 
     return supports, run

@@ -1,0 +1,280 @@
+"""Kept native calls: when they are repeated, and that no change goes unnoticed."""
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import effnet_kernels as ek
+from effnet_kernels import native
+from effnet_kernels.modules import replay
+from tests.models import images, randomize
+
+pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
+
+
+def make() -> ek.MBConv:
+    return randomize(ek.MBConv(8, 8, exp_ratio=4.0, se_layer=ek.SqueezeExcite, act_layer=nn.SiLU)).eval()
+
+
+@pytest.fixture
+def block():
+    return make()
+
+
+@pytest.fixture
+def x():
+    return images(2, 9, 8).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """How many calls were repeated so far."""
+    count = []
+    call = replay.Kept.__call__
+
+    def counting(self, block, x):
+        y = call(self, block, x)
+        count.extend([] if y is None else [self])
+        return y
+
+    monkeypatch.setattr(replay.Kept, "__call__", counting)
+    return count
+
+
+def warm(block, x):
+    """The first call is of a new shape, the second is kept."""
+    with torch.inference_mode():
+        return [block(x) for _ in range(2)]
+
+
+def the_long_way(block, x):
+    with torch.inference_mode():
+        return copy.deepcopy(block)(x)
+
+
+@torch.inference_mode()
+def test_the_third_call_is_a_repetition(block, x, replayed):
+    first, second = warm(block, x)
+    assert not replayed
+    third = block(x)
+    assert len(replayed) == 1
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert third.stride() == first.stride()
+    other = images(2, 9, 8, seed=5).to(memory_format=torch.channels_last)
+    assert torch.equal(block(other), the_long_way(block, other))
+    assert len(replayed) == 2
+
+
+def replace_weight(block):
+    block.conv_pw.weight = nn.Parameter(block.conv_pw.weight * 2)
+
+
+def replace_weight_behind_the_back(block):
+    block.conv_pw._parameters["weight"] = nn.Parameter(block.conv_pw.weight * 2)
+
+
+def replace_buffer(block):
+    block.bn2.running_var = block.bn2.running_var * 4
+
+
+def replace_child(block):
+    block.bn1 = randomize(copy.deepcopy(block.bn1), seed=9)
+
+
+def replace_class(block):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    block.conv_pwl.__class__ = Doubled
+
+
+def own_forward(block):
+    forward = block.conv_dw.forward
+    block.conv_dw.forward = lambda x: forward(x) * 2
+
+
+def add_hook(block):
+    block.conv_dw.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def write_weight(block):
+    with torch.no_grad():
+        block.conv_dw.weight.mul_(2)
+
+
+def write_weight_data(block):
+    block.conv_dw.weight.data = block.conv_dw.weight.data * 2
+
+
+def write_norm(block):
+    with torch.no_grad():
+        block.bn3.weight.mul_(2)
+
+
+def write_norm_data(block):
+    block.bn3.weight.data = block.bn3.weight.data * 2
+
+
+def write_se(block):
+    with torch.no_grad():
+        block.se.conv_expand.weight.mul_(-3)
+
+
+def change_epsilon(block):
+    block.bn2.eps = 3.0
+
+
+def change_stride(block):
+    block.conv_dw.stride = (2, 2)
+    block.has_skip = False
+
+
+def change_activation(block):
+    block.bn1.act = nn.ReLU()
+
+
+def change_padding(block):
+    block.conv_dw.padding = (0, 0)
+    block.has_skip = False
+
+
+def no_shortcut(block):
+    block.has_skip = False
+
+
+CHANGES = [value for name, value in list(globals().items()) if "_" in name and name.split("_")[0] in (
+    "replace", "own", "add", "write", "change", "no")]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_every_change_is_noticed(change, block, x):
+    before = warm(block, x)[0]
+    change(block)
+    with torch.inference_mode():
+        got = block(x)
+    expected = the_long_way(block, x)
+    assert torch.equal(got, expected)
+    assert got.shape != before.shape or not torch.equal(got, before), "the change changed nothing"
+
+
+def test_training_mode_is_noticed(block, x):
+    warm(block, x)
+    reference = copy.deepcopy(block)
+    for module in (block, reference):
+        module.train()
+    with torch.no_grad():
+        block(x)
+        reference(x)
+    assert torch.equal(block.bn1.running_mean, reference.bn1.running_mean)
+    assert not torch.equal(block.bn1.running_mean, make().bn1.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_dtype_is_noticed(dtype, block, x):
+    warm(block, x)
+    block.to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(block(x.to(dtype)), the_long_way(block, x.to(dtype)))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 10), (1, 8, 9, 9), (2, 8, 10, 9)], ids=str)
+def test_a_shape_is_noticed(shape, block, x, replayed):
+    warm(block, x)
+    other = torch.randn(shape).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert torch.equal(block(other), the_long_way(block, other))
+        assert not replayed
+        for _ in range(3):
+            block(other)
+        assert len(replayed) == 2  # the new shape is kept in turn
+
+
+def test_other_memory_is_noticed(block, x, replayed):
+    before = warm(block, x)[0]
+    with torch.inference_mode():
+        assert torch.equal(block(x.contiguous()), before)
+    assert not replayed
+
+
+def test_a_choice_of_backend_is_noticed(block, x, replayed, monkeypatch):
+    warm(block, x)
+    with torch.inference_mode():
+        with ek.use_backend("reference"):
+            block(x)
+        monkeypatch.setenv("EFFNET_KERNELS_BACKEND", "reference")
+        block(x)
+    assert not replayed
+
+
+def test_gradients_and_autocast_take_the_long_way(block, x, replayed):
+    warm(block, x)
+    block(x).sum().backward()
+    assert block.conv_pw.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), copy.deepcopy(block)(x))
+    assert not replayed
+
+
+def test_an_instruction_set_is_noticed(block, x, replayed):
+    before = warm(block, x)[0]
+    chosen = native.instruction_set()
+    native.set_instruction_set("generic")
+    try:
+        with torch.inference_mode():
+            torch.testing.assert_close(block(x), before)
+        assert not replayed
+    finally:
+        native.set_instruction_set(chosen)
+
+
+def test_weights_without_versions_are_not_kept(x, replayed):
+    with torch.inference_mode():
+        block = make()
+        for _ in range(4):
+            block(x)
+    assert not replayed
+
+
+def test_a_hook_elsewhere_changes_nothing(block, x, replayed):
+    warm(block, x)
+    nn.Linear(2, 2).register_forward_hook(lambda *_: None)
+    with torch.inference_mode():
+        block(x)
+        block(x)
+    assert len(replayed) == 2
+
+
+def test_what_is_kept_dies_with_its_block(x):
+    block = make()
+    warm(block, x)
+    key = (id(block), *[read for number, read in replay._known if number == id(block)])
+    number, weight = replay._known[key].number, weakref.ref(block.conv_pw.weight)
+    del block
+    gc.collect()
+    assert key not in replay._known
+    assert weight() is None
+    with pytest.raises(RuntimeError, match="must be the number of a kept call"):
+        torch.ops.effnet_kernels_cpu.replay(number, x, x)
+
+
+def test_threads_share_what_is_kept(block, x):
+    expected = warm(block, x)[0]
+    wrong = []
+
+    def run():
+        with torch.inference_mode():
+            wrong.extend(i for i in range(50) if not torch.equal(block(x), expected))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
