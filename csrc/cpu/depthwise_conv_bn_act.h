@@ -193,7 +193,12 @@ static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, c
     });
   };
   if (pool.threads > 1) {
-    parallel(pool, slices * strips, [&](int64_t i) { run_strips(i / strips, i % strips, i % strips + 1); });
+    // Neighbouring strips in one go share the rows between them; four pieces a thread even out.
+    const int64_t pieces = min64(strips, div_up(4 * pool.threads, slices));
+    parallel(pool, slices * pieces, [&](int64_t i) {
+      const int64_t piece = i % pieces;
+      run_strips(i / pieces, strips * piece / pieces, strips * (piece + 1) / pieces);
+    });
   } else {
     for (int64_t slice = 0; slice < slices; ++slice) run_strips(slice, 0, strips);
   }
