@@ -76,13 +76,13 @@ def test_many_blocks(case, dtype, schedule):
     oracle.check(native(build(case, dtype)), "cuda")
 
 
-@pytest.mark.parametrize("case", real(Depthwise)[::3], ids=str)
+@pytest.mark.parametrize("case", real(Depthwise)[:8:3], ids=str)
 @torch.no_grad()
 def test_real_shapes(case):
     oracle.check(native(build(case, torch.bfloat16)), "cuda")
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @torch.no_grad()
 def test_any_shape(data):
