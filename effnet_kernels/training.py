@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import conv_output_size, to_nhwc
-from effnet_kernels.ops.conv_block_train.op import op as _conv_block_train
+from effnet_kernels.ops.conv_block_train.op import conv_block_train as _conv_block_train
 
 
 class ConvBNAct(NamedTuple):
@@ -111,13 +111,12 @@ def conv_block(
         residual = residual.to(x.dtype) if F._autocasting(x) else residual
         F._check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
-    y, _, statistics, _ = _conv_block_train(
+    return _conv_block_train(
         x, [w for w in weights if w is not None], [v for layer in layers for v in layer.bn[:4]],
         [layer.bn.eps for layer in layers], [layer.frozen for layer in layers], [layer.act for layer in layers],
         geometry, [] if se is None else list(se[:4]), "identity" if se is None else se.act,
         "sigmoid" if se is None else se.gate, residual, pool, backend,
     )  # fmt: skip
-    return y, statistics
 
 
 def batch_norm_act(
@@ -160,5 +159,5 @@ def update_running_statistics(bn: nn.BatchNorm2d, statistics: Tensor, values: in
     if momentum is None:
         momentum = 0.0
     mean, var = statistics.unbind()
-    for running, batch in ((bn.running_mean, mean), (bn.running_var, var * (values / (values - 1)))):
-        running.mul_(1 - momentum).add_(batch, alpha=momentum)  # type: ignore[union-attr]
+    bn.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # type: ignore[union-attr]
+    bn.running_var.mul_(1 - momentum).add_(var, alpha=momentum * values / (values - 1))  # type: ignore[union-attr]

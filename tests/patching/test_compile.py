@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import effnet_kernels as ek
-from tests.models import images
+from tests.models import BACKENDS, images
 from tests.patching.conftest import build
 
 
@@ -140,7 +140,7 @@ grads = []
 for patched in (False, True):
     model = timm_model("test_efficientnet", num_classes=10)
     if patched:
-        ek.patch(model, backend="reference")
+        ek.patch(model, backend=sys.argv[3])
     parallel = DistributedDataParallel(model)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(4, 3, 33, 33, generator=generator)
@@ -161,7 +161,9 @@ dist.destroy_process_group()
 def test_two_processes_under_ddp(tmp_path):
     pytest.importorskip("timm")
     processes = [
-        subprocess.Popen([sys.executable, "-c", _DDP, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", _DDP, str(rank), str(tmp_path / "store"), BACKENDS[-1]], stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     for process in processes:

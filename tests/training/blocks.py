@@ -65,7 +65,7 @@ CASES = [
     Case(kinds="fp", widths=(3, 16, 3), residual=True, stride=1),
     Case(kinds="f", widths=(3, 16), stride=2, padding=(0, 1, 0, 1), hw=(15, 14), last_act="silu"),
     Case(kinds="d", widths=(33, 33), kernel=(5, 5), padding=(2, 2, 2, 2), last_act="hardswish"),
-    Case(kinds="d", widths=(2, 2), kernel=(1, 2), padding=(0, 0, 0, 1), stride=2),
+    Case(kinds="d", widths=(18, 18), kernel=(1, 2), padding=(0, 0, 0, 1), stride=2),
     Case(kinds="p", widths=(8, 40), last_act="silu", pool=True),
     Case(kinds="n", widths=(19, 19), last_act="silu", residual=True),
     Case(kinds="n", widths=(19, 19), last_act="silu", frozen="0"),

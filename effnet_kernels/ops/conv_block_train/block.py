@@ -209,12 +209,13 @@ def backward(
             found.update({("se", j): g for j, g in enumerate(grads)})
             bias = grad_mean / (sizes[i][2] * sizes[i][3])
             moments = torch.stack([(gate * sums[j] + bias * sums[j + 1]).sum(0) for j in (1, 3)])
-            current = Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act, gate, bias)
+            current = Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act, gate, bias, owned=True)
         else:
             # A layer that is not normalised by its own statistics and has no activation keeps no raw map.
-            current = (
-                into if isinstance(into, Gradient) else Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act)
-            )
+            if isinstance(into, Gradient):
+                current = into
+            else:
+                current = Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act, owned=True)
     order = [
         ("x", [needs.x]),
         ("weight", needs.weights),
@@ -227,11 +228,11 @@ def backward(
 
 def _coefficients(layer: Layer, norm: Norm, moments: Tensor | None, size: Sequence[int]) -> Tensor:
     """p, q and r as [3, C]: the gradient of the raw map is ``p * dz + q * (y - mean) + r``."""
-    scale, rstd = norm.vectors[0], norm.vectors[3]
+    scale, _, _, rstd = norm.vectors.unbind()
     if layer.frozen:
         zero = torch.zeros_like(scale)
         return torch.stack([scale, zero, zero])
     assert moments is not None
     count = size[0] * size[2] * size[3]
-    per_value = scale / count
-    return torch.stack([scale, -per_value * rstd * moments[1], -per_value * moments[0]])
+    r, q = (moments * (scale * (-1.0 / count))).unbind()
+    return torch.stack([scale, q * rstd, r])

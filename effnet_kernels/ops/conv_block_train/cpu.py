@@ -94,7 +94,9 @@ class Native:
         return da, dweight, None
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
-        out = torch.empty_like(gradient.raw if gradient.raw is not None else gradient.grad)  # type: ignore[arg-type]
+        out = gradient.grad if gradient.owned else None
+        if out is None:
+            out = torch.empty_like(gradient.raw if gradient.raw is not None else gradient.grad)  # type: ignore[arg-type]
         _train_raw_gradient(out, *_gradient(gradient), coefficients)
         return out
 
@@ -119,7 +121,7 @@ def _depthwise_backward(
     )
     into: Gradient | Tensor | None = dx
     if dx is not None and norm is not None and source is not None:
-        into = Gradient(dx, source.raw, norm, "identity")
+        into = Gradient(dx, source.raw, norm, "identity", owned=True)
     return into, None if dweight is None else dweight.to(layer.weight.dtype), moments
 
 

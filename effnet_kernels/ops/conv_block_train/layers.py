@@ -74,14 +74,14 @@ class Gradient(NamedTuple):
     act: str  # identity where ``grad`` has act'(z) in it
     gate: Tensor | None = None  # [N, C], wide
     bias: Tensor | None = None  # [N, C], wide: what a mean over the map gives back to each of its pixels
+    owned: bool = False  # ``grad`` was made on the way and may be overwritten
 
 
 def norm_of(layer: Layer, mean: Tensor, var: Tensor) -> Norm:
     """The norm of a layer with these statistics, [C] each."""
-    mean, var, gamma, beta = (t.to(mean.dtype) for t in (mean, var, layer.gamma, layer.beta))
-    rstd = (var + layer.eps).rsqrt()
-    scale = gamma * rstd
-    return Norm(torch.stack([scale, beta - mean * scale, mean, rstd]), layer.act)
+    rstd = (var + layer.eps).rsqrt_()
+    scale = layer.gamma * rstd  # in the wider dtype of the two
+    return Norm(torch.stack([scale, layer.beta - mean * scale, mean, rstd]), layer.act)
 
 
 class SqueezeExcite(NamedTuple):
@@ -93,7 +93,8 @@ class SqueezeExcite(NamedTuple):
 
     def flat(self, dtype: torch.dtype) -> list[Tensor]:
         """The weights as matrices and vectors of ``dtype``."""
-        return [(w.flatten(1) if w.dim() == 4 else w).to(dtype) for w in self.weights]
+        flat = [w.flatten(1) if w.dim() == 4 else w for w in self.weights]
+        return [w if w.dtype == dtype else w.to(dtype) for w in flat]
 
 
 class Needs(NamedTuple):

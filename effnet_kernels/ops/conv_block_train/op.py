@@ -3,7 +3,8 @@
 Both are functional. Running statistics are not updated here: the op returns those of the batch.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +104,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     x, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate, residual, pool, backend = inputs
     _, raws, statistics, squeezed = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*raws, *statistics, *squeezed)
     tensors = [x, *weights, *vectors[::4], *vectors[1::4], *se]
     flags = [t.requires_grad for t in tensors]
     needs = _split(flags, len(acts), len(weights), len(se))
@@ -121,6 +121,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.arguments = (eps, frozen, acts, geometry, se_act, se_gate, pool, list(x.shape), flags, backend)
 
 
+def _setup_context_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, raws, statistics, squeezed = output
+    ctx.mark_non_differentiable(*raws, *statistics, *squeezed)
+    _setup_context(ctx, inputs, output)
+
+
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     eps, frozen, acts, geometry, se_act, se_gate, pool, size, flags, backend = ctx.arguments
     saved = iter(ctx.saved_tensors)
@@ -133,12 +139,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         found: Any = iter(())
         flags = [False] * len(flags)
     else:
-        found = iter(
-            torch.ops.effnet_kernels.conv_block_train_backward(
-                grad, x, raws, statistics, squeezed, weights, vectors, eps, frozen, acts, geometry,
-                se, se_act, se_gate, pool, size, flags, backend,
-            )
+        arguments = (
+            grad, x, raws, statistics, squeezed, weights, vectors, eps, frozen, acts, geometry,
+            se, se_act, se_gate, pool, size, flags, backend,
         )  # fmt: skip
+        if torch.is_grad_enabled() or _needs_dispatcher(grad):
+            found = iter(backward_op(*arguments))
+        else:
+            found = iter(_without_autocast(_run_backward, *arguments))
     wanted = iter(flags)
 
     def take(n: int) -> list[Tensor | None]:
@@ -158,26 +166,65 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     )
 
 
-def _define(schema: str, run: Any, fake: Any) -> Any:
+def _without_autocast(run: Callable[..., Any], *args: Any) -> Any:
+    """Dtypes are settled before (``training``): autocast would reach into the kernels."""
+    device = args[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-
-    def without_autocast(*args: Any) -> Any:
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return run(*args)
-        return run(*args)
-
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, without_autocast, key)
+        LIBRARY.impl(name, functools.partial(_without_autocast, run), key)
     torch.library.register_fake(f"effnet_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.effnet_kernels, name).default
+
+
+def _needs_dispatcher(x: Tensor) -> bool:
+    """Whether somebody traces, transforms or watches the ops of this call."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The op without the dispatcher, which takes longer over lists of tensors than a small block over its maps."""
+
+    @staticmethod
+    def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
+        output = _without_autocast(_run_forward, *arguments)
+        _setup_context(ctx, arguments, output)
+        ctx.mark_non_differentiable(*output[2])
+        return output[0], *output[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        dx, dweights, dvectors, *rest = _backward(ctx, grad)
+        return None, dx, *dweights, *dvectors, *rest[4], rest[7]
+
+
+def conv_block_train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The op (its schema is above): the output, and [2, C] statistics per layer."""
+    x, weights, vectors, *_, se, _, _, residual, _, _ = arguments
+    if _needs_dispatcher(x):
+        out, _, statistics, _ = op(*arguments)
+    elif torch.is_grad_enabled():
+        out, *statistics = _Direct.apply(arguments, x, *weights, *vectors, *se, residual)
+    else:
+        out, _, statistics, _ = _without_autocast(_run_forward, *arguments)
+    return out, statistics
 
 
 op = _define(_FORWARD, _run_forward, _fake_forward)
 backward_op = _define(_BACKWARD, _run_backward, _fake_backward)
 torch.library.register_autograd(
-    "effnet_kernels::conv_block_train", _backward, setup_context=_setup_context, lib=LIBRARY
+    "effnet_kernels::conv_block_train", _backward, setup_context=_setup_context_of_op, lib=LIBRARY
 )
 torch.library.register_autograd("effnet_kernels::conv_block_train_backward", _no_second_derivative, lib=LIBRARY)
