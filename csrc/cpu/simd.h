@@ -126,37 +126,66 @@ alignas(64) constexpr float kExp2Low[16] = {0.0f,          4.83347e-08f,  -1.307
                                             -2.47553e-08f, -9.23577e-09f, -1.12393e-08f, 9.84533e-09f};
 #endif
 
-// exp(x), at most 1 ulp. Overflows to inf and underflows to 0 as std::exp does; NaN propagates.
-EFFNET_INLINE vf exp(vf x) {
-  x = clamp(x, -104.0f, 104.0f);
+// 1 + exp(-x) for |x| <= kExpLimit, at most 0.8 ulp: exp(-x) is never rounded on its own.
 #if defined(__AVX512F__)
-  // x log2(e) = n + r with n a multiple of 1/16: 2^n is an entry of the table, at n's last four bits, and a
+constexpr float kExpLimit = 88.69f;  // where the result overflows
+EFFNET_INLINE vf one_plus_exp_negated(vf x) {
+  // -x log2(e) = n + r with n a multiple of 1/16: 2^n is an entry of the table, at n's last four bits, and a
   // power of two. |r| <= 1/32 leaves three terms of the series.
   const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16
-  const vf t = x * 1.44269504088896341f + magic;
+  const vf t = x * -1.44269504088896341f + magic;
   const vf n = t - magic;
-  vf r = x * 1.44269504088896341f - n;
-  r = r + x * 1.925963033500e-8f;
+  vf r = x * -1.44269504088896341f - n;
+  r = r + x * -1.925963033500e-8f;
   const vf high = _mm512_permutexvar_ps((__m512i)t, load(kExp2));
   const vf low = _mm512_permutexvar_ps((__m512i)t, load(kExp2Low));
   const vf series = (r * 5.5504108664e-2f + 2.4022650695e-1f) * r + 6.9314718056e-1f;
-  const vf p = high + ((high * r) * series + low);
-  return _mm512_maskz_scalef_ps(0xffff, p, n);  // the plain form warns of an uninitialised operand in GCC 12
+  // exp(-x) = power * high + rest. The lesser of 1 and power * high takes the rest first. The plain form of
+  // scalef warns of an uninitialised operand in GCC 12.
+  const vf power = _mm512_maskz_scalef_ps(0xffff, splat(1.0f), n), whole = power * high, one = splat(1.0f);
+  const vf rest = (high * r) * series + low;
+  return _mm512_max_ps(whole, one) + (power * rest + _mm512_min_ps(whole, one));
+}
 #else
+constexpr float kExpLimit = 89.0f;
+EFFNET_INLINE vf one_plus_exp_negated(vf x) {
   // Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2].
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf t = x * 1.44269504088896341f + magic;
+  const vf t = x * -1.44269504088896341f + magic;
   const vf n = t - magic;
-  vf r = x - n * 0.693359375f;
+  vf r = -x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   const vf r2 = r * r;
   const vf p0 = r * 1.9875691500e-4f + 1.3981999507e-3f;
   const vf p1 = r * 8.3334519073e-3f + 4.1665795894e-2f;
   const vf p2 = r * 1.6666665459e-1f + 5.0000001201e-1f;
-  const vf p = ((p0 * r2 + p1) * r2 + p2) * r2 + r + 1.0f;
-  // 2^n in two factors, each of which is a normal number.
-  const vi i = (vi)t - (vi)magic, half = i >> 1;
-  return p * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
+  const vf series = ((p0 * r2 + p1) * r2 + p2) * r2 + r;  // exp(r) - 1
+  // Half of 2^n, which is finite as long as half the result is.
+  const vi bits = ((vi)t - (vi)magic + 126) << 23;
+  const vf power = (vf)(bits & (bits > 0));
+  const vf half = power + (power * series + 0.5f);
+  return half + half;
+}
+#endif
+
+// numerator / (1 + exp(-x)), 0 where x < -kExpLimit.
+EFFNET_INLINE vf over_one_plus_exp_negated(vf numerator, vf x, vf limited) {
+  const vf y = numerator / one_plus_exp_negated(limited);
+  return x < -kExpLimit ? vf{} : y;
+}
+
+// At most 2.02 ulp where the result is a normal number (tests/ops/test_activations.py); NaN stays NaN.
+EFFNET_INLINE vf sigmoid(vf x) {
+  return over_one_plus_exp_negated(splat(1.0f), x, clamp(x, -kExpLimit, kExpLimit));
+}
+
+// x * sigmoid(x), at most 2.02 ulp likewise. The numerator keeps a NaN, so the limited x may lose it.
+EFFNET_INLINE vf silu(vf x) {
+#if defined(__AVX512F__)
+  return over_one_plus_exp_negated(x, x,
+                                   _mm512_range_ps(x, splat(kExpLimit), 2));  // least magnitude, sign of x
+#else
+  return over_one_plus_exp_negated(x, x, clamp(x, -kExpLimit, kExpLimit));
 #endif
 }
 
@@ -164,9 +193,9 @@ template <int kAct>
 EFFNET_INLINE vf activate(vf x) {
   if constexpr (kAct == kRelu) return x < 0.0f ? vf{} : x;
   if constexpr (kAct == kRelu6) return clamp(x, 0.0f, 6.0f);
-  if constexpr (kAct == kSilu) return x / (1.0f + exp(-x));
+  if constexpr (kAct == kSilu) return silu(x);
   if constexpr (kAct == kHardswish) return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
-  if constexpr (kAct == kSigmoid) return 1.0f / (1.0f + exp(-x));
+  if constexpr (kAct == kSigmoid) return sigmoid(x);
   if constexpr (kAct == kHardsigmoid) return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
   return x;
 }

@@ -47,7 +47,7 @@ EFFNET_INLINE Curve curve(vf z) {
     return {activate<kRelu6>(z), z >= 6.0f ? zero : slope};
   }
   if constexpr (kAct == kSilu) {
-    const vf s = 1.0f / (1.0f + exp(-z));
+    const vf s = sigmoid(z);
     return {z * s, s * (1.0f + z * (1.0f - s))};
   }
   if constexpr (kAct == kHardswish) {

@@ -1,0 +1,57 @@
+"""SiLU and sigmoid number by number: the error that docs/numerics.md states, in units of the last place."""
+
+import pytest
+import torch
+
+from effnet_kernels import functional as F
+from effnet_kernels.functional import SqueezeExciteWeights
+from tests.ops.test_special_values import unit_bn
+
+ULPS = 2.02
+
+
+def numbers() -> torch.Tensor:
+    """Every 1999th float32, of either sign, that is finite."""
+    x = torch.arange(-(2**31), 2**31, 1999).to(torch.int32).view(torch.float32)
+    return x[x.isfinite()]
+
+
+def ulps(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Error in units of the last place of the exact result; 0 where that is subnormal and so is the result."""
+    tiny = torch.finfo(torch.float32).tiny
+    unit = 2.0 ** (exact.abs().clamp(tiny).log2().floor() - 23)
+    error = (got.double() - exact).abs() / unit
+    return error.where((exact.abs() >= tiny) | (got.abs() > 2 * tiny), 0)
+
+
+@torch.no_grad()
+def test_silu(backend):
+    x = numbers()
+    x = x[: len(x) // 16 * 16]
+    x = x[(x > -87) | (x < -104)]  # between them exp(-x) overflows, in stock layers as well
+    x = x[: len(x) // 16 * 16].view(1, 16, 1, -1)
+    y, _ = F.depthwise_conv_bn_act(x, torch.ones(16, 1, 1, 1), unit_bn(16), "silu", backend=backend)
+    exact = x.double() * x.double().sigmoid()
+    error, allowed = ulps(y, exact), ulps(torch.nn.functional.silu(x), exact).max() if backend == "reference" else ULPS
+    assert error.max() <= allowed, f"{error.max():.3f} ulp at {x.flatten()[error.argmax()]}"
+
+
+@torch.no_grad()
+def test_sigmoid(backend):
+    mean = numbers()
+    mean = mean[(mean > -87) | (mean < -104)][:, None]
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1)
+    gate = F.squeeze_excite_gate(mean, SqueezeExciteWeights(one, zero, one, zero, "identity"), backend=backend)
+    exact = mean.double().sigmoid()
+    error, allowed = ulps(gate, exact), ulps(mean.sigmoid(), exact).max() if backend == "reference" else ULPS
+    assert error.max() <= allowed, f"{error.max():.3f} ulp at {mean[error.argmax()]}"
+
+
+@pytest.mark.parametrize("act", ["silu", "hardswish", "relu6"])
+@torch.no_grad()
+def test_subnormal_numbers(act, backend):
+    """They are computed with, not flushed."""
+    x = torch.full((1, 16, 1, 8), 1e-40)
+    y, _ = F.depthwise_conv_bn_act(x, torch.ones(16, 1, 1, 1), unit_bn(16), act, backend=backend)
+    factor = {"silu": 0.5, "hardswish": 0.5, "relu6": 1.0}[act]
+    torch.testing.assert_close(y.double(), x.double() * factor, rtol=0, atol=2e-45)
