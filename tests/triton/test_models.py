@@ -1,61 +1,27 @@
-"""Whole patched models on the Triton kernels, by the criterion of docs/numerics.md."""
+"""Whole patched models on the Triton kernels."""
 
 import pytest
 import torch
-from torch import nn
 
-import effnet_kernels as ek
-from effnet_kernels.benchmarking.agreement import agreement, exact_output
-from tests.models import calibrate, images, randomize
-from tests.triton.tools import DEVICE
+from tests import whole_models
 
-timm = pytest.importorskip("timm")
-
-# Every kind of block of B0 and of V2, narrow.
-B0 = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c12_se0.25"]
-V2 = ["cn_r1_k3_s1_e1_c8_skip", "er_r2_k3_s2_e4_c12", "ir_r2_k3_s2_e4_c16_se0.25"]
+pytestmark = pytest.mark.usefixtures("poison")
 
 
-def narrow(stages: list[str], **arguments) -> nn.Module:
-    from timm.models._efficientnet_builder import decode_arch_def
-    from timm.models.efficientnet import EfficientNet
-
-    stages = decode_arch_def([[stage] for stage in stages])
-    return EfficientNet(stages, num_classes=10, stem_size=8, num_features=32, act_layer=nn.SiLU, **arguments)
-
-
-def agrees(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    model = calibrate(randomize(model), images(4, 48)).to(DEVICE, dtype)
-    x = images(2, 25).to(DEVICE, dtype)
-    with torch.inference_mode():
-        exact, stock = exact_output(model, x), model(x)
-        patched = ek.patch(model, backend="triton")
-        assert not ek.report(patched).skipped
-        return agreement(patched(x), stock, exact).ok
-
-
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_narrow_b0(dtype):
-    assert agrees(narrow(B0), dtype)
+    assert whole_models.agrees(whole_models.narrow(whole_models.B0), "triton", dtype)
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_narrow_v2_padded_as_tensorflow_does(dtype):
-    assert agrees(narrow(V2, pad_type="same"), dtype)
+    assert whole_models.agrees(whole_models.narrow(whole_models.V2, pad_type="same"), "triton", dtype)
 
 
-@pytest.mark.usefixtures("poison")
 def test_timms_test_efficientnet():
-    assert agrees(timm.create_model("test_efficientnet"))
+    timm = pytest.importorskip("timm")
+    assert whole_models.agrees(timm.create_model("test_efficientnet"), "triton")
 
 
-@pytest.mark.usefixtures("poison")
 def test_torchvision():
-    efficientnet = pytest.importorskip("torchvision.models.efficientnet")
-    stages = [
-        efficientnet.FusedMBConvConfig(2, 3, 2, 8, 16, 1),
-        efficientnet.MBConvConfig(4, 5, 2, 16, 24, 2),
-    ]
-    assert agrees(efficientnet.EfficientNet(stages, 0.2, 0.0, num_classes=10, last_channel=32))
+    assert whole_models.agrees(whole_models.torchvision_efficientnet(), "triton")
