@@ -1,0 +1,52 @@
+"""Measuring training steps: right gradients are timed, wrong ones refused, memory counted."""
+
+import copy
+
+import torch
+from torch import nn
+
+from effnet_kernels.benchmarking import contenders, training
+
+NAMES = [contenders.STOCK, contenders.CHANNELS_LAST, contenders.ours("reference")]
+
+
+def block():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.SiLU()).train()
+
+
+def test_a_step_is_timed_and_its_memory_counted():
+    x = torch.randn(2, 3, 10, 10)
+    results = training.compare(block(), x, NAMES, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
+    assert list(results) == NAMES
+    maps = 4 * 2 * 8 * 8 * 8
+    for result in results.values():
+        assert result["median"] > 0
+        assert result["error"] < 1e-5
+        # The input, the inputs of BatchNorm and of SiLU, BatchNorm's two vectors.
+        assert result["saved"] == 2 * maps + x.numel() * 4 + 2 * 4 * 8
+
+
+def test_wrong_gradients_are_not_timed():
+    class Wrong(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = copy.deepcopy(inner)
+
+        def forward(self, x):
+            y = self.inner(x)
+            return y + 1e-3 * (y - y.detach())  # the same output, another gradient
+
+    x = torch.randn(2, 3, 10, 10)
+    results = training.compare(block(), x, NAMES, fused=lambda stock, _: Wrong(stock), seconds=0.01)
+    assert "median" in results[contenders.STOCK]
+    assert "allowed" in results[NAMES[-1]]["wrong"]
+    assert "median" not in results[NAMES[-1]]
+
+
+def test_the_module_is_left_as_it_was():
+    module, x = block(), torch.randn(2, 3, 10, 10)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    training.Step(module, x, None).gradients()
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())
