@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATION := $(shell find tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2
@@ -53,12 +54,12 @@ lint: build  ## check style and types, Python and C++
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 
 format: build  ## format Python and C++ in place
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CPP)
+	@$(BIN)/clang-format -i $(CPP) $(EMULATION)
 
 coverage-table: build  ## regenerate docs/coverage.md: which blocks of which models are fused
 	@$(BIN)/python docs/coverage.py
