@@ -151,7 +151,9 @@ static inline Packed packed_of(const Weight& weight) {
   return {weight.packed, size[0], size[1] * size[2] * size[3]};
 }
 
-[[maybe_unused]] static int64_t packed_floats(const Tensor4& weight) { return packed_of({weight, nullptr}).floats(); }
+[[maybe_unused]] static int64_t packed_floats(const Tensor4& weight) {
+  return packed_of({weight, nullptr}).floats();
+}
 
 static void pack(const Weight& weight, const Pool& pool) {
   const Packed packed = packed_of(weight);

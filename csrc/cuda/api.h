@@ -1,4 +1,5 @@
-// What the binding and the CUDA kernels agree on: parameters by value, one launcher per kernel. Plain C++, framework-free.
+// What the binding and the CUDA kernels agree on: parameters by value, one launcher per kernel. Plain C++,
+// framework-free.
 //
 // Launchers check what the binding cannot know (limits of the kernel), enqueue on `stream` and return; they
 // allocate nothing. An empty problem (a map or batch of size 0) launches nothing.
@@ -29,7 +30,8 @@ struct Param {
   bool is_fp32 = true;
 };
 
-// Running statistics, [C] each. The epilogue applies gamma / sqrt(var + eps) and what follows from it in fp32.
+// Running statistics, [C] each. The epilogue applies gamma / sqrt(var + eps) and what follows from it in
+// fp32.
 struct BatchNorm {
   Param gamma, beta, mean, var;
   float eps = 0;
@@ -158,7 +160,8 @@ struct ExpandDepthwisePlan {
 };
 // `shared_limit`: bytes of shared memory that a block may have.
 ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int shared_limit);
-Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream);
+Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
+                               cudaStream_t stream);
 
 // ---- fused_mbconv.cu -------------------------------------------------------------------------------------
 

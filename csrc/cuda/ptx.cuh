@@ -20,27 +20,28 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts copying 16 bytes of global into shared memory, past the registers and the L1. Both addresses are multiples
-// of 16. Only the first `valid_bytes` (0 to 16) are read; the others arrive as zeros.
+// Starts copying 16 bytes of global into shared memory, past the registers and the L1. Both addresses are
+// multiples of 16. Only the first `valid_bytes` (0 to 16) are read; the others arrive as zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid_bytes = 16) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid_bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid_bytes)
                : "memory");
 }
 
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Returns once at most the `kPending` youngest groups of this thread are under way. Other threads' copies are seen
-// after a barrier.
+// Returns once at most the `kPending` youngest groups of this thread are under way. Other threads' copies are
+// seen after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements. Lane 8i + r passes the address of row r of matrix i: 16 bytes, a multiple of
-// 16. Then fragment[i] of lane 4r + c holds elements 2c and 2c + 1 of row r; transposed, rows 2c and 2c + 1 of
-// column r. All 32 lanes take part.
+// Four 8x8 matrices of 16-bit elements. Lane 8i + r passes the address of row r of matrix i: 16 bytes, a
+// multiple of
+// 16. Then fragment[i] of lane 4r + c holds elements 2c and 2c + 1 of row r; transposed, rows 2c and 2c + 1
+// of column r. All 32 lanes take part.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -64,7 +65,8 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -107,7 +109,8 @@ __device__ __forceinline__ float rcp_approx(float x) {
 
 namespace effnet::cuda {
 
-// Hides how x was computed: the compiler keeps the value in a register instead of computing it anew at every use.
+// Hides how x was computed: the compiler keeps the value in a register instead of computing it anew at every
+// use.
 __device__ __forceinline__ void keep(float& x) {
 #if !defined(CUDA_EMULATION)
   asm("" : "+f"(x));
