@@ -114,6 +114,23 @@ def test_same_bits(case, dtype):
     assert torch.equal(moved[1].cpu(), mean)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@torch.no_grad()
+def test_a_block_that_sums_more_than_once(kernel, emulation):
+    """On a GPU of one multiprocessor a block takes 32 rows, four partial sums; the bits are those of short blocks."""
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    problem = native(build(Depthwise(16, (35, 9), c=16, kernel=(kernel, kernel)), torch.float32))
+    expected = problem.call("cuda")
+    emulation.set_device(90, multiprocessors=1)
+    try:
+        for seed in range(3):
+            emulation.set_seed(seed)
+            assert all(torch.equal(a, b) for a, b in zip(problem.call("cuda"), expected, strict=True))
+    finally:
+        emulation.set_device(90)
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @each_dtype
 @torch.no_grad()

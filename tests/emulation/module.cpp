@@ -30,10 +30,14 @@ PYBIND11_MODULE(MODULE, m) {
         "The order of threads, warps and blocks follows from the seed and the number of launches since.");
   m.def(
       "set_device",
-      [](int capability) {
-        if (!cuda_emulation_set_device(capability)) throw py::value_error("no such device is described");
+      [](int capability, int multiprocessors) {
+        if (!cuda_emulation_set_device(capability, multiprocessors))
+          throw py::value_error("no such device is described");
       },
-      py::arg("capability"), "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120.");
+      py::arg("capability"), py::kw_only(), py::arg("multiprocessors") = 0,
+      "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120; with few multiprocessors "
+      "they cut "
+      "small problems like large ones.");
   m.def("set_patience", cuda_emulation_set_patience, py::arg("seconds"),
         "Processor time that a thread may run without waiting or returning; 30 s.");
   m.def("launches", cuda_emulation_launches, "Kernels launched since the last set_seed().");

@@ -32,10 +32,14 @@ struct Runtime {
   cudaError_t last_error = cudaSuccess;
   std::map<const void*, int> dynamic_shared_limit;  // of kernels that have raised it
 
-  // False for a capability that is not in the table.
-  bool set_device(int capability) {
-    for (const Device& candidate : kDevices)
-      if (candidate.capability == capability) return device = candidate, true;
+  // False for a capability that is not in the table. With 0 multiprocessors it has as many as the product.
+  bool set_device(int capability, int multiprocessors) {
+    for (const Device& candidate : kDevices) {
+      if (candidate.capability != capability) continue;
+      device = candidate;
+      if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+      return true;
+    }
     return false;
   }
   int max_shared_memory() const { return (device.shared_memory - 1) * 1024; }
