@@ -66,6 +66,7 @@ CASES = [
     Case(kinds="f", widths=(3, 16), stride=2, padding=(0, 1, 0, 1), hw=(15, 14), last_act="silu"),
     Case(kinds="d", widths=(33, 33), kernel=(5, 5), padding=(2, 2, 2, 2), last_act="hardswish"),
     Case(kinds="d", widths=(18, 18), kernel=(1, 2), padding=(0, 0, 0, 1), stride=2),
+    Case(kinds="pd", widths=(5, 18, 18), se=True, stride=2),  # a gate in front of a depthwise convolution
     Case(kinds="p", widths=(8, 40), last_act="silu", pool=True),
     Case(kinds="n", widths=(19, 19), last_act="silu", residual=True),
     Case(kinds="n", widths=(19, 19), last_act="silu", frozen="0"),

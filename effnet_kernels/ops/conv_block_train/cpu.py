@@ -8,8 +8,8 @@ from torch import Tensor
 
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import reference
 from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.products import Products
 from effnet_kernels.ops.native_cpu import DTYPES
 
 _native = torch.ops.effnet_kernels_cpu
@@ -23,16 +23,11 @@ _train_depthwise = _native.train_depthwise.default
 _train_depthwise_backward = _native.train_depthwise_backward.default
 
 
-class Native:
-    """``block.Kernels``. Only depthwise convolutions take their input as it is kept; matrix products get a copy."""
+class Native(Products):
+    """``block.Kernels``."""
 
-    def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
+    def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
         assert layer.weight is not None
-        if not _depthwise(layer, source.raw):
-            raw = _product(self.apply(source, None), layer) if layer.pointwise else None
-            if raw is None:
-                raw = reference.convolve(self.apply(source, None), layer)
-            return raw, self.statistics(raw) if statistics else None
         raw = empty_nhwc(source.raw, *layer.output_size(source.raw.shape)[1:])
         measured = _floats(raw, 2, raw.shape[1]) if statistics else None
         _train_depthwise(raw, measured, source.raw, *_norm(source), layer.weight, layer.stride, layer.padding)
@@ -66,7 +61,7 @@ class Native:
         _train_gate_moments(out, grad, source.raw, *_norm(source))
         return out
 
-    def conv_backward(
+    def depthwise_backward(
         self,
         gradient: Gradient,
         coefficients: Tensor,
@@ -76,22 +71,28 @@ class Native:
         below: bool,
         weight: bool,
     ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-        shape = gradient.raw if gradient.raw is not None else gradient.grad
         assert layer.weight is not None
-        assert shape is not None
-        if _depthwise(layer, shape):
-            return _depthwise_backward(gradient, coefficients, source, layer, size, below, weight)
-        dy = self.raw_gradient(gradient, coefficients)
-        a = self.apply(source, None) if weight and source is not None else None
-        if not layer.pointwise:
-            return *reference.convolve_backward(dy, a, layer, size, below), None
-        da, dweight, rows = None, None, _rows(dy)
-        if a is not None:
-            dweight = torch.mm(rows.t(), _rows(a)).view(layer.weight.shape)
-        if below:
-            da = empty_nhwc(dy, *size[1:])
-            torch.mm(rows, layer.weight.flatten(1), out=_rows(da))
-        return da, dweight, None
+        dx = empty_nhwc(coefficients.new_empty(size[0], dtype=layer.weight.dtype), *size[1:]) if below else None
+        dweight = _floats(coefficients, *layer.weight.shape) if weight else None
+        norm = None if source is None else source.norm
+        moments = _floats(coefficients, 2, size[1]) if below and norm is not None else None
+        x, x_norm = (None, (None, "identity")) if source is None else (source.raw, _norm(source))
+        _train_depthwise_backward(
+            dx,
+            dweight,
+            moments,
+            *_gradient(gradient),
+            coefficients,
+            x,
+            *x_norm,
+            layer.weight,
+            layer.stride,
+            layer.padding,
+        )
+        into: Gradient | Tensor | None = dx
+        if dx is not None and norm is not None and source is not None:
+            into = Gradient(dx, source.raw, norm, "identity", owned=True)
+        return into, None if dweight is None else dweight.to(layer.weight.dtype), moments
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         out = gradient.grad if gradient.owned else None
@@ -99,48 +100,6 @@ class Native:
             out = torch.empty_like(gradient.raw if gradient.raw is not None else gradient.grad)  # type: ignore[arg-type]
         _train_raw_gradient(out, *_gradient(gradient), coefficients)
         return out
-
-
-def _depthwise_backward(
-    gradient: Gradient,
-    coefficients: Tensor,
-    source: Source | None,
-    layer: Layer,
-    size: Sequence[int],
-    below: bool,
-    weight: bool,
-) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-    assert layer.weight is not None
-    dx = empty_nhwc(coefficients.new_empty(size[0], dtype=layer.weight.dtype), *size[1:]) if below else None
-    dweight = _floats(coefficients, *layer.weight.shape) if weight else None
-    norm = None if source is None else source.norm
-    moments = _floats(coefficients, 2, size[1]) if below and norm is not None else None
-    x, x_norm = (None, (None, "identity")) if source is None else (source.raw, _norm(source))
-    _train_depthwise_backward(
-        dx, dweight, moments, *_gradient(gradient), coefficients, x, *x_norm, layer.weight, layer.stride, layer.padding
-    )
-    into: Gradient | Tensor | None = dx
-    if dx is not None and norm is not None and source is not None:
-        into = Gradient(dx, source.raw, norm, "identity", owned=True)
-    return into, None if dweight is None else dweight.to(layer.weight.dtype), moments
-
-
-def _depthwise(layer: Layer, x: Tensor) -> bool:
-    """Whether the convolution has a kernel here: one filter per channel."""
-    return layer.weight is not None and layer.weight.shape[:2] == (x.shape[1], 1) and x.shape[1] > 1
-
-
-def _product(x: Tensor, layer: Layer) -> Tensor:
-    """A pointwise convolution as a product of matrices."""
-    assert layer.weight is not None
-    out = empty_nhwc(x, layer.weight.shape[0], x.shape[2], x.shape[3])
-    torch.mm(_rows(x), layer.weight.flatten(1).t(), out=_rows(out))
-    return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A dense channels-last map as a matrix of [pixels, channels]."""
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
