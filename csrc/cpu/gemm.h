@@ -21,9 +21,13 @@ struct Taps {
   int64_t total() const { return (count - 1) * k + k_last; }
 };
 
-template <int kRows, int kCols>
+constexpr int64_t kCacheLine = 16;  // floats
+
+// `ahead` is what the L2 should have next, a cache line for every step of k: weights come from the L3 or
+// from memory, and a network's are larger than any cache of a core.
+template <int kRows, int kCols, bool kAhead>
 static void tile(const float* a, int64_t a_stride, const Taps& taps, const float* panel, const float* scale,
-                 const float* shift, float* c, int64_t c_stride) {
+                 const float* shift, float* c, int64_t c_stride, const float* ahead) {
   vf acc[kRows][kCols] = {};
   for (int64_t t = 0; t < taps.count; ++t) {
     const int64_t depth = t + 1 < taps.count ? taps.k : taps.k_last;
@@ -31,6 +35,7 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
     const float* rows[(kRows + 2) / 3];
     for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + t * taps.stride + g * 3 * a_stride;
     for (int64_t k = 0; k < depth; ++k, panel += kCols * kWidth) {
+      if constexpr (kAhead) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
       vf weights[kCols];
 #pragma GCC unroll 8
       for (int j = 0; j < kCols; ++j) weights[j] = load(panel + j * kWidth);
@@ -53,20 +58,22 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
 template <int kRows>
 static void tiles_up_to(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                         const float* panel, const float* scale, const float* shift, float* c,
-                        int64_t c_stride) {
+                        int64_t c_stride, const float* ahead) {
   if (rows == kRows) {
-    if (cols == 1) return tile<kRows, 1>(a, a_stride, taps, panel, scale, shift, c, c_stride);
-    return tile<kRows, kVectors>(a, a_stride, taps, panel, scale, shift, c, c_stride);
+    const auto run = cols == 1 ? tile<kRows, 1, false>
+                     : ahead   ? tile<kRows, kVectors, true>
+                               : tile<kRows, kVectors, false>;
+    return run(a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
   }
   if constexpr (kRows > 1)
-    tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
+    tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
 }
 
 // `rows` <= kMaxRows rows of c by `cols` <= kVectors vectors.
 static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                             const float* panel, const float* scale, const float* shift, float* c,
-                            int64_t c_stride) {
-  tiles_up_to<kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride);
+                            int64_t c_stride, const float* ahead = nullptr) {
+  tiles_up_to<kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
 }
 
 // Splits [0, n) into the fewest tiles of at most kMaxRows rows, as even as they come.
@@ -80,6 +87,13 @@ static inline void for_each_tile(int64_t n, const Body& body) {
   }
 }
 
+// What tile number `tile` of a panel fetches of the next one, [k][kSlice]: the second tile begins, when the
+// first has brought the panel itself.
+static inline const float* ahead_of(const float* next, int64_t tile, int64_t k) {
+  constexpr int64_t kTiles = kSlice / kCacheLine;
+  return next == nullptr || tile < 1 || tile > kTiles ? nullptr : next + (tile - 1) * k * kCacheLine;
+}
+
 // Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where
 // that is enough), each [K][width], columns beyond the last channel zero.
 struct Packed {
@@ -90,6 +104,8 @@ struct Packed {
   int64_t cols(int64_t panel) const { return min64(kVectors, div_up(n - panel * kSlice, kWidth)); }
   int64_t width(int64_t panel) const { return cols(panel) * kWidth; }
   float* panel(int64_t p) const { return data + p * kSlice * k; }
+  // A panel that is whole and worth fetching early, or null.
+  const float* next(int64_t p) const { return (p + 1) * kSlice <= n && k >= 64 ? panel(p) : nullptr; }
   int64_t floats() const { return round_up(n, kWidth) * k; }
 };
 
@@ -219,16 +235,18 @@ struct Store {
   }
 };
 
-// `pixels` rows of A against panel p of the packed weights, leaving through `out`.
+// `pixels` rows of A against panel p of the packed weights, leaving through `out`; `next` is the panel that
+// follows in this thread, if any.
 template <class T>
 static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, int64_t pixels,
                             const Packed& packed, const float* panel, int64_t p, const Affine& affine,
-                            const Store<T>& out, int64_t first_pixel) {
+                            const Store<T>& out, int64_t first_pixel, const float* next = nullptr) {
   const int64_t channel = p * kSlice, n = min64(kSlice, packed.n - channel);
+  int64_t number = 0;
   for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
     alignas(64) float c[kMaxRows * kSlice];
     run_tile(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
-             affine.shift + channel, c, kSlice);
+             affine.shift + channel, c, kSlice, ahead_of(next, number++, packed.k));
     out(c, rows, first_pixel + begin, channel, n);
   });
 }

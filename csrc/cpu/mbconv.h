@@ -61,10 +61,11 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
     const float* panel = m.expand.panel(slice);
     const float *scale = m.expand_affine.scale + slice * kSlice,
                 *shift = m.expand_affine.shift + slice * kSlice;
+    const float* next = m.expand.next(slice + pool.threads);
     const auto fill = [&](int64_t iy, float* row) {
       for_each_tile(d.w, [&](int64_t begin, int64_t n) {
         run_tile(n, cols, rows + (iy * d.w + begin) * in, in, taps, panel, scale, shift, row + begin * kSlice,
-                 kSlice);
+                 kSlice, begin > 0 ? nullptr : ahead_of(next, iy, in));
       });
       if (cols == kVectors) return activate_all(p.act, row, d.w * kVectors);
       for (int64_t i = 0; i < d.w; ++i) activate_all(p.act, row + i * kSlice, cols);
@@ -97,7 +98,8 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   parallel(pool, div_up(pixels, kPixelBlock) * panels, [&](int64_t i) {
     const int64_t panel = i % panels, first = i / panels * kPixelBlock;
     multiply(mid + first * kSlice, kSlice, taps, min64(kPixelBlock, pixels - first), m.project,
-             weights + (m.project.panel(panel) - m.project.data), panel, m.project_affine, store_to, first);
+             weights + (m.project.panel(panel) - m.project.data), panel, m.project_affine, store_to, first,
+             weights == m.project.data ? m.project.next(panel + pool.threads) : nullptr);
   });
 }
 
