@@ -9,9 +9,11 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -67,12 +69,17 @@ _ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 _DEFAULT_ORDER = ("reference",)
-# Ops for which the order is another. Between cuda and triton nothing has been measured yet: the benchmark on a GPU
-# has to confirm these rows or replace them.
+# On a GPU the order is one for each op: `python -m benchmarks.dispatch` writes it from what was measured, and where.
+_DISPATCH = json.loads(Path(__file__).with_name("dispatch.json").read_text())
 _ORDER_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {
-    ("cuda", op): ("cuda", "triton", "reference")
-    for op in ("depthwise_conv_bn_act", "mbconv", "squeeze_excite", "squeeze_excite_gate")
+    ("cuda", op): (*order, "reference") for op, order in _DISPATCH["order"].items()
 }
+
+
+def order_measured() -> str | None:
+    """Where the order of the GPU backends was measured; None: it is an expectation."""
+    return _DISPATCH["measured"]
+
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("effnet_kernels_backend", default="auto")
 

@@ -12,7 +12,7 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import tuning
-from effnet_kernels.backends import Problem, automatic, implementation
+from effnet_kernels.backends import Problem, automatic, implementation, order_measured
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
@@ -53,6 +53,7 @@ def info(options: argparse.Namespace) -> int:
     print("\nbackends")
     for name, (available, reason) in effnet_kernels.backends().items():
         print(f"  {name:<13} {'available' if available else 'missing':<10} {reason}")
+    print(f"order on a GPU: {order_measured() or 'expected, not measured'}")
     return 0
 
 

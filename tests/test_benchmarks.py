@@ -136,3 +136,45 @@ def test_report_fills_the_marked_block_with_losses_and_machine(tmp_path):
     assert "Abacus 3000, 2 threads; torch 9.9; commit c0ffee; today" in text
     assert text.endswith("<!-- benchmark:op -->\n<!-- /benchmark -->\n")
     assert (tmp_path / "benchmark-abacus-model.png").stat().st_size > 0
+
+
+def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):
+    from benchmarks import dispatch
+
+    def contender(**medians):
+        return {"contenders": {contenders.ours(name): {"median": median} for name, median in medians.items()}}
+
+    environment = {"device_type": "cuda", "device": "a GPU", "versions": {}, "commit": "abc", "date": "today"}
+    cases = {
+        "efficientnet_b0 depthwise 96-96 @112 k3 s2, batch 8": contender(cuda=1.0, triton=4.0),
+        "efficientnet_b0 depthwise 40-40 @28 k5 s1, batch 8": contender(cuda=3.0, triton=1.0),
+        "efficientnet_b0 pointwise 40-240 @28 k1 s1, batch 8": contender(cuda=1.0, triton=2.0),
+        "efficientnet_b0 squeeze_excite 40-10 @28 k1 s1, batch 8": contender(cuda=2.0, triton=1.0),
+        "efficientnet_b0 fused 24-96-24 @28 k3 s1, batch 8": contender(triton=1.0),
+    }
+    results, table = tmp_path / "op.json", tmp_path / "dispatch.json"
+    results.write_text(json.dumps({"environment": environment, "cases": cases}))
+    table.write_text(dispatch.TABLE.read_text())
+    before = json.loads(table.read_text())
+    dispatch.main([str(results), "--table", str(table)])
+    after = json.loads(table.read_text())
+    assert "a GPU" in after["measured"]
+    assert after["order"] == before["order"] | {
+        "depthwise_conv_bn_act": ["cuda", "triton"],  # 3 against 4
+        "pointwise_conv_bn_act": ["cuda", "triton"],
+        "squeeze_excite": ["triton", "cuda"],
+        "squeeze_excite_gate": ["triton", "cuda"],
+    }
+    environment["device_type"] = "cpu"
+    results.write_text(json.dumps({"environment": environment, "cases": cases}))
+    with pytest.raises(SystemExit):
+        dispatch.main([str(results), "--table", str(table)])
+    assert json.loads(table.read_text()) == after
+
+
+def test_the_shipped_order_names_every_op_and_is_as_the_script_writes_it():
+    from benchmarks import dispatch
+
+    table = json.loads(dispatch.TABLE.read_text())
+    assert set(table["order"]) == {op for ops in dispatch.OPS.values() for op in ops}
+    assert all(sorted(order) == sorted(dispatch.BACKENDS) for order in table["order"].values())
