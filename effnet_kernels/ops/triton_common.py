@@ -102,6 +102,21 @@ def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
 
 
 @triton.jit
+def activate_gradient(grad, x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
+    """The gradient of x from that of ``activate(x)``, the choices at the kinks being torch's own."""
+    if ACT == RELU:
+        grad = tl.where(x <= 0, 0.0, grad)
+    elif ACT == RELU6:
+        grad = tl.where((x <= 0) | (x >= 6), 0.0, grad)
+    elif ACT == SILU:
+        s = sigmoid(x, EXACT)
+        grad = grad * (s * (1.0 + x * (1.0 - s)))
+    elif ACT == HARDSWISH:
+        grad = tl.where(x >= 3, grad, tl.where(x <= -3, 0.0, grad * (x / 3.0 + 0.5)))
+    return grad
+
+
+@triton.jit
 def bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, offs, mask):
     """BatchNorm as y * scale + shift for the channels ``offs``, in float32; zeros outside the mask."""
     gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,65 @@
+"""A block in training in Triton, and torch's own matrix products."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from effnet_kernels.ops.conv_block_train import triton_depthwise as depthwise
+from effnet_kernels.ops.conv_block_train import triton_maps as maps
+from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.products import Products
+from effnet_kernels.ops.triton_common import supports
+
+__all__ = ["run", "supports"]
+
+
+class Triton(Products):
+    """``block.Kernels``."""
+
+    def statistics(self, raw: Tensor) -> Tensor:
+        return maps.statistics(raw)
+
+    def pool(self, source: Source) -> Tensor:
+        return maps.pool(source)
+
+    def apply(self, source: Source, residual: Tensor | None) -> Tensor:
+        if source.norm is None and source.gate is None and residual is None:
+            return source.raw
+        return maps.apply(source, residual)
+
+    def moments(self, gradient: Gradient) -> Tensor:
+        return maps.moments(gradient)
+
+    def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
+        return maps.gate_moments(grad, source)
+
+    def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
+        return maps.raw_gradient(gradient, coefficients)
+
+    def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
+        return depthwise.forward(source, layer, statistics)
+
+    def depthwise_backward(
+        self,
+        gradient: Gradient,
+        coefficients: Tensor,
+        source: Source | None,
+        layer: Layer,
+        size: Sequence[int],
+        below: bool,
+        weight: bool,
+    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
+        dy = maps.raw_gradient(gradient, coefficients)
+        dweight = depthwise.weight_gradient(dy, source, layer) if weight and source is not None else None
+        if not below:
+            return None, dweight, None
+        dx, moments = depthwise.input_gradient(dy, source, layer, size)
+        if source is None or source.norm is None:
+            return dx, dweight, None
+        return Gradient(dx, source.raw, source.norm, "identity", owned=True), dweight, moments
+
+
+def run(step: Callable[..., Any], *args: Any) -> Any:
+    """``block.forward`` or ``block.backward`` on these kernels."""
+    return step(Triton(), *args)
