@@ -182,4 +182,50 @@ struct FusedMBConvParams {
 // `shared_limit`: bytes of shared memory that a block may have.
 Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
 
+// ---- train_depthwise.cu ----------------------------------------------------------------------------------
+
+// The depthwise convolution in training: y = conv(act(norm(x))).
+struct TrainDepthwiseParams {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;        // [N, H, W, C]
+  const float* x_norm = nullptr;  // [4, C]: scale, shift, mean, rstd; null: none
+  const void* weight = nullptr;   // [C, KH, KW] in dtype
+  void* y = nullptr;              // [N, OH, OW, C]
+  float* statistics = nullptr;    // [2, C]: mean and biased variance of y; null: not wanted
+  float* partial = nullptr;       // scratch, train_depthwise_partial(...) floats; unused without statistics
+  int x_act = kIdentity;
+  Window window;
+  int64_t n = 0;
+  int h = 0, w = 0, c = 0, oh = 0, ow = 0;
+};
+
+int64_t train_depthwise_partial(const TrainDepthwiseParams& p);
+Status launch_train_depthwise(const TrainDepthwiseParams& p, cudaStream_t stream);
+
+// Its backward. The gradient behind the output's norm is
+// dz = (grad * gate + bias) * act'(norm(raw)), that of its raw map dy = p * dz + q * (raw - mean) + r.
+struct TrainDepthwiseBackwardParams {
+  DType dtype = DType::kFloat32;
+  const void* grad = nullptr;           // [N, OH, OW, C]; null: zero
+  const void* raw = nullptr;            // [N, OH, OW, C]; null where neither act' nor q needs it
+  const float* norm = nullptr;          // [4, C]: scale, shift, mean, rstd of the output
+  const float* gate = nullptr;          // [N, C]; null: one
+  const float* bias = nullptr;          // [N, C]; null: zero
+  const float* coefficients = nullptr;  // [3, C]: p, q, r
+  const void* x = nullptr;        // raw input, [N, H, W, C]; null where neither dweight nor x_norm needs it
+  const float* x_norm = nullptr;  // [4, C] of the input; null: none
+  const void* weight = nullptr;   // [C, KH, KW] in dtype
+  void* dx = nullptr;             // [N, H, W, C], behind the input's norm; null: not wanted
+  void* dweight = nullptr;        // [C, KH, KW] in dtype; null: not wanted
+  float* moments = nullptr;       // [2, C]: sum dx, sum dx * xhat; null: not wanted
+  float* partial = nullptr;       // scratch, train_depthwise_backward_partial(...) floats
+  int act = kIdentity, x_act = kIdentity;
+  Window window;
+  int64_t n = 0;
+  int h = 0, w = 0, c = 0, oh = 0, ow = 0;
+};
+
+int64_t train_depthwise_backward_partial(const TrainDepthwiseBackwardParams& p);
+Status launch_train_depthwise_backward(const TrainDepthwiseBackwardParams& p, cudaStream_t stream);
+
 }  // namespace effnet::cuda

@@ -57,7 +57,7 @@ class Reference:
         size: Sequence[int],
         below: bool,
         weight: bool,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
         dy = self.raw_gradient(gradient, coefficients)
         a = self.apply(source, None) if weight and source is not None else None
         return *convolve_backward(dy, a, layer, size, below), None

@@ -1,0 +1,81 @@
+"""The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise.cu. All others are the reference's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.ops.common import empty_nhwc
+from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.reference import Reference
+from effnet_kernels.ops.native_cuda import KERNELS, STRIDES, supports
+
+__all__ = ["Native", "run", "supports"]
+
+_forward = torch.ops.effnet_kernels_cuda.train_depthwise.default
+_backward = torch.ops.effnet_kernels_cuda.train_depthwise_backward.default
+
+
+class Native(Reference):
+    """``block.Kernels``: depthwise convolutions read maps as they are kept."""
+
+    def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
+        """As ``block.Kernels``; other windows than the compiled ones, and gated inputs, are the reference's."""
+        x, norm = source.raw, source.norm
+        if not _compiled(layer, x.shape[1]) or source.gate is not None or (statistics and x.numel() == 0):
+            return super().conv(source, layer, statistics)
+        assert layer.weight is not None
+        raw = empty_nhwc(x, *layer.output_size(x.shape)[1:])
+        measured = x.new_empty((2, x.shape[1]), dtype=torch.float32) if statistics else None
+        _forward(
+            raw, measured, x, None if norm is None else norm.vectors, "identity" if norm is None else norm.act,
+            layer.weight.contiguous(), layer.stride, layer.padding,
+        )  # fmt: skip
+        return raw, measured
+
+    def conv_backward(
+        self,
+        gradient: Gradient,
+        coefficients: Tensor,
+        source: Source | None,
+        layer: Layer,
+        size: Sequence[int],
+        below: bool,
+        weight: bool,
+    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
+        """As ``block.Kernels``; other windows than the compiled ones, and gated inputs, are the reference's."""
+        if not _compiled(layer, size[1]) or (source is not None and source.gate is not None):
+            return super().conv_backward(gradient, coefficients, source, layer, size, below, weight)
+        assert layer.weight is not None
+        w = layer.weight.contiguous()
+        dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if below else None
+        dweight = torch.empty_like(w) if weight else None
+        norm = None if source is None else source.norm
+        moments = None if dx is None or norm is None else torch.empty_like(norm.vectors[:2])
+        _backward(
+            dx, dweight, moments, gradient.grad, gradient.raw, gradient.norm.vectors, gradient.act, gradient.gate,
+            gradient.bias, coefficients, None if source is None else source.raw,
+            None if norm is None else norm.vectors, "identity" if norm is None else norm.act,
+            w, size, layer.stride, layer.padding,
+        )  # fmt: skip
+        if dx is None or norm is None or source is None:
+            return dx, dweight, None
+        return Gradient(dx, source.raw, norm, "identity", owned=True), dweight, moments
+
+
+def _compiled(layer: Layer, channels: int) -> bool:
+    """Whether the convolution is depthwise with a window that there is a kernel for."""
+    w = layer.weight
+    return (
+        w is not None
+        and w.shape[:2] == (channels, 1)
+        and channels > 1
+        and tuple(w.shape[2:]) in KERNELS
+        and layer.stride in STRIDES
+    )
+
+
+def run(step: Callable[..., Any], *args: Any) -> Any:
+    """``block.forward`` or ``block.backward`` on these kernels."""
+    return step(Native(), *args)
