@@ -234,7 +234,7 @@ def weight_gradient_kernel(
     c = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     part = (program // channel_blocks).to(tl.int64)
     tiles_w = tl.cdiv(ow, COLUMNS)
-    tiles = tl.cdiv(oh, STRIP) * tiles_w
+    tiles = tl.cdiv(oh, strip) * tiles_w
     first = part % tiles // tiles_w * strip
     end = tl.minimum(first + strip, oh)
     column = (part % tiles_w).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)
