@@ -125,15 +125,14 @@ struct Backward {
   using T = T_;
   using Params = TrainDepthwiseBackwardParams;
   static constexpr int kKernel = kKernel_, kStride = kStride_, kChannels = kChannels_;
-  [[maybe_unused]] static constexpr int kMostChannels = kKernel == 3   ? 4
-                                                        : kKernel == 5 ? 2
-                                                                       : 1;  // as registers allow
-  static constexpr int kWidth = kKernel == 3 && kChannels == 4 ? 2 : 4;      // input columns of a thread
-  static constexpr int kOpen = (kKernel + kStride - 1) / kStride;  // rows of dy that an input row sees
-  static constexpr int kSlots = kOpen + 1;                         // of the ring: one is being written
-  static constexpr int kHalo = (kKernel - 1) / kStride;            // columns of dy left of a strip's first
-  static constexpr int kColumns = kWidth / kStride + kHalo;        // of dy that a strip sees
-  static constexpr int kBatch = 3;                                 // of dy that a thread forms at once
+  // As registers allow.
+  static constexpr int most_channels() { return kKernel == 3 ? 4 : kKernel == 5 ? 2 : 1; }
+  static constexpr int kWidth = kKernel == 3 && kChannels == 4 ? 2 : 4;  // input columns of a thread
+  static constexpr int kOpen = (kKernel + kStride - 1) / kStride;        // rows of dy that an input row sees
+  static constexpr int kSlots = kOpen + 1;                               // of the ring: one is being written
+  static constexpr int kHalo = (kKernel - 1) / kStride;      // columns of dy left of a strip's first
+  static constexpr int kColumns = kWidth / kStride + kHalo;  // of dy that a strip sees
+  static constexpr int kBatch = 3;                           // of dy that a thread forms at once
   static constexpr int kTaps = kKernel * kKernel, kSums = kTaps + 2;
   // Vectors in shared memory: the taps; scale, shift and mean, p, q and r, gate and bias of the output;
   // scale, shift, mean and rstd of the input.
@@ -404,7 +403,7 @@ struct Forward {
   using T = T_;
   using Params = TrainDepthwiseParams;
   static constexpr int kKernel = kKernel_, kStride = kStride_, kChannels = kChannels_;
-  [[maybe_unused]] static constexpr int kMostChannels = 4;
+  static constexpr int most_channels() { return 4; }
   static constexpr int kWidth = kStride == 1 ? 4 : 2;                // output columns of a thread
   static constexpr int kSlots = kKernel + kStride;                   // of the ring: kStride are being written
   static constexpr int kColumns = (kWidth - 1) * kStride + kKernel;  // of the input that a strip sees
@@ -747,7 +746,7 @@ auto with_traits(const Params& p, bool aligned, F&& f) {
   const auto with_channels = [&](auto element, auto kernel, auto stride) {
     using T = decltype(element);
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
-    constexpr int kChannels = Traits<T, kKernel, kStride, 1>::kMostChannels;
+    constexpr int kChannels = Traits<T, kKernel, kStride, 1>::most_channels();
     if (aligned && p.c % kChannels == 0) return f(Traits<T, kKernel, kStride, kChannels>());
     return f(Traits<T, kKernel, kStride, 1>());
   };

@@ -22,6 +22,7 @@ TESTS = {
     "gemm.cuh": "test_pointwise.py",
     "pointwise_conv_bn_act.cu": "test_pointwise.py",
     "squeeze_excite.cu": "test_squeeze_excite.py",
+    "train_depthwise.cu": "test_training.py",
 }
 
 
