@@ -185,6 +185,24 @@ def test_instructions_per_element_of_the_depthwise_convolution():
     assert seen == set(PER_ELEMENT)
 
 
+@pytest.mark.parametrize("traits", ["7Forward", "8Backward"])
+def test_the_depthwise_convolution_in_training_moves_vectors_and_leaves_room_for_its_blocks(traits):
+    seen = set()
+    for kernel, match in named(rf"{traits}I(f|6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELi(\d)E"):
+        size = 4 if match[1] == "f" else 2
+        kernel_size, stride, channels = map(int, match.groups()[1:])
+        seen.add((size, kernel_size, stride))
+        case = f"{kernel.architecture} {match[0]}"
+        if width := {16: r"\.128", 8: r"\.64"}.get(channels * size):
+            assert kernel.has(r"LDG\S*" + width), case
+            assert kernel.has(r"STG\S*" + width), case
+        if channels > 1:
+            assert kernel.has(r"LDS\." + {4: "128", 2: "64"}[channels]), case
+            assert kernel.has(r"STS\." + {4: "128", 2: "64"}[channels]), case
+        assert -(-kernel.registers // 8) * 8 * 128 * 3 <= REGISTERS, f"{case}: {kernel.registers} registers"
+    assert seen == set(itertools.product((2, 4), (3, 5, 7), (1, 2)))
+
+
 def test_squeeze_excite_moves_16_bytes():
     for kernel, match in named(r"map_kernelI(f|6__half|13__nv_bfloat16)Li(\d)ELb(\d)E"):
         if int(match[2]) > 1:
