@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
-import math
 import multiprocessing
 import os
 import re
@@ -77,6 +76,11 @@ class Launch(NamedTuple):
     def constant(self, name: str) -> Any:
         return self.constants[self.kernel.arg_names.index(name) - len(self.tensors) - len(self.sizes)]
 
+    def tile(self) -> tuple[Any, ...]:
+        """What a row of the tables of configurations stands for; the gate has nothing to do with the dtype of maps."""
+        dtype = None if self.op == "squeeze_excite_gate" else self.dtype
+        return self.op, self.kernel.fn.__name__, dtype, self.config
+
     def variant(self) -> tuple[Any, ...]:
         """What the compiled code depends on."""
         types = tuple(None if t is None else t.dtype for t in self.tensors)
@@ -117,7 +121,8 @@ def record(call: Callable[[], Any], generation: int) -> list[Launch]:
 @contextlib.contextmanager
 def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
     """Put one function for another wherever the ops' modules name it."""
-    modules = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{op}.triton") for op in OPS)]
+    names = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
+    modules = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in names)]
     with contextlib.ExitStack() as stack:
         for module in modules:
             for name, value in list(vars(module).items()):
@@ -250,6 +255,11 @@ def distinct(launches: Sequence[Launch]) -> list[Launch]:
     return list({launch.variant(): launch for launch in reversed(launches)}.values())[::-1]
 
 
+# Between them these have every tile of all models below.
+TILED_MODELS = (
+    "efficientnet_b1", "efficientnet_el", "mobilenetv3_large_100", "efficientnet_b4", "tf_efficientnetv2_m",
+    "efficientnet_es",
+)  # fmt: skip
 # One size serves: nothing is specialised on it.
 MODELS = (
     *(f"efficientnet_b{i}" for i in range(8)),
@@ -263,17 +273,6 @@ SIZE = 224
 @functools.cache
 def _variants(model: str, dtype: str, generation: int) -> list[Launch]:
     return distinct(record_model(model, SIZE, 1, getattr(torch, dtype), generation))
-
-
-def extremes(launches: Sequence[Launch]) -> list[Launch]:
-    """Of each op, the launches with the smallest and the largest tile."""
-    chosen = []
-    for op in OPS:
-        ranked = sorted(
-            (launch for launch in launches if launch.op == op), key=lambda each: math.prod(each.config.block)
-        )
-        chosen += ranked[:: max(1, len(ranked) - 1)]
-    return chosen
 
 
 def _row(task: tuple[str, str, int, int]) -> tuple[str, list[str], list[str]]:
@@ -291,7 +290,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"])
     parser.add_argument("--generations", nargs="+", type=int, default=[80, 90, 100])
-    parser.add_argument("--sample", action="store_true", help="of each op only the smallest and the largest tile")
+    parser.add_argument("--tiles", action="store_true", help="one launch for each tile, not one for each kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if triton_common.INTERPRETED:
@@ -301,11 +300,9 @@ def main() -> int:
     for model in options.models:
         for dtype in options.dtypes:
             for generation in options.generations:
-                launches = _variants(model, dtype, generation)
-                wanted = extremes(launches) if options.sample else launches
-                for index, launch in enumerate(launches):
-                    key = (generation, launch.variant())
-                    if any(launch is each for each in wanted) and key not in seen:
+                for index, launch in enumerate(_variants(model, dtype, generation)):
+                    key = (generation, launch.tile() if options.tiles else launch.variant())
+                    if key not in seen:
                         seen.add(key)
                         tasks.append((model, dtype, generation, index))
     rows, bad = [], []
