@@ -74,6 +74,8 @@ _DISPATCH = json.loads(Path(__file__).with_name("dispatch.json").read_text())
 _ORDER_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {
     ("cuda", op): (*order, "reference") for op, order in _DISPATCH["order"].items()
 }
+# In training CUDA C++ has the depthwise convolutions alone, between eager passes: on request only.
+_ORDER_OF_OP["cuda", "conv_block_train"] = ("triton", "reference")
 
 
 def order_measured() -> str | None:
