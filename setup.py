@@ -121,11 +121,12 @@ class BuildNative(build_ext):
         x86 = ["-DEFFNET_X86"] if X86 else []
         jobs = [
             ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
+            ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
             ("csrc/cpu/scratch.cpp", "scratch", COMMON),
         ]
         for name, flags in INSTRUCTION_SETS.items():
             if X86 or name == "generic":
-                jobs.append(("csrc/cpu/kernels.cpp", name, [*COMMON, *flags]))
+                jobs += [(f"csrc/cpu/{file}.cpp", name, [*COMMON, *flags]) for file in ("kernels", "kernels_train")]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job
