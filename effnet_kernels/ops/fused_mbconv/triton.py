@@ -30,7 +30,7 @@ def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: 
     """(pixels, expanded channels, output channels, depth of the window's GEMM) of a tile; ``c_out`` is 0 for none.
 
     All expanded channels in one chunk where the accumulators allow it: up to 256, in the registers of 16 warps on
-    Hopper and in tensor memory on Blackwell.
+    Hopper and in tensor memory on Blackwell; chunks of 128 above. Warps and depth are those at which nothing spills.
     """
     block_out = min(64, max(16, next_power_of_2(c_out)))
     rows = max(16, next_power_of_2(c_mid))
@@ -46,11 +46,13 @@ def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: 
     if rows <= 64:
         return common.Config((128, rows, block_out, depth), 4, 3)
     if generation < 90:
-        return common.Config((64, 128, block_out, depth), 4, 3)
+        return common.Config((64, 128, block_out, depth), 4 if block_out > 32 else 8, 3)
     if rows == 128 or not c_out:
         return common.Config((128, 128, block_out, depth), 8, 3)
     if generation == 90 and c_out > 64:
-        return common.Config((128, 128, block_out, depth), 16, 3)
+        return common.Config((128, 128, block_out, min(32, depth)), 16, 3)
+    if c_mid > 256 or (generation != 90 and depth == 32):
+        return common.Config((128, 128, block_out, depth), 8, 3)
     return common.Config((128, 256, block_out, depth), 16 if generation == 90 else 8, 3)
 
 

@@ -38,7 +38,7 @@ def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -
     """
     rows = min(64, max(16, next_power_of_2(c_out)))
     if dtype == torch.float32:
-        return common.Config((64, rows, 16), 4, 2)
+        return common.Config((64, rows, 16), 4 if rows > 16 or generation < 90 else 2, 2)
     depth = min(64, max(16, next_power_of_2(c_in)))
     if c_out > 64 and (c_in > c_out or cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64):
         return common.Config((64, 128, depth), 4, 3)
