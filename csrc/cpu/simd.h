@@ -168,10 +168,10 @@ EFFNET_INLINE vf one_plus_exp_negated(vf x) {
 }
 #endif
 
-// numerator / (1 + exp(-x)), 0 where x < -kExpLimit.
+// numerator / (1 + exp(-x)), 0 where a finite x < -kExpLimit.
 EFFNET_INLINE vf over_one_plus_exp_negated(vf numerator, vf x, vf limited) {
   const vf y = numerator / one_plus_exp_negated(limited);
-  return x < -kExpLimit ? vf{} : y;
+  return x < -kExpLimit ? numerator * 0.0f : y;  // NaN for an infinite numerator, as in stock layers
 }
 
 // At most 2.02 ulp where the result is a normal number (tests/ops/test_activations.py); NaN stays NaN.
