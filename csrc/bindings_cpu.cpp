@@ -274,6 +274,7 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("mbconv" CALL MBCONV ") -> ()");
   m.def("keep_mbconv" KEEP MBCONV ") -> int");
   m.def("replay(int call, Tensor(a!) out, Tensor x) -> ()");
+  m.def("join(int[] calls, int[] sizes) -> int");
   m.def("forget(int call) -> ()");
   m.def(
       "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor[] packed, Tensor x, Tensor weight, "
@@ -285,6 +286,7 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&effnet::instruction_set));
   m.impl("set_instruction_set", TORCH_BOX(&effnet::set_instruction_set));
+  m.impl("join", TORCH_BOX(&effnet::join));
   m.impl("forget", TORCH_BOX(&effnet::forget));
 }
 

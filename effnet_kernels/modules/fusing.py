@@ -224,6 +224,18 @@ def fuse(
     return plan.run(x, backend)
 
 
+def fuse_route(read: Callable[[nn.Module], replay.Route], model: nn.Module, x: Tensor) -> Tensor | None:
+    """Run all calls on the route that ``read`` makes of a model as one; None where the caller must make each.
+
+    That is where one of them is not fused or was not kept yet, or where calling the modules in between could be
+    noticed.
+    """
+    if not _may_fuse(x) or not _is_plain(x):
+        return None
+    y = replay.repeat(read, model, x)
+    return replay.join(read, model, x) if y is None else y
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether this is inference on a CPU with nobody between us and the kernels."""
     return (

@@ -1,17 +1,20 @@
-"""Replaying a block that came down to one native call.
+"""Replaying a block that came down to one native call, and a model whose blocks all did.
 
 Reading a block's modules, checking what was read and handing 25 tensors to a native op takes a few tenths of a
 millisecond of Python, on a CPU at batch 1 as long as the block itself. So a call that ended in a single native op is
 kept with its arguments, and repeated when nothing that it was made from has changed: no attribute, hook, child or
 parameter of any module involved, no weight's version, no shape. All of that is compared in a few passes inside the
 interpreter's C code; nothing has to be told about a change. What differs in any way takes the long way again.
+
+Where a model's forward is nothing but such calls, each on the result of the one before, they are joined: one
+comparison and one native call for all of them.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from operator import is_, itemgetter
-from typing import Any, Protocol
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +22,42 @@ from torch.utils.hooks import RemovableHandle
 
 from effnet_kernels import native
 from effnet_kernels.backends import requested
-from effnet_kernels.modules.reading import is_observed
+from effnet_kernels.modules.reading import Unfusable, is_observed
 from effnet_kernels.ops import native_cpu
 
 Reader = Callable[[nn.Module], Any]
-Calls = Iterable[nn.Module | None]
+Modules = Iterable[nn.Module | None]
 _VALUES = (bool, int, float, str, tuple, type(None))
 _CONTENTS = ("_parameters", "_buffers", "_modules")
+_version, _address = attrgetter("_version"), Tensor.data_ptr
+# How many calls of one block are known at a time: a server that alternates between batch sizes needs a few.
+FORMS = 4
 
 
 class Plan(Protocol):
     def run(self, x: Tensor, backend: str) -> Tensor | None: ...
 
 
-class State:
-    """Modules at one moment: who they are, their settings, what they hold, and that nobody watches them."""
+class Form(NamedTuple):
+    """What a tensor is but for its contents."""
 
-    def __init__(self, block: nn.Module, calls: Calls) -> None:
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor) -> "Form":
+        return cls(t.shape, t.stride(), t.dtype)
+
+
+class State:
+    """All that calls are made from, at one moment, but for x.
+
+    Modules: who they are, their settings, what they hold, and that nobody watches them. Convolution weights, of
+    which there are packed copies: their contents. The backend and instruction set that would be chosen.
+    """
+
+    def __init__(self, block: nn.Module, calls: Modules, weights: Iterable[Tensor], backends: Iterable[str]) -> None:
         self.modules = tuple(m for call in calls if call is not None for m in call.modules())
         self.types = [*map(type, self.modules)]
         # The block's dictionary and not the block, which an entry must not keep alive.
@@ -49,6 +71,10 @@ class State:
         self.contents = [d[name] for d in self.dicts for name in _CONTENTS if d[name]]
         self.held = self._held()
         self.handles = RemovableHandle.next_id
+        self.weights = [*weights]
+        self.versions, self.addresses = [*map(_version, self.weights)], [*map(_address, self.weights)]
+        self.backends = {backend: requested(backend) for backend in backends}
+        self.generation = native.generation()
 
     def still(self) -> bool:
         """Whether all is as it was."""
@@ -61,6 +87,12 @@ class State:
             return False
         held = self._held()
         if len(held) != len(self.held) or not all(map(is_, held, self.held)):
+            return False
+        if [*map(_version, self.weights)] != self.versions or [*map(_address, self.weights)] != self.addresses:
+            return False
+        if native.generation() != self.generation:
+            return False
+        if any(requested(backend) != asked for backend, asked in self.backends.items()):
             return False
         if self.handles != RemovableHandle.next_id:
             # Somebody has registered a hook somewhere: look whether it was here.
@@ -77,58 +109,120 @@ class State:
 
 
 class Kept:
-    """A native call kept with all its arguments but x and the output, and when it may be repeated."""
+    """A native call kept with all its arguments but x and the output; ``number`` is its name in the library."""
 
-    def __init__(self, block: nn.Module, calls: Calls, backend: str, call: native_cpu.Call) -> None:
-        x = call.arguments[0]
-        self.state = State(block, calls)
-        self.backend, self.asked = backend, requested(backend)
-        self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
-        out, *packed = call.leading
-        self.out_shape, self.out_strides = out.shape, out.stride()
-        self.weights = [(w, w._version, w.data_ptr()) for w in call.weights]
-        self.generation = native.generation()
+    def __init__(self, state: State, x: Form, y: Form, number: int) -> None:
+        self.state, self.x, self.y, self.number = state, x, y, number
         ops = torch.ops.effnet_kernels_cpu
         self.replay = ops.replay.default
-        self.number: int = getattr(ops, f"keep_{call.op}").default(*packed, *call.arguments[1:])
-        weakref.finalize(self, ops.forget.default, self.number).atexit = False
+        weakref.finalize(self, ops.forget.default, number).atexit = False
 
-    def __call__(self, block: nn.Module, x: Tensor) -> Tensor | None:
-        if x.shape != self.shape or x.dtype is not self.dtype or x.stride() != self.strides or not x.is_cpu:
-            return None
-        if requested(self.backend) != self.asked or native.generation() != self.generation:
-            return None
-        for weight, version, address in self.weights:
-            if weight._version != version or weight.data_ptr() != address:
-                return None
-        if not self.state.still():
-            return None
-        out = torch.empty_strided(self.out_shape, self.out_strides, dtype=self.dtype)
-        self.replay(self.number, out, x)
-        return out
+    def __call__(self, x: Tensor) -> Tensor:
+        shape, strides, dtype = self.y
+        y = torch.empty_strided(shape, strides, dtype=dtype)
+        self.replay(self.number, y, x)
+        return y
 
 
-# By block and reader: what was kept, or the shape of the last call that took the long way.
-_known: dict[tuple[int, Reader], Kept | torch.Size] = {}
+# By block and reader, by what x is: the kept call, or None after one that took the long way.
+_known: dict[tuple[int, Reader], dict[Form, Kept | None]] = {}
 
 
 def repeat(read: Reader, block: nn.Module, x: Tensor) -> Tensor | None:
     """The result of a kept call; None where there is none or something has changed since."""
-    kept = _known.get((id(block), read))
-    return kept(block, x) if type(kept) is Kept else None
+    known = _known.get((id(block), read))
+    kept = None if known is None else known.get(Form.of(x))
+    if known is None or kept is None:
+        return None
+    if not kept.state.still():
+        known.clear()
+        return None
+    return kept(x)
 
 
-def run(read: Reader, block: nn.Module, calls: Calls, backend: str, x: Tensor, plan: Plan) -> Tensor | None:
-    """``plan.run(x, backend)``, kept if it is the second of its shape in a row and came down to one native op."""
-    key = (id(block), read)
-    last = _known.get(key)
-    if last != x.shape:
-        if last is None:
-            weakref.finalize(block, _known.pop, key, None).atexit = False
-        _known[key] = x.shape
+def run(read: Reader, block: nn.Module, calls: Modules, backend: str, x: Tensor, plan: Plan) -> Tensor | None:
+    """``plan.run(x, backend)``, kept if its like was here before and it came down to one native op."""
+    known, form = _known_calls(read, block), Form.of(x)
+    if form not in known:
+        _remember(known, form, None)
         return plan.run(x, backend)
     with native_cpu.watching() as ran:
         y = plan.run(x, backend)
     if y is not None and len(ran) == 1 and ran[0].repeats(x, y):
-        _known[key] = Kept(block, calls, backend, ran[0])
+        call = ran[0]
+        keep = getattr(torch.ops.effnet_kernels_cpu, f"keep_{call.op}").default
+        number = keep(*call.leading[1:], *call.arguments[1:])
+        state = _state(known) or State(block, calls, call.weights, [backend])
+        _remember(known, form, Kept(state, form, Form.of(y), number))
     return y
+
+
+class Route(NamedTuple):
+    """A model's way from x to the result: fused calls only, each on what the one before gave."""
+
+    modules: list[nn.Module]  # that the way passes, without the model itself
+    calls: list[tuple[Reader, nn.Module]]  # in order
+
+
+# Classes whose forward is ``fuse(read, self, x)`` where that has a result, and their readers.
+BLOCKS: dict[type[nn.Module], Reader] = {}
+
+
+def calls_in(module: nn.Module) -> Iterator[tuple[Reader, nn.Module]]:
+    """The calls of a block, or of a Sequential of such; raises Unfusable where there is anything else to run."""
+    if is_observed(module):
+        raise Unfusable("a module on the way has hooks or a forward of its own")
+    if type(module) is nn.Sequential:
+        for child in module.__dict__["_modules"].values():
+            yield from calls_in(child)
+    elif type(module) in BLOCKS:
+        yield BLOCKS[type(module)], module
+    else:
+        raise Unfusable(f"{type(module).__name__} is not a block")
+
+
+def join(read: Callable[[nn.Module], Route], model: nn.Module, x: Tensor) -> Tensor | None:
+    """The result of all calls on the route as one, which is kept; None unless each of them is kept for its input."""
+    try:
+        route = read(model)
+    except Unfusable:
+        return None
+    links: list[Kept] = []
+    form = Form.of(x)
+    for call_read, block in route.calls:
+        link = _known.get((id(block), call_read), {}).get(form)
+        if link is None:
+            return None
+        links.append(link)
+        form = link.y
+    if not all(link.state.still() for link in links):
+        return None
+    known = _known_calls(read, model)
+    weights = chain.from_iterable(link.state.weights for link in links)
+    backends = chain.from_iterable(link.state.backends for link in links)
+    state = _state(known) or State(model, route.modules, weights, backends)
+    sizes = chain.from_iterable(link.y.shape for link in links[:-1])
+    number = torch.ops.effnet_kernels_cpu.join.default([link.number for link in links], [*sizes])
+    kept = Kept(state, links[0].x, form, number)
+    _remember(known, kept.x, kept)
+    return kept(x)
+
+
+def _known_calls(read: Reader, block: nn.Module) -> dict[Form, Kept | None]:
+    key = (id(block), read)
+    if key not in _known:
+        _known[key] = {}
+        weakref.finalize(block, _known.pop, key, None).atexit = False
+    return _known[key]
+
+
+def _remember(known: dict[Form, Kept | None], form: Form, kept: Kept | None) -> None:
+    known[form] = kept
+    if len(known) > FORMS:
+        known.pop(next(iter([*known])), None)
+
+
+def _state(known: dict[Form, Kept | None]) -> State | None:
+    """The state that other calls of the block were kept in, if it still holds: they share one."""
+    state = next((kept.state for kept in [*known.values()] if kept is not None), None)
+    return state if state is not None and state.still() else None

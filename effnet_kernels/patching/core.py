@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from effnet_kernels.backends import check_backend
+from effnet_kernels.modules import replay
 from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan
 from effnet_kernels.modules.reading import Unfusable, check_calls
 
@@ -52,6 +53,9 @@ _LIBRARIES = {
 def register(stock: type[nn.Module], patched: type[nn.Module], *parts: Part) -> None:
     """Enter one row into ``ADAPTERS``."""
     ADAPTERS[stock] = ADAPTERS[patched] = Adapter(stock, patched, parts)
+    for part in parts:
+        if part.calls is None:
+            replay.BLOCKS[patched] = part.read
 
 
 @dataclass

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbconv, reading, squeeze_excite
-from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse
+from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse, fuse_route
+from effnet_kernels.modules.replay import Route, calls_in
 from effnet_kernels.patching.core import UNSUPPORTED, Part, register
 
 
@@ -87,6 +88,24 @@ def read_pooled_head(model: nn.Module) -> PointwisePlan:
     return read_head(model)._replace(pool=True)
 
 
+def route(model: nn.Module) -> Route:
+    """Stem and blocks."""
+    trunk = model.__dict__["_modules"]["blocks"]
+    return Route([*stem(model).values(), trunk], [(read_stem, model), *calls_in(trunk)])
+
+
+def route_with_head(model: nn.Module) -> Route:
+    """Stem, blocks and head."""
+    modules, calls = route(model)
+    return Route([*modules, *head(model).values()], [*calls, (read_head, model)])
+
+
+def route_with_pooled_head(model: nn.Module) -> Route:
+    """Stem, blocks, and head with its global pool."""
+    modules, calls = route(model)
+    return Route([*modules, *pooled_head(model).values()], [*calls, (read_pooled_head, model)])
+
+
 class PatchedConvBnAct(blocks.ConvBnAct):
     @functools.wraps(blocks.ConvBnAct.forward)
     def forward(self, x: Tensor) -> Tensor:
@@ -129,8 +148,10 @@ class PatchedEfficientNet(EfficientNet):
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing:
             return super().forward_features(x)
-        x = self.blocks(_stem(self, x))
-        y = fuse(read_head, self, x, head(self).values())
+        y = fuse_route(route_with_head, self, x)
+        if y is None:
+            x = self.blocks(_stem(self, x))
+            y = fuse(read_head, self, x, head(self).values())
         return self.bn2(self.conv_head(x)) if y is None else y
 
     @functools.wraps(EfficientNet.forward)
@@ -138,8 +159,10 @@ class PatchedEfficientNet(EfficientNet):
         d = self.__dict__
         if self.grad_checkpointing or "forward_features" in d or "forward_head" in d:
             return super().forward(x)
-        x = self.blocks(_stem(self, x))
-        y = fuse(read_pooled_head, self, x, pooled_head(self).values())
+        y = fuse_route(route_with_pooled_head, self, x)
+        if y is None:
+            x = self.blocks(_stem(self, x))
+            y = fuse(read_pooled_head, self, x, pooled_head(self).values())
         if y is None:
             y = fuse(read_head, self, x, head(self).values())
             return self.forward_head(self.bn2(self.conv_head(x)) if y is None else y)
@@ -155,7 +178,8 @@ class PatchedMobileNetV3(MobileNetV3):
     def forward_features(self, x: Tensor) -> Tensor:
         if self.grad_checkpointing:
             return super().forward_features(x)
-        return self.blocks(_stem(self, x))
+        y = fuse_route(route, self, x)
+        return self.blocks(_stem(self, x)) if y is None else y
 
 
 class PatchedEfficientNetFeatures(EfficientNetFeatures):

@@ -9,7 +9,16 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import reading, squeeze_excite
-from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, MBConvPlan, Plan, PointwisePlan, fuse
+from effnet_kernels.modules.fusing import (
+    DepthwisePlan,
+    FusedMBConvPlan,
+    MBConvPlan,
+    Plan,
+    PointwisePlan,
+    fuse,
+    fuse_route,
+)
+from effnet_kernels.modules.replay import Route, calls_in
 from effnet_kernels.patching.core import Part, register
 
 
@@ -85,6 +94,14 @@ def read_head(model: nn.Module) -> PointwisePlan:
     return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, True)
 
 
+def route(model: nn.Module) -> Route:
+    """All features, and head with its global pool."""
+    children = model.__dict__["_modules"]
+    *trunk, _ = children["features"]._modules.values()
+    calls = [call for module in trunk for call in calls_in(module)]
+    return Route([children["features"], children["avgpool"]], [*calls, (read_head, model)])
+
+
 def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
     if type(module) is not cls:
         raise reading.Unfusable(f"{type(module).__name__} is not {cls.__name__}")
@@ -144,9 +161,11 @@ class PatchedEfficientNet(efficientnet.EfficientNet):
         if type(features) is not nn.Sequential or reading.is_observed(features):
             return super()._forward_impl(x)
         *trunk, last = features
-        for module in trunk:
-            x = module(x)
-        y = fuse(read_head, self, x, (last, self.avgpool))
+        y = fuse_route(route, self, x)
+        if y is None:
+            for module in trunk:
+                x = module(x)
+            y = fuse(read_head, self, x, (last, self.avgpool))
         return self.classifier(torch.flatten(self.avgpool(last(x)), 1) if y is None else y)
 
 

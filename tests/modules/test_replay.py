@@ -37,10 +37,9 @@ def replayed(monkeypatch):
     count = []
     call = replay.Kept.__call__
 
-    def counting(self, block, x):
-        y = call(self, block, x)
-        count.extend([] if y is None else [self])
-        return y
+    def counting(self, x):
+        count.append(self)
+        return call(self, x)
 
     monkeypatch.setattr(replay.Kept, "__call__", counting)
     return count
@@ -196,6 +195,28 @@ def test_a_shape_is_noticed(shape, block, x, replayed):
         assert len(replayed) == 2  # the new shape is kept in turn
 
 
+def test_inputs_may_alternate(block, x, replayed):
+    """A server's batches: each form of input is kept on its own, up to a number, the newest ones."""
+    inputs = [x, x[:1], images(2, 10, 8).to(memory_format=torch.channels_last), torch.cat([x, x])]
+    with torch.inference_mode():
+        expected = [the_long_way(block, i) for i in inputs]
+        for _ in range(2):
+            for i in inputs:
+                block(i)
+        assert not replayed
+        for _ in range(2):
+            for i, y in zip(inputs, expected, strict=True):
+                assert torch.equal(block(i), y)
+        assert len(replayed) == 8
+        assert len({id(kept.state) for kept in replayed}) == 1
+        for n in range(2, 9):
+            block(images(n + 4, 9, 8))
+        block(x)
+    assert len(replayed) == 8
+    (known,) = [known for (number, _), known in replay._known.items() if number == id(block)]
+    assert len(known) == replay.FORMS
+
+
 def test_other_memory_is_noticed(block, x, replayed):
     before = warm(block, x)[0]
     with torch.inference_mode():
@@ -255,8 +276,9 @@ def test_what_is_kept_dies_with_its_block(x):
     block = make()
     warm(block, x)
     key = (id(block), *[read for number, read in replay._known if number == id(block)])
-    number, weight = replay._known[key].number, weakref.ref(block.conv_pw.weight)
-    del block
+    (kept,) = replay._known[key].values()
+    number, weight = kept.number, weakref.ref(block.conv_pw.weight)
+    del block, kept
     gc.collect()
     assert key not in replay._known
     assert weight() is None

@@ -1,0 +1,380 @@
+"""Whole models as one kept call: when they are, and that nothing goes unnoticed."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import effnet_kernels as ek
+from effnet_kernels import native
+from effnet_kernels.modules import replay
+from tests.models import images
+from tests.patching.conftest import NAMES, build
+
+pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """The kept calls that were repeated so far."""
+    calls = []
+    call = replay.Kept.__call__
+    monkeypatch.setattr(replay.Kept, "__call__", lambda self, x: (calls.append(self), call(self, x))[1])
+    return calls
+
+
+@pytest.fixture
+def patched():
+    return ek.patch(build("test_efficientnet"))
+
+
+@torch.inference_mode()
+def warm(model, x):
+    """The first call is of a new form, the second keeps every block, the third joins what was kept."""
+    return [model(x) for _ in range(3)]
+
+
+@torch.inference_mode()
+def the_long_way(model, x):
+    return copy.deepcopy(model)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_the_third_call_is_one(name, dtype, replayed):
+    """The same bits as block by block, also for another image."""
+    with torch.inference_mode(False):
+        model = ek.patch(build(name)).to(dtype)
+    x, other = images(2, 37).to(dtype), images(2, 37, seed=5).to(dtype)
+    first, second = model(x), model(x)
+    assert not replayed
+    assert torch.equal(model(x), first)
+    assert len(replayed) == 1
+    assert torch.equal(first, second)
+    assert torch.equal(model(other), the_long_way(model, other))
+    assert len(replayed) == 2
+
+
+def test_features_are_a_route_of_their_own(patched, x, replayed):
+    expected = warm(patched, x)[0]
+    with torch.inference_mode():
+        features = [patched.forward_features(x) for _ in range(3)]
+        assert torch.equal(features[2], features[0])
+        assert features[2].stride() == features[0].stride()
+        replayed.clear()
+        assert torch.equal(patched.forward_features(x), features[0])
+        assert torch.equal(patched(x), expected)
+    assert len(replayed) == 2
+
+
+def block(model):
+    return model.blocks[4][-1]
+
+
+def _append(model):
+    model.blocks[4].append(copy.deepcopy(block(model)))
+
+
+def _replace_by_stock(model):
+    model.blocks[4] = ek.unpatch(copy.deepcopy(model.blocks[4]))
+    with torch.no_grad():
+        block(model).conv_pw.weight.mul_(2)
+
+
+def _load(model):
+    model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+
+
+def _step(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    model(images(2, 37)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _write(model):
+    with torch.no_grad():
+        block(model).conv_dw.weight.mul_(2)
+
+
+def _double_output(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 2
+
+
+def _double_stage(model):
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.blocks[4].__class__ = Doubled
+
+
+def _double_block(model):
+    class Doubled(type(block(model))):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    block(model).__class__ = Doubled
+
+
+CHANGES = {
+    "load_state_dict": _load,
+    "optimizer step": _step,
+    "weight in place": _write,
+    "weight.data": lambda m: setattr(block(m).conv_pw.weight, "data", block(m).conv_pw.weight * 2),
+    "parameter": lambda m: setattr(block(m).conv_pw, "weight", nn.Parameter(block(m).conv_pw.weight * 2)),
+    "buffer": lambda m: setattr(block(m).bn2, "running_var", block(m).bn2.running_var * 4),
+    "epsilon of the stem": lambda m: setattr(m.bn1, "eps", 1.0),
+    "epsilon of a block": lambda m: setattr(block(m).bn1, "eps", 1.0),
+    "epsilon of the head": lambda m: setattr(m.bn2, "eps", 1.0),
+    "stride": lambda m: setattr(m.conv_stem, "stride", (1, 1)),
+    "activation": lambda m: setattr(block(m).bn1, "act", nn.ReLU()),
+    "pool": lambda m: m.reset_classifier(10, "max"),
+    "a block less": lambda m: m.blocks[4].__delitem__(-1),
+    "a block more": _append,
+    "a stock stage": _replace_by_stock,
+    "class of a stage": _double_stage,
+    "class of a block": _double_block,
+    "forward of a stage": lambda m: _double_output(m.blocks[4]),
+    "forward of a block": lambda m: _double_output(block(m)),
+    "forward of all blocks": lambda m: _double_output(m.blocks),
+    "forward of a convolution": lambda m: _double_output(block(m).conv_dw),
+    "forward of the head": lambda m: _double_output(m.conv_head),
+    "forward_features": lambda m: setattr(m, "forward_features", lambda x: type(m).forward_features(m, x) * 2),
+    "hook on the stem": lambda m: m.conv_stem.register_forward_hook(lambda _m, _i, y: y * 2),
+    "hook on all blocks": lambda m: m.blocks.register_forward_hook(lambda _m, _i, y: y * 2),
+    "hook on a stage": lambda m: m.blocks[4].register_forward_pre_hook(lambda _m, i: i[0] * 2),
+    "hook on a block": lambda m: block(m).register_forward_hook(lambda _m, _i, y: y * 2),
+    "hook on a convolution": lambda m: block(m).conv_dw.register_forward_hook(lambda _m, _i, y: y * 2),
+    "hook on the pool": lambda m: m.global_pool.register_forward_hook(lambda _m, _i, y: y * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_noticed(change, x):
+    """By the next call and, once that is settled, by those that are kept after it."""
+    model = ek.patch(build("tf_efficientnetv2_b0"))
+    before = warm(model, x)[0]
+    CHANGES[change](model)
+    with torch.inference_mode():
+        got = [model(x) for _ in range(5)]
+    # deepcopy would leave a forward on the instance bound to the original, so the stock modules tell what is right
+    with torch.no_grad():
+        expected = ek.unpatch(model)(x)
+    assert all(torch.equal(y, got[0]) for y in got)
+    torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got[0], before, rtol=1e-3, atol=1e-3), "the change changed nothing"
+
+
+def test_hooks_are_called(patched, x, replayed):
+    warm(patched, x)
+    replayed.clear()
+    seen = []
+    handles = [m.register_forward_hook(lambda m, *_: seen.append(m)) for m in (patched.blocks[4], block(patched))]
+    with torch.inference_mode():
+        for _ in range(4):
+            patched(x)
+        assert len(seen) == 8
+        assert len(replayed) > 4  # block by block
+        for handle in handles:
+            handle.remove()
+        replayed.clear()
+        patched(x)
+    assert len(seen) == 8
+    assert len(replayed) == 1
+
+
+def test_training_and_back(patched, x, replayed):
+    warm(patched, x)
+    twin = copy.deepcopy(patched)
+    for model in (patched, twin):
+        model.train()
+        with torch.no_grad():
+            model(x)
+        model.eval()
+    assert torch.equal(patched.bn2.running_mean, twin.bn2.running_mean)
+    replayed.clear()
+    with torch.inference_mode():
+        got = [patched(x) for _ in range(4)]
+    expected = the_long_way(twin, x)
+    assert all(torch.equal(y, expected) for y in got)
+    assert len(replayed) == 2
+
+
+def test_one_batch_norm_in_training(patched, x):
+    warm(patched, x)
+    twin = copy.deepcopy(patched)
+    for model in (patched, twin):
+        block(model).bn1.train()
+        with torch.no_grad():
+            model(x)
+    assert torch.equal(block(patched).bn1.running_mean, block(twin).bn1.running_mean)
+
+
+def test_half_and_back(patched, x, replayed):
+    warm(patched, x)
+    for model in (patched, twin := copy.deepcopy(patched)):
+        model.half().float()
+    expected = the_long_way(twin, x)
+    replayed.clear()
+    with torch.inference_mode():
+        assert all(torch.equal(patched(x), expected) for _ in range(4))
+    assert len(replayed) == 2
+
+
+def test_gradients_autocast_and_dispatch_take_the_long_way(patched, x, replayed):
+    warm(patched, x)
+    replayed.clear()
+    patched(x).sum().backward()
+    assert all(p.grad is not None for p in patched.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert patched(x).dtype == torch.bfloat16
+    with torch.no_grad(), FlopCounterMode(display=False):
+        patched(x)
+    assert not replayed
+
+
+def test_other_ways_through_the_model(patched, x, replayed):
+    """Intermediate features, checkpointing and features_only see every stage."""
+    stock = ek.unpatch(copy.deepcopy(patched))
+    warm(patched, x)
+    with torch.no_grad():
+        _, features = patched.forward_intermediates(x)
+        _, expected = stock.forward_intermediates(x)
+    for y, s in zip(features, expected, strict=True):
+        torch.testing.assert_close(y, s, rtol=1e-4, atol=1e-4)
+    replayed.clear()
+    patched.set_grad_checkpointing(True)
+    with torch.inference_mode():
+        patched(x)
+    assert len(replayed) != 1
+
+
+def test_a_choice_of_backend_is_noticed(patched, x, replayed, monkeypatch):
+    warm(patched, x)
+    replayed.clear()
+    with torch.inference_mode():
+        with ek.use_backend("reference"):
+            patched(x)
+        monkeypatch.setenv("EFFNET_KERNELS_BACKEND", "reference")
+        patched(x)
+        monkeypatch.undo()
+        ek.patch(block(patched), backend="reference")
+        patched(x)
+    assert not replayed
+
+
+def test_unpatching_is_noticed(patched, x, replayed):
+    first = warm(patched, x)[0]
+    replayed.clear()
+    ek.unpatch(patched)
+    with torch.inference_mode():
+        patched(x)
+        assert not replayed
+        ek.patch(patched)
+        assert torch.equal(patched(x), first)
+
+
+def test_an_instruction_set_is_noticed(patched, x, replayed):
+    before = warm(patched, x)[0]
+    chosen = native.instruction_set()
+    replayed.clear()
+    native.set_instruction_set("generic")
+    try:
+        with torch.inference_mode():
+            torch.testing.assert_close(patched(x), before, rtol=1e-4, atol=1e-4)
+        assert not replayed
+    finally:
+        native.set_instruction_set(chosen)
+
+
+def test_threads_change_nothing(patched, x, replayed):
+    before = warm(patched, x)[0]
+    threads = torch.get_num_threads()
+    replayed.clear()
+    try:
+        with torch.inference_mode():
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                assert torch.equal(patched(x), before)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(replayed) == 3
+
+
+@torch.inference_mode()
+def test_inputs_may_alternate(patched, replayed):
+    inputs = [images(2, 37), images(1, 37), images(2, 48)]
+    expected = [the_long_way(patched, i) for i in inputs]
+    for _ in range(3):
+        for i, y in zip(inputs, expected, strict=True):
+            assert torch.equal(patched(i), y)
+    replayed.clear()
+    for _ in range(2):
+        for i, y in zip(inputs, expected, strict=True):
+            assert torch.equal(patched(i), y)
+    assert len(replayed) == 6
+    assert len({id(kept.state) for kept in replayed}) == 1
+
+
+def test_what_is_kept_dies_with_the_model(x, replayed):
+    patched = ek.patch(build("test_efficientnet"))
+    warm(patched, x)
+    (joined,) = replayed
+    number, weight = joined.number, weakref.ref(block(patched).conv_pw.weight)
+    names = {id(m) for m in patched.modules()}
+    del joined, patched
+    replayed.clear()
+    gc.collect()
+    assert weight() is None
+    assert not names & {name for name, _ in replay._known}
+    with pytest.raises(RuntimeError, match="must be the number of a kept call"):
+        torch.ops.effnet_kernels_cpu.replay(number, x, x)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_keep_for_themselves(patched, x, replayed, clone):
+    before = warm(patched, x)[0]
+    twin = clone(patched)
+    with torch.no_grad():
+        for p in patched.parameters():
+            p.zero_()
+    replayed.clear()
+    assert all(torch.equal(y, before) for y in warm(twin, x))
+    assert len(replayed) == 1
+
+
+def test_threads_share_one_route(patched, x):
+    inputs = [x, x.flip(3)]
+    expected = [warm(patched, i)[0] for i in inputs]
+    wrong = []
+
+    def work(i):
+        with torch.inference_mode():
+            wrong.extend(n for n in range(50) if not torch.equal(patched(inputs[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_joining_checks_its_arguments(patched, x, replayed):
+    warm(patched, x)
+    join = torch.ops.effnet_kernels_cpu.join
+    with pytest.raises(RuntimeError, match="must be the number of a kept call"):
+        join([10**9], [])
+    with pytest.raises(RuntimeError, match="sizes must have 4 numbers"):
+        join([replayed[0].number] * 2, [1, 2, 3])
+    with pytest.raises(RuntimeError, match="sizes must have 4 numbers"):
+        join([], [])
