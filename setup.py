@@ -123,6 +123,7 @@ class BuildNative(build_ext):
             ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
             ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
             ("csrc/cpu/scratch.cpp", "scratch", COMMON),
+            ("csrc/snapshot.cpp", "bindings", [*COMMON, "-isystem", sysconfig.get_path("include")]),
         ]
         for name, flags in INSTRUCTION_SETS.items():
             if X86 or name == "generic":

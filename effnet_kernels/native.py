@@ -3,10 +3,14 @@
 They are built against PyTorch's stable ABI: one file serves every torch >= 2.11 and every Python.
 """
 
+import ctypes
 import functools
 import os
+import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +111,35 @@ def packed(weight: Tensor) -> Tensor:
         copy = torch.ops.effnet_kernels_cpu.pack.default(weight.detach())
     _packed[key] = (weakref.ref(weight, lambda _: _packed.pop(key, None)), version, address, copy)
     return copy
+
+
+class Snapshot:
+    """Dictionaries and the classes of objects at one moment: all keys, values and classes, by identity.
+
+    It keeps them alive. ``holds`` is false everywhere where the library was built without Python's headers, and
+    without the GIL, which keeps the dictionaries still while they are looked at.
+    """
+
+    def __init__(self, dicts: Sequence[dict[str, Any]], objects: Sequence[object]) -> None:
+        self._pointer = None
+        functions = _snapshots()
+        if functions is not None:
+            take, self._holds, forget = functions
+            self._pointer = take([*dicts], [*objects])
+            weakref.finalize(self, forget, self._pointer).atexit = False
+
+    def holds(self) -> bool:
+        """Whether every dictionary has the same entries in the same order, and every object the same class."""
+        return self._pointer is not None and bool(self._holds(self._pointer))
+
+
+@functools.cache
+def _snapshots() -> tuple[Any, Any, Any] | None:
+    library = ctypes.PyDLL(str(_CPU_LIBRARY))  # it leaves the GIL where it is
+    if not hasattr(library, "effnet_snapshot") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    take, holds, forget = library.effnet_snapshot, library.effnet_snapshot_holds, library.effnet_snapshot_forget
+    take.argtypes, take.restype = [ctypes.py_object, ctypes.py_object], ctypes.c_void_p
+    holds.argtypes, holds.restype = [ctypes.c_void_p], ctypes.c_int
+    forget.argtypes, forget.restype = [ctypes.c_void_p], None
+    return take, holds, forget

@@ -76,18 +76,16 @@ class State:
         self.backends = {backend: requested(backend) for backend in backends}
         self.generation = native.generation()
 
+        self.snapshot = self._snapshot()
+
     def still(self) -> bool:
         """Whether all is as it was."""
-        try:
-            if self._values() != self.values:
+        if not self.snapshot.holds():
+            # Other objects may be of the same value: only a comparison tells.
+            snapshot = self._snapshot()
+            if not self._compare():
                 return False
-        except KeyError:
-            return False
-        if [*map(len, self.dicts)] != self.sizes or [*map(type, self.modules)] != self.types:
-            return False
-        held = self._held()
-        if len(held) != len(self.held) or not all(map(is_, held, self.held)):
-            return False
+            self.snapshot = snapshot
         if [*map(_version, self.weights)] != self.versions or [*map(_address, self.weights)] != self.addresses:
             return False
         if native.generation() != self.generation:
@@ -100,6 +98,22 @@ class State:
                 return False
             self.handles = RemovableHandle.next_id
         return True
+
+    def _snapshot(self) -> native.Snapshot:
+        """Of all that ``_compare`` looks at."""
+        return native.Snapshot([*self.dicts, *self.contents], self.modules)
+
+    def _compare(self) -> bool:
+        """Whether the modules have the same classes and contents, and settings of the same value."""
+        try:
+            if self._values() != self.values:
+                return False
+        except KeyError:
+            return False
+        if [*map(len, self.dicts)] != self.sizes or [*map(type, self.modules)] != self.types:
+            return False
+        held = self._held()
+        return len(held) == len(self.held) and all(map(is_, held, self.held))
 
     def _values(self) -> list[Any]:
         return [get(d) for d, get in self.settings]
