@@ -18,30 +18,39 @@ struct FusedMBConv {
   int64_t strip;  // output rows
 };
 
-// Rows [first, first + n) of the padded input, `width` pixels each, as fp32 [n][width][C].
+// Rows [first, first + n) of the padded input, `width` pixels each, as words [n][width][words of C].
 template <class T>
 static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int64_t n, int64_t left,
-                             int64_t width, float* to) {
-  const int64_t channels = x.size[1], h = x.size[2], w = x.size[3];
-  for (int64_t r = 0; r < n; ++r, to += width * channels) {
+                             int64_t width, float* out) {
+  using Out = Operand<T>;
+  const int64_t channels = x.size[1], pixel = places<T>(channels), h = x.size[2], w = x.size[3];
+  auto* to = reinterpret_cast<Out*>(out);
+  for (int64_t r = 0; r < n; ++r, to += width * pixel) {
     const int64_t y = first + r;
     if (y < 0 || y >= h) {
-      std::memset(to, 0, width * channels * sizeof(float));
+      std::memset(static_cast<void*>(to), 0, width * pixel * sizeof(Out));
       continue;
     }
-    const int64_t copied = min64(w, width - left);
-    std::memset(to, 0, left * channels * sizeof(float));
-    std::memset(to + (left + copied) * channels, 0, (width - left - copied) * channels * sizeof(float));
     const T* row = at<const T>(x, image) + y * x.stride[2];
-    float* inside = to + left * channels;
-    if (x.stride[1] == 1 && x.stride[3] == channels) {
+    const int64_t copied = min64(w, width - left);
+    Out *inside = to + left * pixel, *end = inside + copied * pixel;
+    std::memset(static_cast<void*>(to), 0, left * pixel * sizeof(Out));
+    std::memset(static_cast<void*>(end), 0, (width - left - copied) * pixel * sizeof(Out));
+    if (x.stride[1] == 1 && x.stride[3] == channels && pixel == channels) {
       for (int64_t i = 0; i < copied * channels; i += kWidth)
         store_first(inside + i, load_first(row + i, copied * channels - i), copied * channels - i);
       continue;
     }
+    if (pixel > channels) std::memset(static_cast<void*>(inside), 0, copied * pixel * sizeof(Out));
     for (int64_t c = 0; c < channels; ++c) {
-      const Vector line{row + c * x.stride[1], x.is_bf16, x.stride[3]};
-      for (int64_t i = 0; i < copied; ++i) inside[i * channels + c] = element(line, i);
+      const T* line = row + c * x.stride[1];
+      Out* column = inside + place<T>(c, channels);
+      for (int64_t i = 0; i < copied; ++i) {
+        if constexpr (kPairs<T>)
+          column[i * pixel] = line[i * x.stride[3]];
+        else
+          column[i * pixel] = to_float(line[i * x.stride[3]]);
+      }
     }
   }
 }
@@ -49,16 +58,16 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
 template <class T>
 static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f, int64_t image, int64_t oy,
                                int64_t rows) {
-  const int64_t in = p.x.size[1], ow = p.y.size[3], kh = p.weight.source.size[2],
+  const int64_t in = words<T>(p.x.size[1]), ow = p.y.size[3], kh = p.weight.source.size[2],
                 kw = p.weight.source.size[3];
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
-  const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_floats = width * in;
+  const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_words = width * in;
   Scratch scratch;
-  float* window = scratch.take(((rows - 1) * sh + kh) * row_floats);
+  float* window = scratch.take(((rows - 1) * sh + kh) * row_words);
   copy_window_rows<T>(p.x, image, oy * sh - p.window.top, (rows - 1) * sh + kh, p.window.left, width, window);
 
-  const Taps taps{kh, row_floats, kw * in, kw * in};
+  const Taps taps{kh, row_words, kw * in, kw * in};
   const bool project = p.project.source.data != nullptr;
   float* mid = project ? scratch.take(slices * pixels * kSlice) : nullptr;  // [slice][pixel][kSlice]
   T* y = at<T>(p.y, image);
@@ -68,7 +77,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
     const float* panel = f.expand.panel(slice);
     const int64_t cols = f.expand.cols(slice);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* a = window + r * sh * row_floats;
+      const float* a = window + r * sh * row_words;
       if (!project) {
         const Store<T> store_to{y, residual, mid_channels, p.act};
         multiply(a, sw * in, taps, ow, f.expand, panel, slice, f.expand_affine, store_to,
@@ -76,15 +85,19 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
         continue;
       }
       float* to = mid + (slice * pixels + r * ow) * kSlice;
-      for_each_tile(ow, [&](int64_t begin, int64_t n) {
-        run_tile(n, cols, a + begin * sw * in, sw * in, taps, panel, f.expand_affine.scale + slice * kSlice,
-                 f.expand_affine.shift + slice * kSlice, to + begin * kSlice, kSlice);
+      TileSetup<T> setup(taps);
+      for_each_tile(ow, setup, [&](int64_t begin, int64_t n) {
+        run_tile<T>(n, cols, a + begin * sw * in, sw * in, taps, panel,
+                    f.expand_affine.scale + slice * kSlice, f.expand_affine.shift + slice * kSlice,
+                    to + begin * kSlice, kSlice);
       });
       for (int64_t i = 0; i < ow; ++i) activate_all(p.act, to + i * kSlice, cols);
+      if constexpr (kPairs<T>) to_operand<T>(to, ow, min64(kSlice, mid_channels - slice * kSlice), nullptr);
     }
   }
   if (!project) return;
-  const Taps mid_taps{slices, pixels * kSlice, kSlice, mid_channels - (slices - 1) * kSlice};
+  const Taps mid_taps{slices, pixels * kSlice, words<T>(kSlice),
+                      words<T>(mid_channels - (slices - 1) * kSlice)};
   const Store<T> store_to{y, residual, f.project.n, kIdentity};
   for (int64_t panel = 0; panel < f.project.panels(); ++panel)
     multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, f.project_affine,

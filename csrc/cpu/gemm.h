@@ -5,27 +5,23 @@
 // A "tap" is a stretch of A that is contiguous in memory: all channels of a pixel for a 1x1 convolution,
 // one row of a kxk window for a dense one, one channel slice of a blocked map for a projection.
 //
+// Elements of a and panel are words (operands.h): fp32 values, or pairs of bf16 with their two products.
+//
 // A tile of kMaxRows x 2 vectors of accumulators stays in registers: per step of k, 2 loads of weights and
 // 12 broadcasts feed 24 FMAs (AVX-512), so the FMA units are the limit as long as the panel, K x 32 floats,
 // is in L1 or L2.
 #pragma once
 
-#include "simd.h"
+#include "operands.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 
-// The stretches of A that one output row sums over: `taps` of K elements, the last one of K_last.
-struct Taps {
-  int64_t count, stride, k, k_last;
-  int64_t total() const { return (count - 1) * k + k_last; }
-};
-
-constexpr int64_t kCacheLine = 16;  // floats
+constexpr int64_t kCacheLine = 16;  // words
 
 // `ahead` is what the L2 should have next, a cache line for every step of k: weights come from the L3 or
 // from memory, and a network's are larger than any cache of a core.
-template <int kRows, int kCols, bool kAhead>
+template <class T, int kRows, int kCols, bool kAhead>
 static void tile(const float* a, int64_t a_stride, const Taps& taps, const float* panel, const float* scale,
                  const float* shift, float* c, int64_t c_stride, const float* ahead) {
   vf acc[kRows][kCols] = {};
@@ -41,9 +37,9 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
       for (int j = 0; j < kCols; ++j) weights[j] = load(panel + j * kWidth);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const vf value = splat(rows[i / 3][i % 3 * a_stride + k]);
+        const vf value = broadcast<T>(rows[i / 3] + i % 3 * a_stride + k);
 #pragma GCC unroll 8
-        for (int j = 0; j < kCols; ++j) acc[i][j] += value * weights[j];
+        for (int j = 0; j < kCols; ++j) acc[i][j] = multiply_add<T>(acc[i][j], value, weights[j]);
       }
     }
   }
@@ -55,33 +51,44 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
   }
 }
 
-template <int kRows>
+template <class T, int kRows>
 static void tiles_up_to(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                         const float* panel, const float* scale, const float* shift, float* c,
                         int64_t c_stride, const float* ahead) {
   if (rows == kRows) {
-    const auto run = cols == 1 ? tile<kRows, 1, false>
-                     : ahead   ? tile<kRows, kVectors, true>
-                               : tile<kRows, kVectors, false>;
+    const auto run = cols == 1 ? tile<T, kRows, 1, false>
+                     : ahead   ? tile<T, kRows, kVectors, true>
+                               : tile<T, kRows, kVectors, false>;
     return run(a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
   }
   if constexpr (kRows > 1)
-    tiles_up_to<kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+    tiles_up_to<T, kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
 }
 
-// `rows` <= kMaxRows rows of c by `cols` <= kVectors vectors.
+// Rows of a tile at most, and what a thread has to set up around its tiles.
+template <class T>
+constexpr int64_t kTileRows = kMaxRows;
+template <class T>
+struct TileSetup {
+  explicit TileSetup(const Taps&) {}
+  void set(int64_t) {}
+};
+
+// `rows` <= kTileRows<T> rows of c by `cols` <= kVectors vectors, inside for_each_tile.
+template <class T>
 static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                             const float* panel, const float* scale, const float* shift, float* c,
                             int64_t c_stride, const float* ahead = nullptr) {
-  tiles_up_to<kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+  tiles_up_to<Operand<T>, kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
 }
 
-// Splits [0, n) into the fewest tiles of at most kMaxRows rows, as even as they come.
-template <class Body>
-static inline void for_each_tile(int64_t n, const Body& body) {
-  int64_t tiles = div_up(n, kMaxRows);
+// Splits [0, n) into the fewest tiles of at most kTileRows<T> rows, as even as they come.
+template <class T, class Body>
+static inline void for_each_tile(int64_t n, TileSetup<T>& setup, const Body& body) {
+  int64_t tiles = div_up(n, kTileRows<T>);
   for (int64_t begin = 0; begin < n; --tiles) {
     const int64_t rows = div_up(n - begin, tiles);
+    setup.set(rows);
     body(begin, rows);
     begin += rows;
   }
@@ -95,7 +102,7 @@ static inline const float* ahead_of(const float* next, int64_t tile, int64_t k) 
 }
 
 // Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where
-// that is enough), each [K][width], columns beyond the last channel zero.
+// that is enough), each [K][width] words, columns beyond the last channel zero.
 struct Packed {
   float* data;
   int64_t n, k;
@@ -128,10 +135,12 @@ static inline void transpose(vf (&rows)[kWidth]) {
   if constexpr (2 * kApart < kWidth) transpose<2 * kApart>(rows);
 }
 
-// One panel of a convolution weight [O][I][KH][KW] of any strides, in the order [KH][KW][I][columns].
+// One panel of a convolution weight [O][I][KH][KW] of any strides, in the order [KH][KW][words of
+// I][columns].
 template <class T>
 static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
-  const int64_t cols = packed.cols(p), width = cols * kWidth, in = weight.size[1];
+  const int64_t cols = packed.cols(p), width = cols * kWidth, channels = weight.size[1];
+  const int64_t in = words<T>(channels), whole = kPairs<T> ? channels / 2 : channels;
   const int64_t so = weight.stride[0], si = weight.stride[1];
   float* out = packed.panel(p);
   for (int64_t y = 0; y < weight.size[2]; ++y) {
@@ -143,10 +152,10 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
         float* to = out + j * kWidth;
         int64_t i = 0;
         if (si == 1 && valid == kWidth) {
-          for (; i + kWidth <= in; i += kWidth) {
+          for (; i + kWidth <= whole; i += kWidth) {
             vf block[kWidth];
 #pragma GCC unroll 16
-            for (int o = 0; o < kWidth; ++o) block[o] = load(src + o * so + i);
+            for (int o = 0; o < kWidth; ++o) block[o] = load_words(src + o * so, i);
             transpose(block);
 #pragma GCC unroll 16
             for (int d = 0; d < kWidth; ++d) store(to + (i + d) * width, block[d]);
@@ -154,7 +163,7 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
         }
         for (; i < in; ++i) {
           float lanes[kWidth] = {};
-          for (int64_t o = 0; o < valid; ++o) lanes[o] = to_float(src[o * so + i * si]);
+          for (int64_t o = 0; o < valid; ++o) lanes[o] = word(src + o * so, si, i, channels);
           store(to + i * width, load(lanes));
         }
       }
@@ -164,7 +173,8 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
 
 static inline Packed packed_of(const Weight& weight) {
   const auto& size = weight.source.size;
-  return {weight.packed, size[0], size[1] * size[2] * size[3]};
+  const int64_t in = weight.source.is_bf16 ? words<bf16>(size[1]) : size[1];
+  return {weight.packed, size[0], in * size[2] * size[3]};
 }
 
 [[maybe_unused]] static int64_t packed_floats(const Tensor4& weight) {
@@ -186,14 +196,14 @@ constexpr int64_t kSamples = 16;
 // `weight.data.copy_(...)`, unless they leave nearly all of the weight as it was.
 template <class T>
 static bool sample_matches(const Tensor4& source, const Packed& packed) {
-  const int64_t in = source.size[1], kw = source.size[3], area = source.size[2] * kw;
+  const int64_t in = words<T>(source.size[1]), kw = source.size[3], area = source.size[2] * kw;
   const int64_t samples = min64(kSamples, max64(packed.n, packed.k));
   for (int64_t i = 0; i < samples; ++i) {
-    const int64_t row = i * packed.n / samples, k = i * packed.k / samples;  // k counts [KH][KW][I]
+    const int64_t row = i * packed.n / samples, k = i * packed.k / samples;  // k counts [KH][KW][words of I]
     const int64_t tap = area == 1 ? 0 : k / in, y = area == 1 ? 0 : tap / kw;
-    const float value = to_float(
-        static_cast<const T*>(source.data)[row * source.stride[0] + (k - tap * in) * source.stride[1] +
-                                           y * source.stride[2] + (tap - y * kw) * source.stride[3]]);
+    const T* row_of_tap = static_cast<const T*>(source.data) + row * source.stride[0] + y * source.stride[2] +
+                          (tap - y * kw) * source.stride[3];
+    const float value = word(row_of_tap, source.stride[1], k - tap * in, source.size[1]);
     const int64_t panel = row / kSlice;
     const float copy = packed.panel(panel)[k * packed.width(panel) + row % kSlice];
     if (std::memcmp(&value, &copy, sizeof(value)) != 0) return false;
@@ -243,10 +253,11 @@ static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, 
                             const Store<T>& out, int64_t first_pixel, const float* next = nullptr) {
   const int64_t channel = p * kSlice, n = min64(kSlice, packed.n - channel);
   int64_t number = 0;
-  for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
-    alignas(64) float c[kMaxRows * kSlice];
-    run_tile(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
-             affine.shift + channel, c, kSlice, ahead_of(next, number++, packed.k));
+  TileSetup<T> setup(taps);
+  for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
+    alignas(64) float c[kTileRows<T> * kSlice];
+    run_tile<T>(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
+                affine.shift + channel, c, kSlice, ahead_of(next, number++, packed.k));
     out(c, rows, first_pixel + begin, channel, n);
   });
 }

@@ -18,15 +18,6 @@ struct MBConv {
   Affine expand_affine, project_affine;
 };
 
-// Multiplies slice [pixels][kSlice] by the gate of its channels.
-static inline void scale_slice(float* slice, int64_t pixels, const float* gate) {
-  vf g[kVectors];
-  for (int64_t j = 0; j < kVectors; ++j) g[j] = load(gate + j * kWidth);
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int64_t j = 0; j < kVectors; ++j)
-      store(slice + i * kSlice + j * kWidth, load(slice + i * kSlice + j * kWidth) * g[j]);
-}
-
 // to = panel with row k multiplied by gate[k].
 static inline void scale_panel(const float* panel, int64_t k, int64_t cols, const float* gate, float* to) {
   for (int64_t i = 0; i < k; ++i)
@@ -45,7 +36,7 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   float* mean = scratch.take(slices * kSlice);
   float* gate = scratch.take(slices * kSlice);
 
-  const float* rows = nullptr;  // x in fp32, for the expand GEMM
+  const float* rows = nullptr;  // x in words, for the expand GEMM
   if (p.expand.source.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
 
   depthwise_image(d, pool, p.se.w_reduce.data ? mean : nullptr, [&](int64_t slice, const auto& run) {
@@ -57,15 +48,17 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
           finish);
       return;
     }
-    const Taps taps{1, 0, in, in};
+    const int64_t k = words<T>(in);
+    const Taps taps{1, 0, k, k};
+    TileSetup<T> setup(taps);
     const float* panel = m.expand.panel(slice);
     const float *scale = m.expand_affine.scale + slice * kSlice,
                 *shift = m.expand_affine.shift + slice * kSlice;
     const float* next = m.expand.next(slice + pool.threads);
     const auto fill = [&](int64_t iy, float* row) {
-      for_each_tile(d.w, [&](int64_t begin, int64_t n) {
-        run_tile(n, cols, rows + (iy * d.w + begin) * in, in, taps, panel, scale, shift, row + begin * kSlice,
-                 kSlice, begin > 0 ? nullptr : ahead_of(next, iy, in));
+      for_each_tile(d.w, setup, [&](int64_t begin, int64_t n) {
+        run_tile<T>(n, cols, rows + (iy * d.w + begin) * k, k, taps, panel, scale, shift,
+                    row + begin * kSlice, kSlice, begin > 0 ? nullptr : ahead_of(next, iy, k));
       });
       if (cols == kVectors) return activate_all(p.act, row, d.w * kVectors);
       for (int64_t i = 0; i < d.w; ++i) activate_all(p.act, row + i * kSlice, cols);
@@ -74,25 +67,29 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   });
 
   const float* weights = m.project.data;
-  if (p.se.w_reduce.data) {
+  const bool gated = p.se.w_reduce.data != nullptr;
+  if (gated) {
     gate_of_image(p.se, mean, gate, pool);
     for (int64_t c = d.channels; c < slices * kSlice; ++c) gate[c] = 0;
-    const bool small = d.channels * min64(out, pixels) < (1 << 16);
-    if (pixels <= out) {
-      parallel(small ? alone : pool, slices, [&](int64_t slice) {
-        scale_slice(mid + slice * pixels * kSlice, pixels, gate + slice * kSlice);
-      });
-    } else {
-      float* scaled = scratch.take(m.project.floats());
-      parallel(small ? alone : pool, m.project.panels(), [&](int64_t panel) {
-        const float* from = m.project.panel(panel);
-        scale_panel(from, m.project.k, m.project.cols(panel), gate, scaled + (from - m.project.data));
-      });
-      weights = scaled;
-    }
+  }
+  // Pairs have to be made of the map in any case, and gated weights would be rounded where stock's are not.
+  const bool of_map = kPairs<T> || (gated && pixels <= out);
+  const bool small = d.channels * (of_map ? pixels : out) < (1 << 16);
+  if (of_map) {
+    parallel(small ? alone : pool, slices, [&](int64_t slice) {
+      to_operand<T>(mid + slice * pixels * kSlice, pixels, min64(kSlice, d.channels - slice * kSlice),
+                    gated ? gate + slice * kSlice : nullptr);
+    });
+  } else if (gated) {
+    float* scaled = scratch.take(m.project.floats());
+    parallel(small ? alone : pool, m.project.panels(), [&](int64_t panel) {
+      const float* from = m.project.panel(panel);
+      scale_panel(from, m.project.k, m.project.cols(panel), gate, scaled + (from - m.project.data));
+    });
+    weights = scaled;
   }
 
-  const Taps taps{slices, pixels * kSlice, kSlice, d.channels - (slices - 1) * kSlice};
+  const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
   const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
   const int64_t panels = m.project.panels();
   parallel(pool, div_up(pixels, kPixelBlock) * panels, [&](int64_t i) {

@@ -7,21 +7,23 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
-// A block of pixels as fp32 rows that the tiles can read: x itself where nothing needs doing, else a copy
+// A block of pixels as rows of words that the tiles can read: x itself where nothing needs doing, else a copy
 // with the gate multiplied in.
 template <class T>
 static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels, const float* gate,
                                    Scratch& scratch) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (gate == nullptr) return x;
+  if constexpr (std::is_same_v<T, Operand<T>>) {
+    if (gate == nullptr && places<T>(channels) == channels) return reinterpret_cast<const float*>(x);
   }
-  float* rows = scratch.take(pixels * channels);
+  float* rows = scratch.take(pixels * words<T>(channels));
   for (int64_t i = 0; i < pixels; ++i) {
+    auto* row = reinterpret_cast<Operand<T>*>(rows + i * words<T>(channels));
     for (int64_t c = 0; c < channels; c += kWidth) {
       vf value = load_first(x + i * channels + c, channels - c);
       if (gate) value = value * load_first(gate + c, channels - c);
-      store_first(rows + i * channels + c, value, channels - c);
+      store_first(row + c, value, channels - c);
     }
+    close_pair<T>(row, channels);
   }
   return rows;
 }
@@ -32,7 +34,8 @@ template <class T>
 static void pointwise_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
                             int64_t image, const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
-  const Taps taps{1, 0, in, in};
+  const int64_t k = words<T>(in);
+  const Taps taps{1, 0, k, k};
   const T* x = at<const T>(p.x, image);
   const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out,
                           p.act};
@@ -41,7 +44,7 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, cons
     Scratch scratch;
     const float* a = rows_of(x + first * in, n, in, p.gate ? p.gate + image * in : nullptr, scratch);
     for (int64_t panel = 0; panel < packed.panels(); ++panel)
-      multiply(a, in, taps, n, packed, packed.panel(panel), panel, affine, store_to, first);
+      multiply(a, k, taps, n, packed, packed.panel(panel), panel, affine, store_to, first);
   });
 }
 
@@ -50,7 +53,8 @@ template <class T>
 static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
                                  int64_t image, const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
-  const Taps taps{1, 0, in, in};
+  const int64_t k = words<T>(in);
+  const Taps taps{1, 0, k, k};
   Scratch scratch;
   const float* a =
       rows_of(at<const T>(p.x, image), pixels, in, p.gate ? p.gate + image * in : nullptr, scratch);
@@ -58,10 +62,11 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
   parallel(pool, packed.panels(), [&](int64_t panel) {
     const int64_t channel = panel * kSlice, n = min64(kSlice, out - channel), cols = packed.cols(panel);
     vf total[kVectors] = {};
-    for_each_tile(pixels, [&](int64_t begin, int64_t rows) {
-      alignas(64) float c[kMaxRows * kSlice];
-      run_tile(rows, cols, a + begin * in, in, taps, packed.panel(panel), affine.scale + channel,
-               affine.shift + channel, c, kSlice);
+    TileSetup<T> setup(taps);
+    for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
+      alignas(64) float c[kTileRows<T> * kSlice];
+      run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), affine.scale + channel,
+                  affine.shift + channel, c, kSlice);
       for (int64_t j = 0; j < cols; ++j) {
         vf sum = {};
         for (int64_t i = 0; i < rows; ++i) {
