@@ -30,12 +30,17 @@ COMMON = [
     "-fno-math-errno",
     *WARNINGS,
 ]
-# One build of kernels.cpp and kernels_train.cpp per instruction set; bindings_cpu.cpp chooses among them at run time.
+# One build of kernels.cpp per instruction set, and but for the last two one of kernels_train.cpp; at run time
+# csrc/cpu/instruction_sets.cpp says which of them can be used.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 INSTRUCTION_SETS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+BF16_SETS = ("avx512_bf16", "amx")
 
 
 # GPUs that the CUDA library has machine code for, unless TORCH_CUDA_ARCH_LIST says others; and PTX of the newest.
@@ -118,16 +123,19 @@ class BuildNative(build_ext):
 
     def build_cpu(self, ext: Extension) -> None:
         torch_compile, torch_link = torch_flags()
-        x86 = ["-DEFFNET_X86"] if X86 else []
+        sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if name == "generic" or self.compiles(flags)}
+        defines = ["-DEFFNET_X86"] if X86 else []
+        defines += [f"-DEFFNET_{name.upper()}" for name in BF16_SETS if name in sets]
         jobs = [
-            ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
-            ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *x86]),
-            ("csrc/cpu/scratch.cpp", "scratch", COMMON),
+            ("csrc/bindings_cpu.cpp", "bindings", [*COMMON, *torch_compile, *defines]),
+            ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *defines]),
+            ("csrc/cpu/instruction_sets.cpp", "common", [*COMMON, *defines]),
+            ("csrc/cpu/scratch.cpp", "common", COMMON),
             ("csrc/snapshot.cpp", "bindings", [*COMMON, "-isystem", sysconfig.get_path("include")]),
         ]
-        for name, flags in INSTRUCTION_SETS.items():
-            if X86 or name == "generic":
-                jobs += [(f"csrc/cpu/{file}.cpp", name, [*COMMON, *flags]) for file in ("kernels", "kernels_train")]
+        for name, flags in sets.items():
+            files = ["kernels"] if name in BF16_SETS else ["kernels", "kernels_train"]
+            jobs += [(f"csrc/cpu/{file}.cpp", name, [*COMMON, *flags]) for file in files]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             source, name, flags = job
@@ -140,6 +148,11 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=torch_link, target_lang="c++"
         )
+
+    def compiles(self, flags: list[str]) -> bool:
+        """Whether the C++ compiler knows these flags: GCC below 11 does not know AMX, others no x86 at all."""
+        command = [*self.compiler.compiler_so, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        return X86 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def build_cuda(self, ext: Extension) -> None:
         nvcc = find_nvcc()

@@ -12,36 +12,25 @@ namespace {
 
 // ---- instruction set -------------------------------------------------------------------------------------
 
-constexpr int kInstructionSets = 3;  // generic, avx2, avx512: native.INSTRUCTION_SETS less "auto"
-const Kernels* table_of(int64_t set) {
-  if (set == 0) return kernels_generic();
-#if defined(EFFNET_X86)
-  if (set == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
-  if (set == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return kernels_avx512();
-#endif
-  return nullptr;
-}
-
 int64_t widest() {
   int64_t set = kInstructionSets - 1;
-  while (table_of(set) == nullptr) --set;
+  while (refusal(set) != nullptr) --set;
   return set;
 }
 
 std::atomic<int64_t> chosen{widest()};
 
-const Kernels& kernels() { return *table_of(chosen.load(std::memory_order_relaxed)); }
+const Kernels& kernels() { return *kernels_of(chosen.load(std::memory_order_relaxed)); }
 
-// Codes count from 1; 0 is "auto".
+// Codes count native.INSTRUCTION_SETS: 0 is "auto", the others follow one below.
 int64_t instruction_set() { return chosen.load() + 1; }
 
-bool set_instruction_set(int64_t code) {
+// The reason why not, or nothing.
+std::string set_instruction_set(int64_t code) {
   const int64_t set = code == 0 ? widest() : code - 1;
-  if (set < 0 || set >= kInstructionSets || table_of(set) == nullptr) return false;
+  if (const char* reason = refusal(set)) return reason;
   chosen.store(set);
-  return true;
+  return "";
 }
 
 // ---- arguments -------------------------------------------------------------------------------------------
@@ -254,7 +243,7 @@ int64_t instruction_set_in_use() { return chosen.load(std::memory_order_relaxed)
 STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("pack(Tensor weight) -> Tensor");
-  m.def("set_instruction_set(int code) -> bool");
+  m.def("set_instruction_set(int code) -> str");
 #define POINTWISE_CONV_BN_ACT \
   "Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, Tensor? residual, bool pool"
 #define FUSED_MBCONV                                                              \

@@ -10,8 +10,8 @@ namespace {
 
 const TrainKernels& kernels() {
 #if defined(EFFNET_X86)
-  if (instruction_set_in_use() == 2) return *train_kernels_avx512();
-  if (instruction_set_in_use() == 1) return *train_kernels_avx2();
+  if (instruction_set_in_use() >= kAvx512) return *train_kernels_avx512();
+  if (instruction_set_in_use() == kAvx2) return *train_kernels_avx2();
 #endif
   return *train_kernels_generic();
 }

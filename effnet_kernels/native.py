@@ -17,7 +17,7 @@ from torch import Tensor
 
 _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
-INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512")
+INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @functools.cache
@@ -64,20 +64,21 @@ def _cuda_library() -> tuple[bool, str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: generic, avx2 or avx512."""
+    """The instruction set in use, one of ``INSTRUCTION_SETS`` less ``auto``."""
     return INSTRUCTION_SETS[torch.ops.effnet_kernels_cpu.instruction_set()]
 
 
 def set_instruction_set(name: str) -> None:
-    """Choose the instruction set of the CPU kernels, process-wide; ``auto`` is the widest one.
+    """Choose the instruction set of the CPU kernels, process-wide; ``auto`` is the last one that can run here.
 
     Raises:
-        ValueError: no such instruction set, or this machine cannot run it.
+        ValueError: no such instruction set, or this machine cannot run it, and why.
     """
     if name not in INSTRUCTION_SETS:
         raise ValueError(f"instruction set must be one of {INSTRUCTION_SETS}, got {name!r}")
-    if not torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name)):
-        raise ValueError(f"instruction set {name!r} cannot run on this machine")
+    refusal = torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name))
+    if refusal:
+        raise ValueError(f"instruction set {name!r} cannot run on this machine: {refusal}")
     _packed.clear()  # the layout of the copies belongs to the instruction set
     global _generation
     _generation += 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 
@@ -57,7 +58,9 @@ def test_unknown_instruction_set():
 
 
 def test_every_instruction_set_is_taken_or_refused(library):
-    refused = r"instruction set '\w+' cannot run on this machine"
+    refused = (
+        r"instruction set '\w+' cannot run on this machine: the (processor lacks|compiler of this build|operating)"
+    )
     taken = []
     for name in native.INSTRUCTION_SETS[1:]:
         with contextlib.suppress(ValueError):
@@ -78,14 +81,26 @@ def test_a_refused_instruction_set_changes_nothing(library):
     with pytest.raises(ValueError, match="must be one of"):
         native.set_instruction_set("avx9")
     assert native.instruction_set() == "generic"
-    assert not torch.ops.effnet_kernels_cpu.set_instruction_set(99)
-    assert not torch.ops.effnet_kernels_cpu.set_instruction_set(-1)
+    for code in (99, -1):
+        assert torch.ops.effnet_kernels_cpu.set_instruction_set(code) == "there is no such instruction set"
     assert native.instruction_set() == "generic"
 
 
 def test_the_environment_chooses_the_instruction_set(library):
     code = "from effnet_kernels import native; print(native.cpu_available(), native.instruction_set())"
     assert run_python(code, EFFNET_KERNELS_CPU_ISA="generic") == "(True, 'native C++, generic') generic"
+
+
+def test_the_environment_cannot_choose_what_the_machine_lacks(library):
+    for name in native.INSTRUCTION_SETS[1:]:
+        code = "from effnet_kernels import native; native.cpu_available()"
+        try:
+            native.set_instruction_set(name)
+        except ValueError as refusal:
+            with pytest.raises(AssertionError, match=f"ValueError: {re.escape(str(refusal))}"):
+                run_python(code, EFFNET_KERNELS_CPU_ISA=name)
+        else:
+            run_python(code, EFFNET_KERNELS_CPU_ISA=name)
 
 
 def test_the_library_loads_in_a_fresh_process(library):

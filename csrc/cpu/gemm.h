@@ -12,6 +12,7 @@
 // is in L1 or L2.
 #pragma once
 
+#include "gemm_amx.h"
 #include "operands.h"
 
 namespace effnet {
@@ -73,12 +74,26 @@ struct TileSetup {
   explicit TileSetup(const Taps&) {}
   void set(int64_t) {}
 };
+#if defined(__AMX_BF16__)
+template <>
+constexpr int64_t kTileRows<bf16> = kAmxRows;
+template <>
+struct TileSetup<bf16> : AmxShapes {
+  using AmxShapes::AmxShapes;
+};
+#endif
 
 // `rows` <= kTileRows<T> rows of c by `cols` <= kVectors vectors, inside for_each_tile.
 template <class T>
 static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                             const float* panel, const float* scale, const float* shift, float* c,
                             int64_t c_stride, const float* ahead = nullptr) {
+#if defined(__AMX_BF16__)
+  if constexpr (kPairs<T>) {
+    const auto run = cols == 1 ? amx_tile<1> : amx_tile<kVectors>;
+    return run(rows, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+  }
+#endif
   tiles_up_to<Operand<T>, kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
 }
 

@@ -13,7 +13,11 @@
 
 #include "common.h"
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define EFFNET_ISA amx
+#elif defined(__AVX512BF16__)
+#define EFFNET_ISA avx512_bf16
+#elif defined(__AVX512F__)
 #define EFFNET_ISA avx512
 #elif defined(__AVX2__)
 #define EFFNET_ISA avx2
@@ -58,9 +62,13 @@ EFFNET_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) =
 EFFNET_INLINE vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 
 EFFNET_INLINE vh narrow(vf v) {  // to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh(v);  // subnormals become zero
+#else
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40u, vh);
+#endif
 }
 
 EFFNET_INLINE vf load(const bf16* p) {

@@ -65,7 +65,7 @@ const TrainKernels* train_kernels_generic();
 const TrainKernels* train_kernels_avx2();
 const TrainKernels* train_kernels_avx512();
 
-// The instruction set in use: 0 generic, 1 AVX2, 2 AVX-512.
+// The InstructionSet in use.
 int64_t instruction_set_in_use();
 
 }  // namespace effnet
