@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-EMULATION := $(shell find tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+EMULATION := $(shell find tests/emulation tests/bf16 -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2

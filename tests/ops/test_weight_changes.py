@@ -61,9 +61,10 @@ CHANGES = (
 
 @each_sample
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_changes(name, change, backend):
-    problem = sample(name)
+def test_changes(name, change, dtype, backend):
+    problem = sample(name, dtype)
     problem.call(backend)
     for weight in weights(problem):
         change(weight)

@@ -1,0 +1,52 @@
+// The emulated instructions one by one, for test_instructions.py.
+#include "instructions.h"
+
+namespace {
+
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void vdpbf16ps(float* sum, const uint32_t* a, const uint32_t* b) {
+  const __m512 result = _mm512_dpbf16_ps(_mm512_loadu_ps(sum), (__m512bh)_mm512_loadu_si512(a),
+                                         (__m512bh)_mm512_loadu_si512(b));
+  _mm512_storeu_ps(sum, result);
+}
+
+void vcvtneps2bf16(const float* from, uint16_t* to) {
+  const __m256bh result = _mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+  std::memcpy(to, &result, sizeof(result));
+}
+
+// sum[rows][columns] += a[rows][depth] * b[depth][b_columns], all in 32-bit words, 16 to a row of memory.
+// Everything of the result register, 16 rows of 16, comes back.
+void tdpbf16ps(float* sum, const uint32_t* a, const uint32_t* b, int rows, int depth, int columns,
+               int b_columns) {
+  Config config;
+  const int shapes[4][2] = {{rows, columns}, {rows, depth}, {depth, b_columns}, {16, 16}};
+  for (int i = 0; i < 4; ++i) {
+    config.rows[i] = static_cast<uint8_t>(shapes[i][0]);
+    config.bytes[i] = static_cast<uint16_t>(4 * shapes[i][1]);
+  }
+  _tile_loadconfig(&config);
+  _tile_loadd(0, sum, 64);
+  _tile_loadd(1, a, 64);
+  _tile_loadd(2, b, 64);
+  _tile_dpbf16ps(0, 1, 2);
+  std::memcpy(sum, bf16_emulation::tiles[0].data, sizeof(bf16_emulation::Tile::data));
+  _tile_release();
+}
+
+// Must end the process.
+void zero_a_released_tile() {
+  _tile_release();
+  _tile_zero(0);
+}
+}
