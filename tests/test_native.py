@@ -58,9 +58,7 @@ def test_unknown_instruction_set():
 
 
 def test_every_instruction_set_is_taken_or_refused(library):
-    refused = (
-        r"instruction set '\w+' cannot run on this machine: the (processor lacks|compiler of this build|operating)"
-    )
+    refused = r"instruction set '\w+' cannot run on this machine: the (processor|compiler|operating system) "
     taken = []
     for name in native.INSTRUCTION_SETS[1:]:
         with contextlib.suppress(ValueError):

@@ -76,6 +76,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   for (int64_t slice = 0; slice < slices; ++slice) {
     const float* panel = f.expand.panel(slice);
     const int64_t cols = f.expand.cols(slice);
+    TileSetup<T> setup(taps);
     for (int64_t r = 0; r < rows; ++r) {
       const float* a = window + r * sh * row_words;
       if (!project) {
@@ -85,7 +86,6 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
         continue;
       }
       float* to = mid + (slice * pixels + r * ow) * kSlice;
-      TileSetup<T> setup(taps);
       for_each_tile(ow, setup, [&](int64_t begin, int64_t n) {
         run_tile<T>(n, cols, a + begin * sw * in, sw * in, taps, panel,
                     f.expand_affine.scale + slice * kSlice, f.expand_affine.shift + slice * kSlice,

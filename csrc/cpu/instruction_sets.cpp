@@ -57,7 +57,7 @@ const char* refusal(int64_t instruction_set) {
   }
 #else
   if (instruction_set == kGeneric) return nullptr;
-  if (instruction_set > kGeneric && instruction_set < kInstructionSets) return "not an x86 processor";
+  if (instruction_set > kGeneric && instruction_set < kInstructionSets) return "the processor is not x86";
 #endif
   return "there is no such instruction set";
 }

@@ -106,12 +106,11 @@ EFFNET_INLINE void close_pair(Operand<T>* pixel, int64_t channels) {
 // any, and as words. A pixel stays kSlice words from the next.
 template <class T>
 static inline void to_operand(float* slice, int64_t pixels, int64_t n, const float* gate) {
+  vf scale[kVectors];
+  for (int64_t j = 0; j < kVectors; ++j) scale[j] = gate ? load(gate + j * kWidth) : splat(1.0f);
   for (int64_t i = 0; i < pixels; ++i, slice += kSlice) {
     vf values[kVectors];
-    for (int64_t j = 0; j < kVectors; ++j) {
-      values[j] = load(slice + j * kWidth);
-      if (gate) values[j] = values[j] * load(gate + j * kWidth);
-    }
+    for (int64_t j = 0; j < kVectors; ++j) values[j] = load(slice + j * kWidth) * scale[j];
     auto* pixel = reinterpret_cast<Operand<T>*>(slice);
     for (int64_t j = 0; j < kVectors; ++j) store(pixel + j * kWidth, values[j]);
     close_pair<T>(pixel, n);

@@ -9,7 +9,7 @@ import pytest
 
 from effnet_kernels import native
 
-MATRIX_INSTRUCTION = re.compile(r"\b(vdpbf16ps|vcvtne2?ps2bf16\w*|tdpbf16ps|ldtilecfg|tile\w+)\b")
+MATRIX_INSTRUCTION = re.compile(r":\s+(vdpbf16ps|vcvtne2?ps2bf16|tdpbf16ps|ldtilecfg|tile)")
 
 # Some names are too long to demangle.
 OF_BF16_BUILDS = re.compile("effnet::(avx512_bf16|amx)::|effnet(11avx512_bf16|3amx)")
@@ -56,7 +56,7 @@ def inner_loop(body: list[str], instruction: str) -> list[str]:
 
 
 def count(loop: list[str], instruction: str) -> int:
-    return sum(re.search(rf"\b{instruction}\b", line) is not None for line in loop)
+    return sum(re.search(rf":\s+({instruction})\b", line) is not None for line in loop)
 
 
 def test_only_their_own_builds_have_these_instructions():

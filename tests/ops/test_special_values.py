@@ -26,13 +26,16 @@ def unit_bn(c: int, beta: float = 0.0) -> BatchNorm:
     [
         Pointwise(2, (5, 5), cin=17, cout=19),
         Pointwise(2, (5, 5), cin=17, cout=19, pool=True),
+        Pointwise(2, (5, 5), cin=18, cout=19),  # no padding between one pixel and the next
         Depthwise(2, (7, 9), c=19, act="relu6"),
         Depthwise(2, (7, 9), c=19, act="hardswish", kernel=(5, 5), stride=(2, 2)),
         Squeeze(2, (5, 5), c=19),
         Fused(2, (7, 9), cin=17, mid=19, cout=18),
+        Fused(2, (7, 9), cin=18, mid=34, cout=18),
         Fused(2, (7, 9), cin=3, mid=19, cout=None, act="relu"),
         MBConv(2, (7, 9), cin=17, mid=35, cout=18, reduced=None),
         MBConv(2, (7, 9), cin=17, mid=35, cout=18),
+        MBConv(2, (7, 9), cin=18, mid=34, cout=18),
     ],
     ids=lambda case: f"{type(case).__name__}-{case}",
 )
