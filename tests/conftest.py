@@ -1,13 +1,17 @@
-"""Fixtures shared by the tests of modules and patching; Triton's interpreter where there is no GPU."""
+"""Fixtures shared by the tests of modules and patching; Triton's interpreter, or a GPU made ready for tests."""
 
 import os
 
 import pytest
 import torch
 
-# Triton reads it when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if torch.cuda.is_available():
+    # Without it torch refuses matrix products under deterministic algorithms, which `poison` turns on.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Stock layers in float32 are what results are compared with: they have to compute in float32.
+    torch.backends.cudnn.allow_tf32 = False
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from tests.models import BACKENDS
 
@@ -16,3 +20,15 @@ from tests.models import BACKENDS
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run here, in turn."""
     return request.param
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel's failure comes to light at the next synchronisation, and ends all use of the GPU in its process."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # blamed on this test; another worker goes on with the next one
+        pytest.exit(f"the GPU cannot be used any more after {nodeid}: {error}", 1)

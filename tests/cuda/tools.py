@@ -1,30 +1,17 @@
 """Problems on the device that the CUDA kernels run on in this session."""
 
-import dataclasses
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, fits, hostile
-from tests.ops.inputs import Problem, build
-from tests.triton.tools import DEVICE, on_device
+from tests.ops.inputs import build
+from tests.triton.tools import DEVICE, native, on_device
 
 __all__ = ["DEVICE", "check", "cycled", "native", "on_device"]
-
-
-def native(problem: Problem) -> Problem:
-    """The problem with its tensors on ``DEVICE`` for the call of the cuda backend, results back on the CPU."""
-
-    def call(*args: Any, backend: str, **kwargs: Any) -> Any:
-        if backend != "cuda":
-            return problem.function(*args, **kwargs, backend=backend)
-        return tree_map(torch.Tensor.cpu, problem.function(*on_device(args), **on_device(kwargs), backend=backend))
-
-    return problem if DEVICE == "cpu" else dataclasses.replace(problem, function=call)
 
 
 def check(case: Case, dtype: torch.dtype, emulation: ModuleType | None, seeds: int = 2) -> None:

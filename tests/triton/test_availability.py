@@ -92,7 +92,7 @@ def test_bfloat16_needs_ampere(monkeypatch):
     problem = CUDA._replace(dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"bfloat16 needs compute capability 8\.0, a GPU has less"):
         implementation(problem, "triton")
-    assert implementation(problem) is reference.run
+    assert "triton" not in implementation(problem).__module__  # where there is a GPU, CUDA C++ may serve
     assert implementation(CUDA, "triton") is not reference.run
 
 
