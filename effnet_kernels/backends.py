@@ -169,7 +169,7 @@ for _constant in (accelerates, serves):
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-    candidates = automatic(problem.device) if asked == "auto" else (check_backend(asked),)
+    candidates = automatic(problem.device, problem.op) if asked == "auto" else (check_backend(asked),)
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:

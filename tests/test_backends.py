@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_auto_prefers_the_kernel_where_there_is_one():
 
 def test_a_device_nobody_knows_is_served_by_the_reference():
     assert implementation(PROBLEM._replace(device="xpu")) is reference.run
+
+
+@pytest.mark.parametrize("order", [("triton", "cuda"), ("cuda", "triton")])
+def test_auto_takes_each_op_in_its_own_order(order, monkeypatch):
+    monkeypatch.setitem(module._ORDER_OF_OP, ("cuda", "fused_mbconv"), (*order, "reference"))
+    monkeypatch.setitem(module._ORDER_OF_OP, ("cuda", "mbconv"), (*order[::-1], "reference"))
+    for name in order:
+        monkeypatch.setitem(module._AVAILABLE, name, lambda: (True, ""))
+        for op in ("fused_mbconv", "mbconv"):
+            backend = types.SimpleNamespace(supports=lambda problem: (True, ""), run=name)
+            monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{op}.{name}", backend)
+    module._resolve.cache_clear()
+    assert implementation(Problem("fused_mbconv", "cuda", torch.float16)) == order[0]
+    assert implementation(Problem("mbconv", "cuda", torch.float16)) == order[1]
+    module._resolve.cache_clear()
 
 
 def test_a_named_backend_is_always_worth_calling():
