@@ -217,8 +217,9 @@ def launch_kernel(
         with torch.cuda.device(device):
             launch_kernel(kernel, programs, tensors, sizes, constants, config)
         return
+    wide = tuple(size >= 2**31 for size in sizes) if max(sizes) >= 2**31 else ()  # passed in 64 bits
     key = (
-        kernel.fn, device, constants, config.num_warps, config.num_stages, max(sizes) < 2**31,
+        kernel.fn, device, constants, config.num_warps, config.num_stages, wide,
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
     )  # fmt: skip
     variant = _compiled.get(key)

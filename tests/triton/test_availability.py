@@ -103,14 +103,15 @@ def test_tensors_elsewhere_are_refused_by_name():
     assert F.pointwise_conv_bn_act(x, weight, unit_bn(2)).shape == (1, 2, 3, 3)
 
 
+class OnGpu(torch.Tensor):
+    def get_device(self) -> int:
+        return 0
+
+
 def test_nothing_is_compiled_during_a_capture(monkeypatch):
     """The launch raises before Triton is asked, and names the way out."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-
-    class OnGpu(torch.Tensor):
-        def get_device(self) -> int:
-            return 0
 
     class Kernel:
         fn = staticmethod(lambda: None)
@@ -121,3 +122,20 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch):
     x = torch.ones(4).as_subclass(OnGpu)
     with pytest.raises(RuntimeError, match="run them once before capturing a CUDA graph"):
         triton_common.launch_kernel(Kernel(), 1, (x,), (4,), (), triton_common.Config((4,), 1))
+
+
+def test_a_variant_is_compiled_for_every_size_that_needs_64_bits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    compiled = []
+
+    class Kernel:
+        fn = staticmethod(lambda: None)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: compiled.append(arguments[1:]) or {(1, 1, 1): lambda *arguments: None}
+
+    kernel, x = Kernel(), torch.ones(4).as_subclass(OnGpu)
+    for sizes in ((4, 5, 0.5), (6, 7, 0.5), (2**31, 1, 0.5), (1, 2**31, 0.5), (2**40, 8, 0.25)):
+        triton_common.launch_kernel(kernel, 1, (x,), sizes, (), triton_common.Config((4,), 1))
+    assert compiled == [(4, 5, 0.5), (2**31, 1, 0.5), (1, 2**31, 0.5)]

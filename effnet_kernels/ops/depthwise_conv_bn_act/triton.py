@@ -170,7 +170,7 @@ def launch_sums(
         kernel,
         n * tiles * cdiv(c, block_c),
         (y, sums, x, weight, *bn),
-        (h, w, oh, ow, padding[0], padding[2], eps),
+        (h, w, oh, ow, padding[0], padding[2], float(eps)),
         (c, kh, kw, stride[0], stride[1], CODES[act], with_sums, rows, columns, block_c),
         tile,
     )

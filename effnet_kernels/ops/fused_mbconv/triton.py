@@ -207,7 +207,7 @@ def launch(
     stride_n, stride_c, stride_h, stride_w = x.stride()
     sizes = (
         images * out_height * out_width, x.shape[2], x.shape[3], out_height, out_width,
-        stride_n, stride_c, stride_h, stride_w, padding[0], padding[2], eps, project_eps,
+        stride_n, stride_c, stride_h, stride_w, padding[0], padding[2], float(eps), float(project_eps),
     )  # fmt: skip
     constants = (
         c_in, c_mid, c_out if project else 0, kh, kw, stride[0], stride[1], CODES[act],

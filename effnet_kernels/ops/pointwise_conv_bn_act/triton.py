@@ -138,7 +138,7 @@ def launch(
         common.dense_map(residual),
     )
     constants = (c_in, c_out, CODES[act], gate is not None, residual is not None, pool, *config.block)
-    common.launch_kernel(kernel, rows * cdiv(c_out, block_n), tensors, (map_pixels, eps), constants, config)
+    common.launch_kernel(kernel, rows * cdiv(c_out, block_n), tensors, (map_pixels, float(eps)), constants, config)
 
 
 def run(*args) -> Tensor:
