@@ -1,5 +1,6 @@
 """Who is compared: stock PyTorch in two layouts, torch.compile, other runtimes, and each of our backends."""
 
+import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -16,12 +17,16 @@ from effnet_kernels.benchmarking.agreement import agreement, exact_output, max_e
 STOCK = "stock"
 CHANNELS_LAST = "stock channels_last"
 COMPILED = "torch.compile"
+AUTOTUNED = "torch.compile max-autotune"  # on a GPU: measured configurations
 PEERS = {"onnxruntime": peers.onnxruntime, "openvino": peers.openvino}
 OURS = "effnet_kernels"
 
 # Another runtime may round in another order (Winograd convolutions, other reductions) and still be right.
 # This only asks whether it computed the same network; ours are held to ``agreement``.
 PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+# Entered, with the contender's name, around all that runs of a contender before it is timed.
+Guard = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 def ours(backend: str) -> str:
@@ -33,7 +38,7 @@ def contender_names(device: str = "cpu", *, compiled: bool = True, with_peers: b
     """The contenders that this environment can field on ``device``."""
     names = [STOCK, CHANNELS_LAST]
     if compiled:
-        names.append(COMPILED)
+        names += [COMPILED, AUTOTUNED] if device == "cuda" else [COMPILED]
     if with_peers and device == "cpu":
         names += [name for name in PEERS if importlib.util.find_spec(name)]
     available = effnet_kernels.backends()
@@ -46,22 +51,29 @@ def patched(model: nn.Module, backend: str) -> nn.Module:
     return effnet_kernels.patch(copy.deepcopy(model), backend=backend)
 
 
-def build(name: str, stock: nn.Module, x: Tensor, fused: Callable[[nn.Module, str], nn.Module]) -> timing.Call:
-    """The contender ``name`` as a call without arguments; on a GPU, a captured graph (see ``timing.Graph``)."""
+def build(
+    name: str,
+    stock: nn.Module,
+    x: Tensor,
+    fused: Callable[[nn.Module, str], nn.Module],
+    pool: Any = None,
+) -> timing.Call:
+    """The contender ``name`` as a call without arguments; on a GPU a captured graph, in ``pool`` (``timing.Graph``)."""
     if name in PEERS:
         return PEERS[name](stock, x)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     if name == STOCK:
-        return _bind(copy.deepcopy(stock), x)
+        return _bind(copy.deepcopy(stock), x, pool)
     if name == CHANNELS_LAST:
-        return _bind(_channels_last(stock), nhwc)
-    if name == COMPILED:
-        torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
-        # Weights as constants, and on a GPU measured configurations: what it does best for inference.
-        options: dict[str, Any] = {"freezing": True, "max_autotune": x.device.type == "cuda"}
-        return _bind(torch.compile(_channels_last(stock), options=options), nhwc)
+        return _bind(_channels_last(stock), nhwc, pool)
+    if name in (COMPILED, AUTOTUNED):
+        # Weights as constants: what it does best for inference.
+        options: dict[str, Any] = {"freezing": True, "max_autotune": name == AUTOTUNED}
+        return _bind(torch.compile(_channels_last(stock), options=options), nhwc, pool)
     if name.startswith(f"{OURS} "):
-        return _bind(fused(stock, name.removeprefix(f"{OURS} ")), nhwc)
+        # On a GPU dense windows are read in channels-last memory; from another they are copied at every call.
+        model = _channels_last(stock) if x.is_cuda else stock
+        return _bind(fused(model, name.removeprefix(f"{OURS} ")), nhwc, pool)
     raise UserError(f"there is no contender {name!r}")
 
 
@@ -73,6 +85,7 @@ def compare(
     fused: Callable[[nn.Module, str], nn.Module] = patched,
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda line: None,
+    guard: Guard = contextlib.nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """Check every contender against float64, then time those that agree, taking turns.
 
@@ -83,48 +96,55 @@ def compare(
         fused: makes our module from a stock one and a backend's name.
         seconds: timed for about so long each.
         progress: told what is being done.
+        guard: see ``Guard``; what it raises is the contender's failure.
 
     Returns:
         Per contender ``error`` (largest, against float64), ``median``, ``q1``, ``q3`` and ``samples`` in seconds;
         or ``wrong`` / ``failed`` with the reason, and no time: a wrong result is not timed.
     """
+    torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
     with torch.inference_mode():
         exact, stock_output = exact_output(stock, x), stock(x)
     results: dict[str, dict[str, Any]] = {}
     calls: dict[str, timing.Call] = {}
+    pool = None
     for name in names:
         progress(f"checking {name}")
         try:
-            call = build(name, stock, x, fused)
-            with torch.inference_mode():
-                output = call()
+            with guard(name):
+                call = build(name, stock, x, fused, pool)
+                with torch.inference_mode():
+                    output = call()
+                wrong = _wrong(name, output, stock_output, exact)
         except Exception as error:  # a contender that cannot run is a result, and the others go on
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            results[name] = {"failed": f"{kind}{error}".splitlines()[0]}
+            results[name] = {"failed": failure(error)}
             continue
-        wrong = _wrong(name, output, stock_output, exact)
         if wrong:
             results[name] = {"wrong": wrong}
             continue
         results[name] = {"error": max_error(output, exact)}
         calls[name] = call
+        if isinstance(call, timing.Graph):
+            pool = call.pool  # the next ones have no use for it at the same time
     progress(f"timing {len(calls)} contenders, about {seconds * len(calls):.0f} s")
-    device = x.device.type
-    for name, samples in timing.interleaved(calls, seconds=seconds, device=device).items():
-        graph = calls[name]
-        each = len(graph.inputs) if isinstance(graph, timing.Graph) else 1
-        samples = [sample / each for sample in samples]
+    for name, samples in timing.interleaved(calls, seconds=seconds, device=x.device.type).items():
         results[name] |= {**timing.summary(samples), "samples": samples}
     return results
+
+
+def failure(error: Exception) -> str:
+    """An exception as one line."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return next(iter(f"{kind}{error}".splitlines()), "")
 
 
 def _channels_last(stock: nn.Module) -> nn.Module:
     return copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _bind(function: Callable[[Tensor], Tensor], x: Tensor) -> timing.Call:
+def _bind(function: Callable[[Tensor], Tensor], x: Tensor, pool: Any) -> timing.Call:
     if x.device.type == "cuda":
-        return timing.Graph(function, x)
+        return timing.Graph(function, x, pool)
     return lambda: function(x)
 
 

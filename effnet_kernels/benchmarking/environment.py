@@ -32,7 +32,12 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
     if device == "cuda":
         record["cuda"] = torch.version.cuda
+        record["driver"] = _nvidia_smi("driver_version")
         record["clocks"] = _nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit")
+        gpu = torch.cuda.get_device_properties()
+        record["capability"] = f"{gpu.major}.{gpu.minor}"
+        record["multiprocessors"] = gpu.multi_processor_count
+        record["l2_bytes"], record["memory_bytes"] = gpu.L2_cache_size, gpu.total_memory
     else:
         record["cpu_flags"] = cpu_flags()
         record["instruction_set"] = native.instruction_set() if native.cpu_available()[0] else None

@@ -4,10 +4,11 @@ Contenders take turns in random order, so that a slow minute of the machine fall
 A turn is one untimed call, which brings the contender's weights and threads back, and then timed ones.
 """
 
+import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ Call = Callable[[], Any]
 TURN_SECONDS = 0.05
 MIN_ROUNDS = 5
 MAX_ROUNDS = 100
+WARM_UP = 3  # calls before a capture: they compile, tune and fill caches
 
 
 @torch.inference_mode()
 def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds per call, one sample per turn, for each of ``calls``; about ``seconds`` are spent on each."""
+    """Seconds per call, one sample per turn, for each of ``calls``; about ``seconds`` are spent on each.
+
+    For a ``Graph`` they are seconds of one call of its function.
+    """
     measure = _measure_cuda if device == "cuda" else _measure_cpu
     repeats, rounds = {}, MAX_ROUNDS
     for name, call in calls.items():
@@ -37,7 +42,7 @@ def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, device: str 
         generator.shuffle(order)
         for name in order:
             calls[name]()
-            samples[name].append(measure(calls[name], repeats[name]))
+            samples[name].append(measure(calls[name], repeats[name]) / getattr(calls[name], "calls", 1))
     return samples
 
 
@@ -67,33 +72,62 @@ def _measure_cuda(call: Call, repeats: int) -> float:
 class Graph:
     """``function`` captured in one CUDA graph, once per input buffer, so that replays do not find x in the L2.
 
-    The buffers together are at least twice the L2. Outputs are kept, so no two calls write the same memory.
-    One call of the graph is ``len(inputs)`` calls of the function.
+    The buffers together are at least twice the L2, or 64 where x is small. Outputs are kept, so no two calls write the
+    same memory. cuDNN measures its algorithms first, as whoever cares about speed has it do.
+
+    Args:
+        function: called with x, or with a copy of it, of the same layout.
+        x: on the GPU.
+        pool: memory of other graphs (``Graph.pool``) that are never replayed while the results of this one are read.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    def __init__(self, function: Callable[[Tensor], Any], x: Tensor, pool: Any = None) -> None:
         cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-        copies = min(64, 1 + -(-2 * cache // max(1, x.numel() * x.element_size())))
+        self.calls = min(64, 1 + -(-2 * cache // max(1, x.numel() * x.element_size())))
         self.function = function  # the graph reads its weights
-        self.inputs = [x.clone() for _ in range(copies)]
+        self.inputs = [x.clone() for _ in range(self.calls)]
+        self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, tunes and fills caches before the capture
-                function(self.inputs[0])
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self.graph):
-            self.outputs = [function(buffer) for buffer in self.inputs]
+        with torch.inference_mode(), _cudnn_measures():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function(self.inputs[0])
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.outputs = [function(buffer) for buffer in self.inputs]
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         self.graph.replay()
         return self.outputs[0]
 
+    @property
+    def pool(self) -> Any:
+        """The memory that the graph's tensors lie in, as torch names it."""
+        return self.graph.pool()
 
-def copy_bandwidth(bytes_: int = 1 << 30) -> float:
-    """Bytes per second, read plus written, of a device-to-device copy far larger than the L2."""
-    source = torch.empty(bytes_, dtype=torch.uint8, device="cuda")
+
+@contextlib.contextmanager
+def _cudnn_measures() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def copy_bandwidth(device: str = "cuda", bytes_: int = 1 << 30) -> float:
+    """Bytes per second, read plus written, of a copy within the memory of a device, far larger than its caches."""
+    source = torch.empty(bytes_, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    samples = interleaved({"copy": lambda: target.copy_(source)}, seconds=1.0, device="cuda")
+    samples = interleaved({"copy": lambda: target.copy_(source)}, seconds=0.5, device=device)
     return 2 * bytes_ / statistics.median(samples["copy"])
+
+
+def matrix_rate(dtype: torch.dtype, device: str = "cuda", size: int = 8192) -> float:
+    """Floating-point operations per second of the library's product of two square matrices of random numbers."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    samples = interleaved({"product": lambda: torch.mm(a, b, out=out)}, seconds=0.5, device=device)
+    return 2 * size**3 / statistics.median(samples["product"])

@@ -1,5 +1,6 @@
 """Training steps: who is compared, whether the gradients are right, how long, and in how much memory."""
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -32,7 +33,9 @@ class Step:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def __call__(self) -> None:
+    def __call__(self, x: Tensor | None = None) -> None:
+        """One step, on another batch of the same size if one is given."""
+        self.x = self.x if x is None else x
         self.optimizer.zero_grad(set_to_none=True)
         self.backward()
         self.optimizer.step()
@@ -101,12 +104,12 @@ def build(
     channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if name == contenders.CHANNELS_LAST:
         return Step(channels_last, nhwc, amp)
-    if name == contenders.COMPILED:
-        torch._dynamo.reset()
-        channels_last.compile()
+    if name in (contenders.COMPILED, contenders.AUTOTUNED):
+        channels_last.compile(options={"max_autotune": name == contenders.AUTOTUNED})
         return Step(channels_last, nhwc, amp)
     if name.startswith(f"{contenders.OURS} "):
-        return Step(fused(stock, name.removeprefix(f"{contenders.OURS} ")), nhwc, amp)
+        model = channels_last if x.is_cuda else stock
+        return Step(fused(model, name.removeprefix(f"{contenders.OURS} ")), nhwc, amp)
     raise UserError(f"there is no contender {name!r} in training")
 
 
@@ -118,8 +121,11 @@ def compare(
     amp: torch.dtype | None = None,
     fused: Callable[[nn.Module, str], nn.Module] = contenders.patched,
     seconds: float = 2.0,
+    guard: contenders.Guard = contextlib.nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """Check every contender's gradients against float64, measure its memory, then time those that are right.
+
+    On a GPU a step is timed as a captured graph (``timing.Graph``).
 
     Args:
         stock: the module in training mode, float32, on the device of x.
@@ -128,6 +134,7 @@ def compare(
         amp: autocast to this dtype.
         fused: makes our module from a stock one and a backend's name.
         seconds: timed for about so long each.
+        guard: see ``contenders.Guard``.
 
     Returns:
         As ``contenders.compare``, with ``error`` of the gradients and, in bytes, ``saved`` for backward and the
@@ -136,23 +143,31 @@ def compare(
     exact = Step(copy.deepcopy(stock).double(), x.double(), None).gradients()
     scale = _rms(exact)
     allowed = ALLOWED * _rms(Step(stock, x, amp).gradients() - exact) + 1e-6 * scale
+    torch._dynamo.reset()  # as in ``contenders.compare``
     results: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Step] = {}
+    calls: dict[str, timing.Call] = {}
+    pool = None
     for name in names:
         try:
-            step = build(name, stock, x, amp, fused)
-            error = _rms(step.gradients() - exact)
-            step()
-            memory = {"saved": step.saved_bytes(), "peak": step.peak_bytes()}
+            with guard(name):
+                step = build(name, stock, x, amp, fused)
+                error = _rms(step.gradients() - exact)
+                step()
+                memory = {"saved": step.saved_bytes(), "peak": step.peak_bytes()}
+                call: timing.Call = step
+                right = error <= allowed or not name.startswith(contenders.OURS)
+                if right and x.is_cuda:
+                    step.optimizer.zero_grad(set_to_none=True)
+                    call = timing.Graph(step, step.x, pool)
+                    pool = call.pool
         except Exception as failure:  # a contender that cannot run is a result, and the others go on
-            kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-            results[name] = {"failed": f"{kind}{failure}".splitlines()[0]}
+            results[name] = {"failed": contenders.failure(failure)}
             continue
-        if name.startswith(contenders.OURS) and error > allowed:
+        if not right:
             results[name] = {"wrong": f"error of the gradients {error:.3g}, allowed {allowed:.3g}"}
             continue
         results[name] = {"error": error / scale, **memory}
-        calls[name] = step
+        calls[name] = call
     for name, samples in timing.interleaved(calls, seconds=seconds, device=x.device.type).items():
         results[name] |= {**timing.summary(samples), "samples": samples}
     return results
