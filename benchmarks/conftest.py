@@ -6,21 +6,19 @@ contender's samples, so its tables, groups and options work on interleaved numbe
 """
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from benchmarks.cases import Case
+from benchmarks.files import file_name
 from benchmarks.shapes import DEFAULT_MODELS, MODELS
 from effnet_kernels.benchmarking import contenders, timing
 from effnet_kernels.benchmarking.environment import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -102,79 +100,32 @@ class Suite:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.levels: dict[str, dict[str, dict[str, Any]]] = {}
+        self.samples: dict[tuple[str, str], list[float]] = {}
         self.bandwidth: float | None = None
 
-    def run(
-        self,
-        benchmark: Any,
-        contender: str,
-        *,
-        level: str,
-        case: str,
-        make: Callable[[], tuple[nn.Module, Tensor]],
-        fused: Callable[[nn.Module, str], nn.Module] = contenders.patched,
-        batch: int,
-        bytes_: int | None = None,
-        count: int = 1,
-    ) -> None:
+    def run(self, benchmark: Any, contender: str, case: Case) -> None:
         """Measure the case unless that is done, then report ``contender`` through pytest-benchmark.
 
         Fails on a wrong result and skips a contender that cannot run.
         """
-        options = {"batch": batch, "bytes_": bytes_, "count": count}
-        self._replay(benchmark, contender, level, case, lambda: self._measure(make, fused, **options))
-
-    def replay(
-        self,
-        benchmark: Any,
-        contender: str,
-        *,
-        level: str,
-        case: str,
-        batch: int,
-        measure: Callable[[float], dict[str, dict[str, Any]]],
-    ) -> None:
-        """As ``run`` for a case that knows how to measure all its contenders, given the seconds for each."""
-        seconds = self.config.getoption("--seconds")
-        record = {"batch": batch, "count": 1, "bytes": None}
-        self._replay(benchmark, contender, level, case, lambda: {**record, "contenders": measure(seconds)})
-
-    def _replay(
-        self, benchmark: Any, contender: str, level: str, case: str, measure: Callable[[], dict[str, Any]]
-    ) -> None:
-        cases = self.levels.setdefault(level, {})
-        if case not in cases:
-            cases[case] = measure()
-        result = cases[case]["contenders"][contender]
-        assert "wrong" not in result, f"{case}: {contender} is wrong and was not timed: {result['wrong']}"
+        cases = self.levels.setdefault(case.level, {})
+        if case.title not in cases:
+            compiled = not self.config.getoption("--no-compile")
+            names = contenders.contender_names(DEVICE, compiled=compiled, with_peers=not case.trains)
+            results = case.measure(names, self.config.getoption("--seconds"))
+            self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}
+            if DEVICE == "cuda":
+                # Caches flatter a CPU at these sizes; on a GPU the graph rotates past them (timing.Graph).
+                self.bandwidth = self.bandwidth or timing.copy_bandwidth()
+            cases[case.title] = case.record(results, self.bandwidth)
+        result = cases[case.title]["contenders"][contender]
+        assert "wrong" not in result, f"{case.title}: {contender} is wrong and was not timed: {result['wrong']}"
         if "failed" in result:
             pytest.skip(result["failed"])
-        benchmark.group = case
+        benchmark.group = case.title
         benchmark.extra_info.update({key: value for key, value in result.items() if key != "samples"})
-        samples = iter(result["samples"])
-        benchmark.pedantic(CLOCK.advance, args=(samples,), rounds=len(result["samples"]), iterations=1)
-
-    def _measure(
-        self,
-        make: Callable[[], tuple[nn.Module, Tensor]],
-        fused: Callable[[nn.Module, str], nn.Module],
-        *,
-        batch: int,
-        bytes_: int | None,
-        count: int,
-    ) -> dict[str, Any]:
-        stock, x = make()
-        names = contenders.contender_names(DEVICE, compiled=not self.config.getoption("--no-compile"))
-        results = contenders.compare(stock, x, names, fused=fused, seconds=self.config.getoption("--seconds"))
-        record: dict[str, Any] = {"batch": batch, "count": count, "bytes": bytes_, "contenders": results}
-        if DEVICE == "cuda" and bytes_ is not None:
-            # Caches flatter a CPU at these sizes; on a GPU the graph rotates past them (timing.Graph).
-            self.bandwidth = self.bandwidth or timing.copy_bandwidth()
-            for result in results.values():
-                if "median" in result:
-                    result["bytes_per_second"] = bytes_ / result["median"]
-                    result["share_of_copy"] = result["bytes_per_second"] / self.bandwidth
-        return record
+        samples = self.samples[case.title, contender]
+        benchmark.pedantic(CLOCK.advance, args=(iter(samples),), rounds=len(samples), iterations=1)
 
     def write(self) -> None:
         """One file per level, ``<device>-<threads>t-<level>.json``; cases measured before at this commit stay in it."""
@@ -184,12 +135,8 @@ class Suite:
             if self.bandwidth:
                 record["copy_bytes_per_second"] = self.bandwidth
             threads = f"-{record['threads']}t" if DEVICE == "cpu" else ""
-            name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", record["device"].lower())).strip("-")
+            name = file_name(record["device"])
             folder.mkdir(parents=True, exist_ok=True)
-            for case in cases.values():
-                for result in case["contenders"].values():
-                    if "samples" in result:
-                        result["samples"] = len(result["samples"])
             file = folder / f"{name}{threads}-{level}.json"
             earlier = json.loads(file.read_text()) if file.exists() else {}
             if earlier.get("environment", {}).get("commit") == record["commit"]:

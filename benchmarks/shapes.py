@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import timm
 import torch
 from torch import nn
+
+from effnet_kernels.benchmarking.models import require
 
 # timm's names; the sizes are those of the published models (V2-L trains at 384 and is used at 480).
 MODELS = {
@@ -18,6 +19,7 @@ MODELS = {
     "efficientnet_b4": 380,
     "efficientnet_b7": 600,
     "tf_efficientnetv2_s": 300,
+    "tf_efficientnetv2_m": 480,
     "tf_efficientnetv2_l": 480,
 }
 # Without options: the smallest of each family.
@@ -120,6 +122,7 @@ def _visit(model: str, size: int | None, classes: tuple[str, ...]) -> Iterator[t
     """(path, module, input shape, output shape) of every module whose class has one of the names."""
     size = size or MODELS[model]
     visited = []
+    timm = require("timm", "timm")
     with torch.device("meta"):
         network = timm.create_model(model).eval()
         for path, module in network.named_modules():

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import conftest, shapes
-from effnet_kernels.benchmarking.models import create_model
+from benchmarks.cases import Case, block_case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -16,28 +15,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = shapes.blocks(model, config.getoption("--size"))
         for block in shapes.largest(found, config.getoption("--limit") or None):
             for batch in conftest.batches(config, "1", "128"):
-                cases += [(model, block, found[block], batch, dtype) for dtype in conftest.dtypes(config)]
-    metafunc.parametrize("case", cases, ids=lambda case: f"{case[0]} {case[1].path} batch {case[3]} {case[4]}")
+                for dtype in conftest.dtypes(config):
+                    cases.append(block_case(model, block, found[block], batch, dtype, conftest.DEVICE))
+    metafunc.parametrize("case", cases, ids=lambda case: case.title)
 
 
 @pytest.mark.benchmark(timer=conftest.CLOCK)
-def test_block(benchmark: Any, suite: conftest.Suite, case: tuple, contender: str) -> None:
-    model, block, count, batch, dtype_name = case
-    dtype = conftest.DTYPES[dtype_name]
-
-    def make() -> tuple[torch.nn.Module, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(batch, block.channels[0], block.size, block.size, generator=generator)
-        stock = create_model(model).get_submodule(block.path)
-        return stock.to(conftest.DEVICE, dtype), x.to(conftest.DEVICE, dtype)
-
-    suite.run(
-        benchmark,
-        contender,
-        level="block",
-        case=f"{model} {block.path} {block}, batch {batch}, {dtype_name}",
-        make=make,
-        batch=batch,
-        bytes_=block.bytes(batch, dtype.itemsize),
-        count=count,
-    )
+def test_block(benchmark: Any, suite: conftest.Suite, case: Case, contender: str) -> None:
+    suite.run(benchmark, contender, case)

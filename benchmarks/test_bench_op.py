@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import conftest, shapes
-from benchmarks.stock import OurOp, stock_op
+from benchmarks.cases import Case, op_case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -16,28 +15,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = shapes.ops(model, config.getoption("--size"))
         for op in shapes.largest(found, config.getoption("--limit") or None):
             for batch in conftest.batches(config, "1", "128"):
-                cases += [(model, op, found[op], batch, dtype) for dtype in conftest.dtypes(config)]
-    metafunc.parametrize("case", cases, ids=lambda case: f"{case[0]} {case[1]} batch {case[3]} {case[4]}")
+                for dtype in conftest.dtypes(config):
+                    cases.append(op_case(model, op, found[op], batch, dtype, conftest.DEVICE))
+    metafunc.parametrize("case", cases, ids=lambda case: case.title)
 
 
 @pytest.mark.benchmark(timer=conftest.CLOCK)
-def test_op(benchmark: Any, suite: conftest.Suite, case: tuple, contender: str) -> None:
-    model, op, count, batch, dtype_name = case
-    dtype = conftest.DTYPES[dtype_name]
-
-    def make() -> tuple[torch.nn.Module, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(batch, op.channels[0], op.size, op.size, generator=generator)
-        return stock_op(op).to(conftest.DEVICE, dtype), x.to(conftest.DEVICE, dtype)
-
-    suite.run(
-        benchmark,
-        contender,
-        level="op",
-        case=f"{model} {op}, batch {batch}, {dtype_name}",
-        make=make,
-        fused=lambda stock, backend: OurOp(op, stock, backend),
-        batch=batch,
-        bytes_=op.bytes(batch, dtype.itemsize),
-        count=count,
-    )
+def test_op(benchmark: Any, suite: conftest.Suite, case: Case, contender: str) -> None:
+    suite.run(benchmark, contender, case)

@@ -1,0 +1,110 @@
+"""What is measured, at every level: a title, the work, and how to measure all its contenders."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import stock
+from benchmarks.shapes import Block, Op
+from effnet_kernels.benchmarking import contenders, training
+from effnet_kernels.benchmarking.models import create_model, noise
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Results = dict[str, dict[str, Any]]
+
+
+class Case(NamedTuple):
+    """One row of a table."""
+
+    level: str  # op | block | model | training_op | training_block | training_model
+    title: str
+    batch: int
+    make: Callable[[], tuple[nn.Module, Tensor]]  # the stock module and its input
+    fused: Callable[[nn.Module, str], nn.Module] = contenders.patched
+    amp: torch.dtype | None = None
+    bytes: int | None = None  # the least traffic
+    count: int = 1  # so often in the network
+
+    @property
+    def trains(self) -> bool:
+        return self.level.startswith("training")
+
+    def measure(
+        self, names: Sequence[str], seconds: float, guard: contenders.Guard = contextlib.nullcontext
+    ) -> Results:
+        """``contenders.compare`` or ``training.compare`` of the contenders in ``names``."""
+        module, x = self.make()
+        if self.trains:
+            return training.compare(module, x, names, amp=self.amp, fused=self.fused, seconds=seconds, guard=guard)
+        return contenders.compare(module, x, names, fused=self.fused, seconds=seconds, guard=guard)
+
+    def record(self, results: Results, bandwidth: float | None) -> dict[str, Any]:
+        """What is kept of the case; with ``bandwidth``, of a copy, also the share of it that was reached."""
+        for result in results.values():
+            if "samples" in result:
+                result["samples"] = len(result["samples"])
+            if bandwidth and self.bytes is not None and "median" in result:
+                result["bytes_per_second"] = self.bytes / result["median"]
+                result["share_of_copy"] = result["bytes_per_second"] / bandwidth
+        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, "contenders": results}
+
+
+def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
+    """A whole network, one forward pass."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        x = noise(batch, size, dtype=DTYPES[dtype], device=device)
+        return create_model(model).to(device, DTYPES[dtype]), x
+
+    return Case("model", f"{model} @{size}, batch {batch}, {dtype}", batch, make)
+
+
+def block_case(model: str, block: Block, count: int, batch: int, dtype: str, device: str) -> Case:
+    """A block with its own weights on the map it meets in the network."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        found = create_model(model).get_submodule(block.path)
+        return found.to(device, DTYPES[dtype]), _map(block, batch).to(device, DTYPES[dtype])
+
+    title = f"{model} {block.path} {block}, batch {batch}, {dtype}"
+    return Case("block", title, batch, make, bytes=block.bytes(batch, DTYPES[dtype].itemsize), count=count)
+
+
+def op_case(model: str, op: Op, count: int, batch: int, dtype: str, device: str) -> Case:
+    """An op on a map that it meets in the network."""
+
+    def make() -> tuple[nn.Module, Tensor]:
+        return stock.stock_op(op).to(device, DTYPES[dtype]), _map(op, batch).to(device, DTYPES[dtype])
+
+    def fused(module: nn.Module, backend: str) -> nn.Module:
+        return stock.OurOp(op, module, backend)
+
+    title = f"{model} {op}, batch {batch}, {dtype}"
+    return Case("op", title, batch, make, fused, bytes=op.bytes(batch, DTYPES[dtype].itemsize), count=count)
+
+
+def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, device: str) -> Case:
+    """A training step of an op, of a block, or of the network at this size; 16-bit dtypes under autocast."""
+    amp = None if dtype == "float32" else DTYPES[dtype]
+    precision = "float32" if amp is None else f"AMP {dtype}"
+
+    def make() -> tuple[nn.Module, Tensor]:
+        if isinstance(what, int):
+            return create_model(model).train().to(device), noise(batch, what, device=device)
+        if isinstance(what, Op):
+            return stock.stock_op(what).train().to(device), _map(what, batch).to(device)
+        return create_model(model).get_submodule(what.path).train().to(device), _map(what, batch).to(device)
+
+    if isinstance(what, Op):
+        title = f"{what}, batch {batch}, {precision}"
+        return Case("training_op", title, batch, make, stock.OurTrainingOp, amp)
+    level, name = ("training_model", f"@{what}") if isinstance(what, int) else ("training_block", f"{what}")
+    return Case(level, f"{model} {name}, batch {batch}, {precision}", batch, make, amp=amp)
+
+
+def _map(what: Op | Block, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, what.channels[0], what.size, what.size, generator=generator)
