@@ -1,6 +1,6 @@
 """Write ``effnet_kernels/dispatch.json``, the order of the GPU backends, from results measured on a GPU.
 
-    python -m benchmarks.dispatch benchmarks/results/<GPU>-op.json benchmarks/results/<GPU>-block.json
+    python -m benchmarks.dispatch benchmarks/results/<GPU>.json
 
 For each op its backends come in the order of the geometric mean of their times over the cases that all of them ran.
 An op that was measured on fewer than two backends keeps its order.
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import levels
 from effnet_kernels.benchmarking.contenders import ours
 from effnet_kernels.benchmarking.environment import describe
 
@@ -48,10 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args(arguments)
-    results = [json.loads(file.read_text()) for file in options.results]
-    for result, file in zip(results, options.results, strict=True):
-        if result["environment"]["device_type"] != "cuda":
+    results: list[dict[str, Any]] = []
+    for file in options.results:
+        content = json.loads(file.read_text())
+        if content["environment"]["device_type"] != "cuda":
             parser.error(f"{file} was not measured on a GPU")
+        results += [one for one in levels(file.stem, content).values() if one["level"] in ("op", "block")]
     table = json.loads(options.table.read_text())
     cases = [(case, one["contenders"]) for result in results for case, one in result["cases"].items()]
     found = orders(cases)

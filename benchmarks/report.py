@@ -1,7 +1,8 @@
 """Turn ``benchmarks/results/*.json`` into the documentation's tables and plots: ``python -m benchmarks.report``.
 
 Text between ``<!-- benchmark:LEVEL -->`` and ``<!-- /benchmark -->`` in the given files is replaced by one table
-per machine, losses included. A level that nobody measured leaves its block empty.
+per machine, losses included. A level that nobody measured leaves its block empty. ``benchmark:predicted`` sets times
+measured on a GPU beside the document's own predictions.
 """
 
 import argparse
@@ -12,11 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import levels
 from effnet_kernels.benchmarking import plots, tables
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST, OURS
 from effnet_kernels.benchmarking.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
+# Triton, batch 128, float16.
+PREDICTED = ("| | predicted, per image | measured | measured over predicted | on |", "|---|---:|---:|---:|---|")
 MARKER = re.compile(r"(<!-- benchmark:(\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 TITLES = {"op": "Ops", "block": "Blocks", "model": "Whole models, one forward pass"}
 TITLES |= {
@@ -33,12 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
     documents = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "training"))]
     parser.add_argument("documents", type=Path, nargs="*", default=[file for file in documents if file.exists()])
     options = parser.parse_args(arguments)
-    results = {file.stem: json.loads(file.read_text()) for file in sorted(options.results.glob("*.json"))}
+    results: dict[str, dict[str, Any]] = {}
+    for file in sorted(options.results.glob("*.json")):
+        results |= levels(file.stem, json.loads(file.read_text()))
     for name, result in results.items():
         cases = {case: measured["contenders"] for case, measured in result["cases"].items()}
-        file = options.plots / f"benchmark-{name}.png"
-        plots.plot_cases(cases, result["environment"], file, TITLES[result["level"]])
-        print(file)
+        plot = options.plots / f"benchmark-{name}.png"
+        plots.plot_cases(cases, result["environment"], plot, TITLES[result["level"]])
+        print(plot)
     for document in options.documents:
         document.write_text(render(document.read_text(), results, options.plots, document.parent))
         print(document)
@@ -46,9 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path, base: Path) -> str:
     """``text`` with every marked block filled from the results of its level."""
+    predictions = predicted(text)
 
     def block(found: re.Match[str]) -> str:
         parts = []
+        if found[2] == "predicted":
+            rows = [row for result in results.values() for row in beside(predictions, result)]
+            return found[1] + ("\n".join((*PREDICTED, *rows, "")) if rows else "") + found[3]
         for name, result in results.items():
             if result["level"] == found[2]:
                 plot = os.path.relpath(plots_folder / f"benchmark-{name}.png", base)
@@ -56,6 +66,32 @@ def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path,
         return found[1] + "\n".join(parts) + found[3]
 
     return MARKER.sub(block, text)
+
+
+def predicted(text: str) -> dict[str, float]:
+    """Seconds per image by "model @size", from the table that docs/gpu_prediction.py writes; in float16."""
+    rows = re.findall(r"^\| (\w+ @\d+) \| \d+ \| ([\d.]+) us \|", text, re.MULTILINE)
+    return {model: float(microseconds) * 1e-6 for model, microseconds in rows}
+
+
+def beside(predictions: Mapping[str, float], result: dict[str, Any]) -> list[str]:
+    """The Triton backend's time in one result, where it was predicted, as rows under ``PREDICTED``."""
+    rows = []
+    for case, measured in result["cases"].items():
+        model, _, how = case.partition(", ")
+        found = measured["contenders"].get(f"{OURS} triton", {})
+        if result["level"] == "model" and how == "batch 128, float16" and model in predictions and "median" in found:
+            each = found["median"] / measured["batch"]
+            ratio = f"{each / predictions[model]:.2f}x"
+            cells = (
+                model,
+                tables.seconds(predictions[model]),
+                tables.seconds(each),
+                ratio,
+                result["environment"]["device"],
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def table(result: dict[str, Any]) -> str:

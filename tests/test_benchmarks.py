@@ -153,7 +153,7 @@ def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):
         "efficientnet_b0 fused 24-96-24 @28 k3 s1, batch 8": contender(triton=1.0),
     }
     results, table = tmp_path / "op.json", tmp_path / "dispatch.json"
-    results.write_text(json.dumps({"environment": environment, "cases": cases}))
+    results.write_text(json.dumps({"environment": environment, "levels": {"op": cases}}))
     table.write_text(dispatch.TABLE.read_text())
     before = json.loads(table.read_text())
     dispatch.main([str(results), "--table", str(table)])
@@ -166,7 +166,7 @@ def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):
         "squeeze_excite_gate": ["triton", "cuda"],
     }
     environment["device_type"] = "cpu"
-    results.write_text(json.dumps({"environment": environment, "cases": cases}))
+    results.write_text(json.dumps({"environment": environment, "levels": {"op": cases}}))
     with pytest.raises(SystemExit):
         dispatch.main([str(results), "--table", str(table)])
     assert json.loads(table.read_text()) == after
