@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test bench report build lint format coverage-table kernels prediction wheel clean help
+.PHONY: demo test bench gpu report build lint format coverage-table kernels prediction wheel clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -46,6 +46,9 @@ test: build  ## run the whole test suite
 
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)
+
+gpu:  ## on a GPU, in the environment as it is: test the kernels natively and measure; GPU_ARGS="--budget 570"
+	@$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 report: build  ## turn benchmarks/results/ into the tables and plots of the documentation
 	@$(BIN)/python -m benchmarks.report

@@ -37,6 +37,7 @@ class Scope(NamedTuple):
     batch: int  # of ops and blocks
     baselines: tuple[str, ...]
     backends: tuple[str, ...]
+    trainers: tuple[str, ...]  # backends in training
     seconds: float  # for each contender of each case
     copy_bytes: int
     matrix: int
@@ -57,11 +58,11 @@ GPU = Scope(
     dtype="float16",
     flagship=("efficientnet_b0", 224, 128),
     models=(
-        ("tf_efficientnetv2_s", 384, 128), ("efficientnet_b4", 380, 128), ("efficientnet_lite0", 224, 128),
-        ("tf_efficientnet_b0", 224, 128), ("tf_efficientnetv2_m", 480, 64), ("tf_efficientnetv2_l", 480, 64),
-        ("efficientnet_b7", 600, 32),
+        ("efficientnet_b0", 224, 1), ("tf_efficientnetv2_s", 384, 128), ("efficientnet_b4", 380, 128),
+        ("efficientnet_lite0", 224, 128), ("tf_efficientnet_b0", 224, 128), ("tf_efficientnetv2_m", 480, 64),
+        ("tf_efficientnetv2_l", 480, 64), ("efficientnet_b7", 600, 32), ("efficientnet_b0", 224, 8),
         *((name, size, batch) for batch in (8, 1) for name, size in (
-            ("efficientnet_b0", 224), ("tf_efficientnetv2_s", 384), ("efficientnet_b4", 380), ("efficientnet_b7", 600),
+            ("tf_efficientnetv2_s", 384), ("efficientnet_b4", 380), ("efficientnet_b7", 600),
         )),
     ),
     training=(("efficientnet_b0", 224, 128), ("tf_efficientnetv2_s", 300, 64), ("efficientnet_b4", 380, 32)),
@@ -69,6 +70,7 @@ GPU = Scope(
     batch=128,
     baselines=(STOCK, CHANNELS_LAST, COMPILED),
     backends=("triton", "cuda", "auto"),
+    trainers=("triton",),
     seconds=0.5,
     copy_bytes=1 << 30,
     matrix=8192,
@@ -83,6 +85,7 @@ SMOKE = GPU._replace(
     batch=2,
     baselines=(CHANNELS_LAST,),
     backends=("reference", "auto"),
+    trainers=("reference", "auto"),
     seconds=0.01,
     copy_bytes=1 << 20,
     matrix=64,
@@ -129,16 +132,17 @@ def ceilings(record: Record, scope: Scope) -> None:
 def tests(record: Record, scope: Scope) -> None:
     """``pytest -m gpu``: the kernels natively. Without a GPU they are only collected."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-m", "gpu"]
-    command += ["tests/gpu", "tests/triton", "tests/cuda"]
+    command += ["tests/gpu", "tests/cuda", "tests/triton"]
     if scope.device == "cpu":
         command += ["--collect-only", "-q"]
     else:
         command += ["-v"]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+            command += ["-n", str(min(12, os.cpu_count() or 1))]  # most of the time goes into compiling
     output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     outcomes = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", output.split("short test summary")[0])
-    failed = sorted(set(re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.MULTILINE)))
+    failed = re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.MULTILINE)  # of the summary, with the reason
+    failed = failed or re.findall(r"(?:FAILED|ERROR) (tests/\S+)", output)
     counts = {kind.lower(): outcomes.count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     last = (output.strip().splitlines() or [""])[-1]
     record.part("tests", **counts, failures=failed[:100], last_line=last)
@@ -165,11 +169,10 @@ def sanitizers(record: Record, scope: Scope) -> None:
 
 
 def flagship(record: Record, scope: Scope) -> None:
-    """The headline: B0, a large batch, every contender; then one image."""
-    model, size, batch = scope.flagship
-    for case_batch in (batch, 1):
-        case = cases.model_case(model, size, case_batch, scope.dtype, scope.device)
-        record.measure(case, names(scope, autotuned=True), scope.seconds)
+    """The headline: B0, a large batch, every contender."""
+    record.measure(
+        cases.model_case(*scope.flagship, scope.dtype, scope.device), names(scope, autotuned=True), scope.seconds
+    )
 
 
 def ops(record: Record, scope: Scope) -> None:
@@ -189,7 +192,7 @@ def models(record: Record, scope: Scope) -> None:
 
 def training(record: Record, scope: Scope) -> None:
     """Training steps of whole networks: time and peak memory."""
-    wanted = names(scope, backends=[name for name in scope.backends if name != "cuda"])
+    wanted = names(scope, backends=scope.trainers)
     for model, size, batch in scope.training:
         record.measure(cases.training_case(model, size, batch, scope.dtype, scope.device), wanted, scope.seconds)
 
@@ -197,7 +200,8 @@ def training(record: Record, scope: Scope) -> None:
 def blocks(record: Record, scope: Scope) -> None:
     """The blocks of the flagship and of a V2 that move the most bytes."""
     flagship, size, _ = scope.flagship
-    for model, side in {flagship: size, scope.models[0][0]: scope.models[0][1]}.items():
+    v2 = next((model for model in scope.models if "v2" in model[0]), scope.flagship)
+    for model, side in {flagship: size, v2[0]: v2[1]}.items():
         found = shapes.blocks(model, side)
         for block in shapes.largest(found, 4):
             case = cases.block_case(model, block, found[block], scope.batch, scope.dtype, scope.device)

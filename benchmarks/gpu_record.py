@@ -3,6 +3,7 @@ off has lost nothing, and one that is started again goes on where it was.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -79,6 +80,7 @@ class Record:
         self._doing(None, None)
         print(f"  {case.level}: {case.title} ({cases[case.title]['seconds']} s)", flush=True)
         if torch.cuda.is_initialized():
+            gc.collect()  # modules and their graphs refer to each other
             torch.cuda.empty_cache()
 
     def blame(self, reason: str) -> bool:
