@@ -103,15 +103,16 @@ class Suite:
         self.samples: dict[tuple[str, str], list[float]] = {}
         self.bandwidth: float | None = None
 
-    def run(self, benchmark: Any, contender: str, case: Case) -> None:
+    def run(self, benchmark: Any, contender: str, case: Case, names: list[str] | None = None) -> None:
         """Measure the case unless that is done, then report ``contender`` through pytest-benchmark.
 
-        Fails on a wrong result and skips a contender that cannot run.
+        Fails on a wrong result and skips a contender that cannot run. ``names`` are the contenders of the case, all of
+        them by default.
         """
         cases = self.levels.setdefault(case.level, {})
         if case.title not in cases:
             compiled = not self.config.getoption("--no-compile")
-            names = contenders.contender_names(DEVICE, compiled=compiled, with_peers=not case.trains)
+            names = names or contenders.contender_names(DEVICE, compiled=compiled, with_peers=not case.trains)
             results = case.measure(names, self.config.getoption("--seconds"))
             self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}
             if DEVICE == "cuda":

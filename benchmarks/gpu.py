@@ -137,6 +137,12 @@ def summary(content: dict[str, Any]) -> str:
         backends = [name.removeprefix(f"{OURS} ") for name in ours]
         header = (level, "fastest other", "", *backends, "other/ours", "of copy")
         lines += ["", text_table(header, rows)] if rows else []
+        lines += [
+            f"  {title}: {name}: {reason[:110]}"
+            for title, case in cases.items()
+            for name, result in case["contenders"].items()
+            if (reason := result.get("wrong") or result.get("failed"))
+        ][:12]
     rows = [(name, part["status"], f"{part['seconds']} s", _detail(part)) for name, part in content["parts"].items()]
     lines += ["", text_table(("part", "", "time", ""), rows)]
     found = content["environment"]

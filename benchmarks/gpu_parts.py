@@ -35,6 +35,7 @@ class Scope(NamedTuple):
     training: tuple[tuple[str, int, int], ...]
     ops: tuple[Op, ...]
     batch: int  # of ops and blocks
+    blocks: int  # of each kind
     baselines: tuple[str, ...]
     backends: tuple[str, ...]
     trainers: tuple[str, ...]  # backends in training
@@ -68,6 +69,7 @@ GPU = Scope(
     training=(("efficientnet_b0", 224, 128), ("tf_efficientnetv2_s", 300, 64), ("efficientnet_b4", 380, 32)),
     ops=OPS,
     batch=128,
+    blocks=4,
     baselines=(STOCK, CHANNELS_LAST, COMPILED),
     backends=("triton", "cuda", "auto"),
     trainers=("triton",),
@@ -83,6 +85,7 @@ SMOKE = GPU._replace(
     training=(("test_efficientnet", 32, 2),),
     ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("pointwise", (16, 24), 8)),
     batch=2,
+    blocks=1,
     baselines=(CHANNELS_LAST,),
     backends=("reference", "auto"),
     trainers=("reference", "auto"),
@@ -140,12 +143,17 @@ def tests(record: Record, scope: Scope) -> None:
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(min(12, os.cpu_count() or 1))]  # most of the time goes into compiling
     output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    outcomes = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", output.split("short test summary")[0])
-    failed = re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.MULTILINE)  # of the summary, with the reason
-    failed = failed or re.findall(r"(?:FAILED|ERROR) (tests/\S+)", output)
-    counts = {kind.lower(): outcomes.count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    record.part("tests", **outcome(output))
+
+
+def outcome(output: str) -> dict[str, Any]:
+    """What ``pytest -v`` said, with or without pytest-xdist, be it to the end or until it was cut off."""
+    kinds = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", output.split("short test summary")[0])
+    failures = re.findall(r"^(?:FAILED|ERROR) (.{1,300})", output, re.MULTILINE)  # of the summary, with reasons
+    failures = failures or re.findall(r"(?:FAILED|ERROR) (tests/\S+)|(tests/\S+) (?:FAILED|ERROR)", output)
+    counts = {kind.lower(): kinds.count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     last = (output.strip().splitlines() or [""])[-1]
-    record.part("tests", **counts, failures=failed[:100], last_line=last)
+    return {**counts, "failures": ["".join(found) for found in failures][:100], "last_line": last}
 
 
 def sanitizers(record: Record, scope: Scope) -> None:
@@ -203,7 +211,7 @@ def blocks(record: Record, scope: Scope) -> None:
     v2 = next((model for model in scope.models if "v2" in model[0]), scope.flagship)
     for model, side in {flagship: size, v2[0]: v2[1]}.items():
         found = shapes.blocks(model, side)
-        for block in shapes.largest(found, 4):
+        for block in shapes.largest(found, scope.blocks):
             case = cases.block_case(model, block, found[block], scope.batch, scope.dtype, scope.device)
             record.measure(case, names(scope), scope.seconds)
 

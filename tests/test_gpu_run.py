@@ -52,7 +52,7 @@ def test_a_run_is_one_page_and_goes_on_after_a_part_that_is_cut_off(tmp_path, ca
     """Each part in its own process; the tests, which are only collected here, get no time."""
     file = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--record", str(file), "--commit", "abc"]
-    assert gpu.main([*arguments, "--only", "tests,order", "--budget", "100"]) == 0
+    assert gpu.main([*arguments, "--only", "tests,order", "--budget", "1000"]) == 0
     content = json.loads(file.read_text())
     assert content["parts"]["order"]["status"] == "done"
     assert content["environment"]["commit"] == "abc"
@@ -139,6 +139,34 @@ def test_without_timm_ops_are_measured_and_models_say_what_they_need(record, mon
     assert all("failed" not in measured for measured in record.content["levels"]["op"].values())
     assert all("timm is needed" in measured["failed"] for measured in record.content["levels"]["model"].values())
     assert record.content["parts"]["blocks"]["status"] == "failed"
+
+
+PYTEST = """
+tests/gpu/test_gpu.py::test_opcheck[mbconv-cuda] PASSED    [ 25%]
+tests/gpu/test_gpu.py::test_autocast[cuda] FAILED          [ 50%]
+tests/cuda/test_mbconv.py::test_windows[3] SKIPPED (why)   [ 75%]
+"""
+XDIST = """
+[gw1] [ 25%] PASSED tests/gpu/test_gpu.py::test_opcheck[mbconv-cuda]
+[gw0] [ 50%] FAILED tests/gpu/test_gpu.py::test_autocast[cuda]
+[gw1] [ 75%] SKIPPED tests/cuda/test_mbconv.py::test_windows[3]
+"""
+SUMMARY = """
+==== short test summary info ====
+SKIPPED [1] tests/cuda/test_mbconv.py:3: why
+FAILED tests/gpu/test_gpu.py::test_autocast[cuda] - AssertionError: no
+==== 1 failed, 1 passed, 1 skipped in 2.00s ====
+"""
+
+
+@pytest.mark.parametrize("lines", [PYTEST, XDIST], ids=["pytest", "xdist"])
+@pytest.mark.parametrize(("end", "reason"), [("", ""), (SUMMARY, " - AssertionError: no")], ids=["cut off", "whole"])
+def test_what_pytest_says_is_counted(lines, end, reason):
+    found = gpu_parts.outcome(lines + end)
+    assert {kind: found[kind] for kind in ("passed", "failed", "error", "skipped")} == {
+        "passed": 1, "failed": 1, "error": 0, "skipped": 1,
+    }  # fmt: skip
+    assert found["failures"] == ["tests/gpu/test_gpu.py::test_autocast[cuda]" + reason]
 
 
 def fabricated() -> dict:
