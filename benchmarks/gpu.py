@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.files import file_name
 from benchmarks.gpu_parts import PARTS, ROOT, scope_of
-from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
+from benchmarks.gpu_record import LIMIT, LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, cpu_model, describe, environment
 from effnet_kernels.benchmarking.tables import seconds as duration
@@ -84,10 +84,10 @@ def supervise(name: str, device: str, file: Path, until: float, budget: float) -
         if end - time.time() < min(LEAST, budget / 10):
             status, errors = "no time left", ""
             break
-        status, errors, retry = attempt([*command], end)
-        record = Record(file)
-        # A process that died took something down with it: go on without that.
-        if not retry or not record.blame(f"{status}: {errors.strip().splitlines()[-1:]}"):
+        status, errors, died = attempt(command, end)
+        # What killed the process, or hung in it, is left out from now on.
+        last = (errors.strip().splitlines() or [""])[-1]
+        if not Record(file).blame(f"{status} {last}".strip(), 0.0 if died else LIMIT) or not died:
             break
     record = Record(file)
     part = record.part(name, seconds=round(time.time() - began, 1))

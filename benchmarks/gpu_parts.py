@@ -36,7 +36,8 @@ class Scope(NamedTuple):
     ops: tuple[Op, ...]
     batch: int  # of ops and blocks
     blocks: int  # of each kind
-    baselines: tuple[str, ...]
+    eager: tuple[str, ...]
+    compiled: tuple[str, ...]
     backends: tuple[str, ...]
     trainers: tuple[str, ...]  # backends in training
     seconds: float  # for each contender of each case
@@ -70,7 +71,8 @@ GPU = Scope(
     ops=OPS,
     batch=128,
     blocks=4,
-    baselines=(STOCK, CHANNELS_LAST, COMPILED),
+    eager=(STOCK, CHANNELS_LAST),
+    compiled=(COMPILED,),
     backends=("triton", "cuda", "auto"),
     trainers=("triton",),
     seconds=0.5,
@@ -86,7 +88,8 @@ SMOKE = GPU._replace(
     ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("pointwise", (16, 24), 8)),
     batch=2,
     blocks=1,
-    baselines=(CHANNELS_LAST,),
+    eager=(CHANNELS_LAST,),
+    compiled=(),
     backends=("reference", "auto"),
     trainers=("reference", "auto"),
     seconds=0.01,
@@ -100,11 +103,11 @@ def scope_of(device: str) -> Scope:
 
 
 def names(scope: Scope, *, autotuned: bool = False, backends: Sequence[str] | None = None) -> list[str]:
-    """The contenders: baselines, and ours on those backends that there are."""
+    """The contenders: baselines, ours on those backends that there are, and last what may take minutes to compile."""
     available = {"auto": (True, ""), **effnet_kernels.backends()}
     wanted = scope.backends if backends is None else backends
-    tuned = [AUTOTUNED] if autotuned and scope.device == "cuda" else []
-    return [*scope.baselines, *tuned, *(ours(name) for name in wanted if available[name][0])]
+    compiled = [*scope.compiled, *([AUTOTUNED] if autotuned and scope.compiled else [])]
+    return [*scope.eager, *(ours(name) for name in wanted if available[name][0]), *compiled]
 
 
 # ---- the code itself: built, right, clean -------------------------------------------------------------------
@@ -185,11 +188,12 @@ def flagship(record: Record, scope: Scope) -> None:
 
 def ops(record: Record, scope: Scope) -> None:
     """Every kind of kernel beside the bandwidth of a copy."""
-    baselines = scope._replace(baselines=tuple(name for name in scope.baselines if name != STOCK))
+    scope = scope._replace(eager=(CHANNELS_LAST,))
+    backends = [name for name in scope.backends if name != "auto"]
     for op in scope.ops:
         model = "tf_efficientnetv2_s" if op.kind == "fused" else "efficientnet_b0"
         case = cases.op_case(model, op, 1, scope.batch, scope.dtype, scope.device)
-        record.measure(case, names(baselines, backends=[b for b in scope.backends if b != "auto"]), scope.seconds)
+        record.measure(case, names(scope, backends=backends), scope.seconds)
 
 
 def models(record: Record, scope: Scope) -> None:

@@ -18,7 +18,7 @@ import torch
 from benchmarks.cases import Case
 
 LOST = 70  # exit status of a process whose GPU context a kernel has destroyed
-LIMIT = 120.0  # seconds that a contender may take to compile and to prove itself
+LIMIT = 240.0  # seconds that a contender may take to compile and to prove itself
 TAIL = 1500  # characters of a traceback or of a tool's output
 
 
@@ -70,7 +70,8 @@ class Record:
             cases[case.title] = {**case.record({}, None), "failed": lost[None]}
         else:
             try:
-                results = case.measure([name for name in names if name not in lost], seconds, self._guard(case.title))
+                guard = self._guard(case.title, 2 * seconds * len(names))
+                results = case.measure([name for name in names if name not in lost], seconds, guard)
                 results |= {name: {"failed": reason} for name, reason in lost.items() if name in names}
                 cases[case.title] = case.record(results, self.content["environment"].get("copy_bytes_per_second"))
             except Exception:  # whatever it was, the next case may work
@@ -83,23 +84,29 @@ class Record:
             gc.collect()  # modules and their graphs refer to each other
             torch.cuda.empty_cache()
 
-    def blame(self, reason: str) -> bool:
-        """Leave out of later attempts what the process was doing when it died; whether that is known."""
+    def blame(self, reason: str, after: float = 0.0) -> bool:
+        """Leave out of later attempts what a process that has ended was doing, for ``after`` seconds at least.
+
+        Returns whether there was something.
+        """
         doing = self.content.pop("doing", None)
-        if doing:
+        found = bool(doing) and time.time() - doing["since"] >= after
+        if found:
             self.content["lost"].append({**doing, "reason": reason})
         self.save()
-        return bool(doing)
+        return found
 
     def _doing(self, case: str | None, contender: str | None) -> None:
-        self.content["doing"] = {"case": case, "contender": contender} if case else None
+        self.content["doing"] = {"case": case, "contender": contender, "since": time.time()} if case else None
         self.save()
 
-    def _guard(self, case: str) -> Any:
+    def _guard(self, case: str, reserve: float) -> Any:
+        """A ``contenders.Guard``: knows what is running, and leaves ``reserve`` seconds to time it."""
+
         @contextlib.contextmanager
         def guard(contender: str) -> Iterator[None]:
             self._doing(case, contender)
-            limit = max(1.0, min(LIMIT, self.left()))
+            limit = max(1.0, min(LIMIT, self.left() - reserve))
 
             def expired(*_: Any) -> None:
                 raise TimeoutError(f"not ready after {limit:.0f} s")

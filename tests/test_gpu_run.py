@@ -174,7 +174,7 @@ def fabricated() -> dict:
     scope = gpu_parts.GPU
     timed = {"median": 1e-3, "q1": 1e-3, "q3": 1e-3, "error": 0.0, "samples": 9, "share_of_copy": 0.5,
              "bytes_per_second": 1e12}  # fmt: skip
-    names = [*scope.baselines, *map(ours, scope.backends)]
+    names = [*scope.eager, *map(ours, scope.backends), *scope.compiled]
     measured = {"batch": 128, "count": 1, "bytes": 8, "contenders": {name: dict(timed) for name in names}}
     models = [f"{model} @{size}, batch {batch}, float16" for model, size, batch in (scope.flagship, *scope.models)]
     training = [f"{model} @{size}, batch {batch}, AMP float16" for model, size, batch in scope.training]
