@@ -122,6 +122,9 @@ def build(record: Record, scope: Scope) -> None:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         output = _run(record, command, TORCH_CUDA_ARCH_LIST=architecture)
         record.part("build", built_for=architecture, output=output[-TAIL:])
+        # What this process has found out about the library it keeps.
+        ask = "from effnet_kernels import native; print(native.cuda_available()[1])"
+        reason = _run(record, [sys.executable, "-c", ask]).strip()
     record.part("build", reason=reason)
 
 
@@ -145,6 +148,8 @@ def tests(record: Record, scope: Scope) -> None:
         command += ["-v"]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(min(12, os.cpu_count() or 1))]  # most of the time goes into compiling
+        if importlib.util.find_spec("pytest_timeout"):
+            command += ["--timeout", "120"]  # a kernel that hangs
     output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     record.part("tests", **outcome(output))
 

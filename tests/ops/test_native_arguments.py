@@ -42,8 +42,8 @@ def spoiled(value: object) -> list[object]:
     """What must not be taken where ``value`` is good."""
     match value:
         case torch.Tensor():
-            candidates = [torch.ones(1), torch.ones(()), torch.ones(3, 3, 3, 3), value[:1], value[..., :1],
-                          value.double(), value.long(), value.to("meta")]  # fmt: skip
+            others = [torch.ones(shape, device=value.device) for shape in ((1,), (), (3, 3, 3, 3))]
+            candidates = [*others, value[:1], value[..., :1], value.double(), value.long(), value.to("meta")]
             return [t for t in candidates if (t.shape, t.dtype, t.device) != (value.shape, value.dtype, value.device)]
         case [torch.Tensor(), *rest]:
             each = [[*value[:i], bad, *value[i + 1 :]] for i, t in enumerate(value) for bad in spoiled(t)]
