@@ -1,0 +1,43 @@
+"""The native kernels read and write nothing outside of their tensors, to the byte."""
+
+import pytest
+import torch
+
+from tests.guarded import Guard, death
+from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
+from tests.ops.inputs import build, sample
+
+each_side = pytest.mark.parametrize("at_end", [False, True], ids=["front", "back"])
+
+
+def assert_within(case: Case, dtype: torch.dtype, backend: str, at_end: bool) -> None:
+    problem = build(case, dtype)
+    expected = problem.call(backend)
+    with Guard(at_end) as guard:
+        got = problem.call(backend)
+    assert len(guard.calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Pointwise, Depthwise, Squeeze, Fused, MBConv])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_side
+@torch.inference_mode()
+def test_grid(kind, dtype, at_end, cpu_backend):
+    jobs = ((str(case), lambda case=case: assert_within(case, dtype, cpu_backend, at_end)) for case in hostile(kind))
+    assert death(jobs) is None
+
+
+@pytest.mark.parametrize("name", ["pointwise_conv_bn_act", "squeeze_excite", "mbconv"])
+@each_side
+@torch.inference_mode()
+def test_a_tensor_that_is_one_element_short_is_noticed(name, at_end, cpu_backend):
+    """And so is a kernel that takes one element too many: it is the same access."""
+    problem = sample(name)
+    with Guard(at_end) as guard:
+        problem.call(cpu_backend)
+    for number, argument in enumerate(guard.calls[0]):
+        if at_end and argument.endswith("weight"):
+            continue  # its packed copy is read instead, and compared with it in a few places
+        with Guard(at_end, short=number):
+            assert death([("call", lambda: problem.call(cpu_backend))]) == "SIGSEGV in call", f"{number}: {argument}"
