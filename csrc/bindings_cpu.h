@@ -8,6 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,14 +23,27 @@ using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-inline Pool pool() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t n, void (*task)(void*, int64_t), void* context) {
-            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(context, i);
-            });
-          }};
-}
+// Torch's threads for one call. Calls that run at the same time, from several threads of the program, share
+// them: with all threads each they would be more than the cores. Results do not depend on the number.
+class SharedPool : public Pool {
+ public:
+  SharedPool() {
+    threads = std::max(1, static_cast<int>(torch::stable::get_num_threads()) / ++callers);
+    run = [](int64_t n, void (*task)(void*, int64_t), void* context) {
+      torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) task(context, i);
+      });
+    };
+  }
+  ~SharedPool() { --callers; }
+  SharedPool(const SharedPool&) = delete;
+  SharedPool& operator=(const SharedPool&) = delete;
+
+ private:
+  inline static std::atomic<int> callers{0};
+};
+
+inline SharedPool pool() { return {}; }
 
 inline int act_code(const char* name, const std::string& act) {
   static const char* const names[] = {"identity",  "relu",    "relu6",      "silu",

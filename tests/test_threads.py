@@ -1,0 +1,130 @@
+"""Whole patched models on the CPU: one result for any number of threads and callers, and no thread too many.
+
+Each test is a process of its own: only there the number of threads that are started shows.
+"""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from effnet_kernels.backends import backends
+
+pytest.importorskip("timm")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.skipif(not backends()["cpu"][0], reason=backends()["cpu"][1]),
+]
+
+PRELUDE = """
+import os, threading, time
+import torch
+import effnet_kernels as ek
+from effnet_kernels import native
+from tests.models import calibrate, images, randomize
+from tests.whole_models import B0, V2, narrow
+
+def started():
+    return len(os.listdir("/proc/self/task"))
+
+def model(stages, dtype=torch.float32):
+    return ek.patch(calibrate(randomize(narrow(stages)), images(4, 64)).to(dtype), backend="cpu")
+
+torch.set_num_threads(1)
+alone = started()
+"""
+
+
+def run(program: str) -> None:
+    code = PRELUDE + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_have_the_same_bits_for_any_number_of_threads():
+    run(
+        """
+        cases = [(model(stages, dtype), images(n, 96).to(dtype))
+                 for stages in (B0, V2) for dtype in (torch.float32, torch.bfloat16) for n in (1, 4)]
+        for isa in native.INSTRUCTION_SETS[1:]:
+            try:
+                native.set_instruction_set(isa)
+            except ValueError:
+                continue  # not on this machine
+            torch.set_num_threads(1)
+            with torch.inference_mode():
+                expected = [m(x) for m, x in cases]
+                for threads in (2, 3):
+                    torch.set_num_threads(threads)
+                    for (m, x), y in zip(cases, expected, strict=True):
+                        for _ in range(4):  # the last ones are replayed
+                            assert torch.equal(m(x), y), (isa, threads)
+                    assert started() == alone + threads - 1
+        """
+    )
+
+
+def test_two_callers_of_one_model_have_the_bits_of_one():
+    run(
+        """
+        m, inputs, wrong = model(B0), [images(n, 96) for n in (1, 3)], []
+        with torch.inference_mode():
+            expected = [m(x) for x in inputs]
+        torch.set_num_threads(2)
+
+        @torch.inference_mode()
+        def call(i):
+            for _ in range(20):
+                if not torch.equal(m(inputs[i]), expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        """
+    )
+
+
+def test_two_callers_share_the_threads():
+    """A call starts a thread where it is alone and none where another call has taken them all."""
+    run(
+        """
+        torch.set_num_threads(2)
+        block, small = ek.MBConv(16, 16).eval(), images(1, 32, 16)
+        large = images(96, 112, 16).contiguous(memory_format=torch.channels_last)
+        more, during = [], []
+
+        @torch.inference_mode()
+        def call():
+            before = started()
+            block(small)
+            more.append(started() - before)
+
+        def of_its_own(function):
+            thread = threading.Thread(target=function)
+            thread.start()
+            return thread
+
+        @torch.inference_mode()
+        def occupy():
+            block(small)  # its threads are there
+            during.append(time.monotonic())
+            block(large)
+            during.append(time.monotonic())
+
+        of_its_own(call).join()
+        assert more == [1]
+        other = of_its_own(occupy)
+        while not during:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        of_its_own(call).join()
+        assert len(during) == 1, "the other call has ended too early for this test"
+        assert more == [1, 0]
+        other.join()
+        """
+    )
