@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-EMULATION := $(shell find tests/emulation tests/bf16 -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPU := $(filter-out csrc/cuda/% %_cuda.cpp,$(CPP))
+TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test bench gpu report build lint format coverage-table kernels prediction wheel clean help
+.PHONY: demo test sanitize bench gpu report build lint format coverage-table kernels prediction wheel clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -44,6 +45,14 @@ test: build  ## run the whole test suite
 	@echo "==> tests, $(TEST_PROCESSES) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
+SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
+$(SANITIZED): $(VENV)/.requirements setup.py tests/sanitizers/faults.cpp $(CPU)
+	@echo "==> CPU library with sanitizers: minutes"
+	@EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+
+sanitize: build $(SANITIZED)  ## run the tests of the CPU kernels under Address- and UndefinedBehaviorSanitizer
+	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
+
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)
 
@@ -57,12 +66,12 @@ lint: build  ## check style and types, Python and C++
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
 
 format: build  ## format Python and C++ in place
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CPP) $(EMULATION)
+	@$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
 coverage-table: build  ## regenerate docs/coverage.md: which blocks of which models are fused
 	@$(BIN)/python docs/coverage.py

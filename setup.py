@@ -30,6 +30,11 @@ COMMON = [
     "-fno-math-errno",
     *WARNINGS,
 ]
+# `make sanitize`: the CPU library alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with planted faults.
+SANITIZED = "EFFNET_KERNELS_SANITIZE" in os.environ
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"] if SANITIZED else []
+if SANITIZED:  # Python was built with -fwrapv, and setuptools builds like Python: no overflow would be one
+    COMMON += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZERS]
 # One build of kernels.cpp per instruction set, and but for the last two one of kernels_train.cpp; at run time
 # csrc/cpu/instruction_sets.cpp says which of them can be used.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
@@ -133,6 +138,8 @@ class BuildNative(build_ext):
             ("csrc/cpu/scratch.cpp", "common", COMMON),
             ("csrc/snapshot.cpp", "bindings", [*COMMON, "-isystem", sysconfig.get_path("include")]),
         ]
+        if SANITIZED:
+            jobs.append(("tests/sanitizers/faults.cpp", "faults", COMMON))
         for name, flags in sets.items():
             files = ["kernels"] if name in BF16_SETS else ["kernels", "kernels_train"]
             jobs += [(f"csrc/cpu/{file}.cpp", name, [*COMMON, *flags]) for file in files]
@@ -146,7 +153,7 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=torch_link, target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=[*torch_link, *SANITIZERS], target_lang="c++"
         )
 
     def compiles(self, flags: list[str]) -> bool:
@@ -204,6 +211,9 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(f"effnet_kernels._native_{backend}", sources=[]) for backend in ("cpu", "cuda")],
+    ext_modules=[
+        Extension(f"effnet_kernels._native_{backend}", sources=[])
+        for backend in (("cpu",) if SANITIZED else ("cpu", "cuda"))
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -40,20 +40,20 @@ def guarded(t: Tensor, at_end: bool, short: bool = False) -> Tensor:
     return copy.as_strided(t.shape, t.stride())
 
 
-class Guard:
-    """Every call of a native op inside ``with`` is made on guarded copies; what it wrote is copied back.
+class Copies:
+    """Every call of a native op inside ``with`` is made on copies of its tensors; what it wrote is copied back.
 
     Args:
-        at_end: the side of the forbidden page.
-        short: the number of a tensor of the call that is to be one element short. Nothing is copied back then.
+        copy: makes the copy of a tensor, given that and its number in the call.
+        write_back: False where the copies are too short to be read.
     """
 
-    def __init__(self, at_end: bool, short: int | None = None) -> None:
-        self.at_end, self.short = at_end, short
+    def __init__(self, copy: Callable[[Tensor, int], Tensor], write_back: bool = True) -> None:
+        self.copy, self.write_back = copy, write_back
         self.calls: list[list[str]] = []  # per call the arguments that its tensors belong to
         self._patch = pytest.MonkeyPatch()
 
-    def __enter__(self) -> "Guard":
+    def __enter__(self) -> "Copies":
         call = torch._ops.OpOverload.__call__
 
         def on_copies(op: torch._ops.OpOverload, /, *args: Any) -> Any:
@@ -64,13 +64,13 @@ class Guard:
                 leaves, spec = tree_flatten(value)
                 for i, leaf in enumerate(leaves):
                     if isinstance(leaf, Tensor):
-                        leaves[i] = guarded(leaf, self.at_end, short=len(names) == self.short)
+                        leaves[i] = self.copy(leaf, len(names))
                         names.append(argument.name)
                 copies.append(tree_unflatten(leaves, spec))
             self.calls.append(names)
             call(op, *copies)
             for argument, value, copy in zip(op._schema.arguments, args, copies, strict=True):
-                if argument.is_write and value is not None and self.short is None:
+                if argument.is_write and value is not None and self.write_back:
                     value.copy_(copy)
             return None
 
@@ -82,11 +82,15 @@ class Guard:
 
 
 def death(jobs: Iterable[tuple[str, Callable[[], object]]]) -> str | None:
-    """Run named jobs one after the other in a forked process: None, or what ended it and in which job."""
+    """Run named jobs one after the other in a forked process: None, or what ended it.
+
+    That is the signal and the job, or what the job printed.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
+        os.dup2(writer, 2)  # standard error
         faulthandler.disable()  # pytest's, which would print a hundred lines
         try:
             for name, job in jobs:

@@ -1,7 +1,13 @@
+#include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 #include "common.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace effnet {
 namespace {
@@ -33,11 +39,30 @@ struct Arena {
 
 thread_local Arena arena;
 
+// Under AddressSanitizer nothing may touch what is not taken, there is such memory behind everything taken,
+// and what is taken is NaN until it is written.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGap = kAlign;
+void unseal(float* p, int64_t floats) {
+  __asan_unpoison_memory_region(p, floats * sizeof(float));
+  std::fill_n(p, floats, std::numeric_limits<float>::quiet_NaN());
+}
+void seal(float* p, int64_t floats) { __asan_poison_memory_region(p, floats * sizeof(float)); }
+#else
+constexpr int64_t kGap = 0;
+void unseal(float*, int64_t) {}
+void seal(float*, int64_t) {}
+#endif
+
 }  // namespace
 
 Scratch::Scratch() : block_(arena.current), used_(arena.used) {}
 
 Scratch::~Scratch() {
+  for (int64_t i = std::max<int64_t>(block_, 0); i <= arena.current; ++i) {
+    const int64_t kept = i == block_ ? used_ : 0;
+    seal(arena.blocks[i].data + kept, arena.blocks[i].size - kept);
+  }
   arena.current = block_;
   arena.used = used_;
   if (block_ >= 0) return;
@@ -46,12 +71,13 @@ Scratch::~Scratch() {
   for (const Block& block : arena.blocks) total += block.size;
   if (total > kKept || arena.blocks[1].data != nullptr) {
     arena.release(0);
-    if (total <= kKept) take(total), arena.current = -1, arena.used = 0;
+    if (total <= kKept) seal(take(total), total), arena.current = -1, arena.used = 0;
   }
 }
 
 float* Scratch::take(int64_t floats) {
-  floats = (floats + kAlign - 1) / kAlign * kAlign;
+  const int64_t wanted = floats;
+  floats = (floats + kAlign - 1) / kAlign * kAlign + kGap;
   if (arena.current < 0 || arena.used + floats > arena.blocks[arena.current].size) {
     if (arena.current + 1 >= kMaxBlocks) throw std::bad_alloc();
     Block& next = arena.blocks[++arena.current];
@@ -63,11 +89,13 @@ float* Scratch::take(int64_t floats) {
         next.size = 0;
         throw std::bad_alloc();
       }
+      seal(next.data, next.size);
     }
     arena.used = 0;
   }
   float* taken = arena.blocks[arena.current].data + arena.used;
   arena.used += floats;
+  unseal(taken, wanted);
   return taken;
 }
 

@@ -82,11 +82,15 @@ EFFNET_INLINE void store(bf16* p, vf v) {
   std::memcpy(static_cast<void*>(p), &h, sizeof(h));
 }
 
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)  // which does not see masked accesses
+#define EFFNET_MASKED
+#endif
+
 // The first n <= kWidth lanes; the rest of a loaded vector is zero, of a stored one untouched.
 template <class T>
 EFFNET_INLINE vf load_first(const T* p, int64_t n) {
   if (n >= kWidth) return load(p);
-#if defined(__AVX512F__)
+#if defined(EFFNET_MASKED)
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #endif
   T lanes[kWidth] = {};
@@ -97,7 +101,7 @@ EFFNET_INLINE vf load_first(const T* p, int64_t n) {
 template <class T>
 EFFNET_INLINE void store_first(T* p, vf v, int64_t n) {
   if (n >= kWidth) return store(p, v);
-#if defined(__AVX512F__)
+#if defined(EFFNET_MASKED)
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
 #endif
   T lanes[kWidth];
