@@ -19,7 +19,7 @@ Results = dict[str, dict[str, Any]]
 class Case(NamedTuple):
     """One row of a table."""
 
-    level: str  # op | block | model | training_op | training_block | training_model
+    level: str  # op | block | model | sweep | training_op | training_block | training_model
     title: str
     batch: int
     make: Callable[[], tuple[nn.Module, Tensor]]  # the stock module and its input
@@ -27,6 +27,7 @@ class Case(NamedTuple):
     amp: torch.dtype | None = None
     bytes: int | None = None  # the least traffic
     count: int = 1  # so often in the network
+    facts: dict[str, Any] = {}  # stand in the record as they are
 
     @property
     def trains(self) -> bool:
@@ -49,7 +50,7 @@ class Case(NamedTuple):
             if bandwidth and self.bytes is not None and "median" in result:
                 result["bytes_per_second"] = self.bytes / result["median"]
                 result["share_of_copy"] = result["bytes_per_second"] / bandwidth
-        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, "contenders": results}
+        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, **self.facts, "contenders": results}
 
 
 def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
@@ -60,6 +61,12 @@ def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Ca
         return create_model(model).to(device, DTYPES[dtype]), x
 
     return Case("model", f"{model} @{size}, batch {batch}, {dtype}", batch, make)
+
+
+def sweep_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
+    """A point of the curves over batch sizes and resolutions."""
+    facts = {"model": model, "size": size, "dtype": dtype}
+    return model_case(model, size, batch, dtype, device)._replace(level="sweep", facts=facts)
 
 
 def block_case(model: str, block: Block, count: int, batch: int, dtype: str, device: str) -> Case:

@@ -1,8 +1,9 @@
 """Turn ``benchmarks/results/*.json`` into the documentation's tables and plots: ``python -m benchmarks.report``.
 
 Text between ``<!-- benchmark:LEVEL -->`` and ``<!-- /benchmark -->`` in the given files is replaced by one table
-per machine, losses included. A level that nobody measured leaves its block empty. ``benchmark:predicted`` sets times
-measured on a GPU beside the document's own predictions.
+and plot per machine, losses included; of a sweep over batch sizes and resolutions by the plot alone. A level that
+nobody measured leaves its block empty. ``benchmark:predicted`` sets times measured on a GPU beside the document's own
+predictions.
 """
 
 import argparse
@@ -41,10 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     for file in sorted(options.results.glob("*.json")):
         results |= levels(file.stem, json.loads(file.read_text()))
     for name, result in results.items():
-        cases = {case: measured["contenders"] for case, measured in result["cases"].items()}
-        plot = options.plots / f"benchmark-{name}.png"
-        plots.plot_cases(cases, result["environment"], plot, TITLES[result["level"]])
-        print(plot)
+        file = options.plots / f"benchmark-{name}.png"
+        if result["level"] == "sweep":
+            plots.plot_sweep(result["cases"], result["environment"], file)
+        else:
+            cases = {case: measured["contenders"] for case, measured in result["cases"].items()}
+            plots.plot_cases(cases, result["environment"], file, TITLES[result["level"]])
+        print(file)
     for document in options.documents:
         document.write_text(render(document.read_text(), results, options.plots, document.parent))
         print(document)
@@ -62,7 +66,8 @@ def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path,
         for name, result in results.items():
             if result["level"] == found[2]:
                 plot = os.path.relpath(plots_folder / f"benchmark-{name}.png", base)
-                parts.append(f"{table(result)}\n\n![{name}]({Path(plot).as_posix()})\n")
+                lines = "" if result["level"] == "sweep" else f"{table(result)}\n\n"  # too many for a table
+                parts.append(f"{lines}![{name}]({Path(plot).as_posix()})\n")
         return found[1] + "\n".join(parts) + found[3]
 
     return MARKER.sub(block, text)

@@ -178,3 +178,27 @@ def test_the_shipped_order_names_every_op_and_is_as_the_script_writes_it():
     table = json.loads(dispatch.TABLE.read_text())
     assert set(table["order"]) == {op for ops in dispatch.OPS.values() for op in ops}
     assert all(sorted(order) == sorted(dispatch.BACKENDS) for order in table["order"].values())
+
+
+def test_report_draws_a_sweep(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import report
+
+    environment = {"device": "Abacus", "device_type": "cpu", "threads": 2, "versions": {}, "commit": "", "date": ""}
+    cases = {}
+    for size, batch in ((96, 1), (96, 2), (96, 4), (128, 1), (131, 1)):
+        seconds = batch * size**2 * 1e-7
+        timed = {"median": seconds, "q1": seconds, "q3": seconds}
+        cases[f"B0 @{size}, batch {batch}"] = {
+            "model": "B0", "dtype": "float32", "size": size, "batch": batch,
+            "contenders": {contenders.CHANNELS_LAST: timed, "openvino": {"failed": "is not installed"},
+                           contenders.ours("cpu"): timed},
+        }  # fmt: skip
+    content = {"level": "sweep", "environment": environment, "cases": cases}
+    (tmp_path / "abacus-sweep.json").write_text(json.dumps(content))
+    document = tmp_path / "README.md"
+    document.write_text("<!-- benchmark:sweep -->\n<!-- /benchmark -->\n")
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path), str(document)])
+    picture = "![abacus-sweep](benchmark-abacus-sweep.png)"
+    assert document.read_text() == f"<!-- benchmark:sweep -->\n{picture}\n<!-- /benchmark -->\n"
+    assert (tmp_path / "benchmark-abacus-sweep.png").stat().st_size > 0

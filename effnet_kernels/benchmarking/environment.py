@@ -46,11 +46,15 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 def describe(record: dict[str, Any]) -> str:
     """The record as one line, to stand next to numbers."""
-    device = record["device"]
-    if record["device_type"] == "cpu":
-        device = f"{device}, {record['threads']} thread{'s' * (record['threads'] != 1)}"
     software = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    return f"{device}; {software}; commit {record['commit'] or 'unknown'}; {record['date']}"
+    return f"{machine(record)}; {software}; commit {record['commit'] or 'unknown'}; {record['date']}"
+
+
+def machine(record: dict[str, Any]) -> str:
+    """The record's device, and on a CPU the number of threads."""
+    if record["device_type"] != "cpu":
+        return record["device"]
+    return f"{record['device']}, {record['threads']} thread{'s' * (record['threads'] != 1)}"
 
 
 def cpu_model() -> str:
