@@ -97,11 +97,15 @@ def verify(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Time one model: stock in both layouts, each of our backends, and on request torch.compile and other runtimes."""
     device = _device(options.device)
+    if options.peers and device != "cpu":
+        raise UserError("--peers run on the CPU: add --device cpu")
     size = options.size or image_size(options.model, options.library)
     dtype = DTYPES[options.dtype]
     stock = create_model(options.model, options.library).to(device, dtype)
     x = noise(options.batch, size, dtype=dtype, device=device)
     names = contenders.contender_names(device, compiled=options.compile, with_peers=options.peers)
+    if options.peers:  # one that is not installed says how to
+        names += [name for name in contenders.PEERS if name not in names]
     case = f"{options.library} {options.model} @{size}, batch {options.batch}, {options.dtype}"
     print(case)
     results = contenders.compare(stock, x, names, seconds=options.seconds, progress=_progress)
@@ -225,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(bench, model, machine, time)
     added.add_argument("--dtype", choices=DTYPES, default="float32")
     added.add_argument("--compile", action="store_true", help="also torch.compile")
-    added.add_argument("--peers", action="store_true", help="also ONNX Runtime and OpenVINO, where installed")
+    added.add_argument("--peers", action="store_true", help="also ONNX Runtime and OpenVINO, on a CPU")
     added.add_argument("--json", metavar="FILE", help="save what was measured")
     added.add_argument("--plot", metavar="FILE", help="save a bar chart")
     added = command(tune, model)

@@ -80,6 +80,7 @@ def test_bench_writes_json_and_plot(tmp_path, capsys):
     for result in case["contenders"].values():
         assert result["q1"] <= result["median"] <= result["q3"]
         assert len(result["samples"]) >= 5
+        assert result["first"] > 0
     assert plot.stat().st_size > 0
     assert written["environment"]["device"] in capsys.readouterr().out
 
@@ -91,6 +92,17 @@ def test_bench_does_not_time_a_wrong_result(wrong_result, tmp_path):
     assert "median" in results[contenders.STOCK]
     for name, result in results.items():
         assert name in (contenders.STOCK, contenders.CHANNELS_LAST) or ("wrong" in result and "median" not in result)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="peers run on a CPU")
+def test_bench_says_how_to_install_missing_peers(monkeypatch, capsys):
+    for name in contenders.PEERS:
+        monkeypatch.setitem(sys.modules, name, None)  # makes importing it fail
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", *MODEL, "--seconds", "0.02", "--peers"]) == 0
+    printed = capsys.readouterr().out
+    for name in contenders.PEERS:
+        assert f"{name}: {name} is needed for this: pip install 'effnet-kernels[peers]'" in printed
 
 
 @pytest.mark.slow

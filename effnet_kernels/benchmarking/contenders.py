@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ def ours(backend: str) -> str:
 
 
 def contender_names(device: str = "cpu", *, compiled: bool = True, with_peers: bool = True) -> list[str]:
-    """The contenders that this environment can field on ``device``."""
+    """The contenders that this environment can field on ``device``; peers run on a CPU."""
     names = [STOCK, CHANNELS_LAST]
     if compiled:
         names += [COMPILED, AUTOTUNED] if device == "cuda" else [COMPILED]
@@ -99,8 +100,9 @@ def compare(
         guard: see ``Guard``; what it raises is the contender's failure.
 
     Returns:
-        Per contender ``error`` (largest, against float64), ``median``, ``q1``, ``q3`` and ``samples`` in seconds;
-        or ``wrong`` / ``failed`` with the reason, and no time: a wrong result is not timed.
+        Per contender ``error`` (largest, against float64), ``median``, ``q1``, ``q3`` and ``samples`` in seconds; on a
+        CPU also ``first``, the very first call, which packs weights or compiles. Or ``wrong`` / ``failed`` with the
+        reason, and no time: a wrong result is not timed.
     """
     torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
     with torch.inference_mode():
@@ -113,8 +115,10 @@ def compare(
         try:
             with guard(name):
                 call = build(name, stock, x, fused, pool)
+                start = time.perf_counter()
                 with torch.inference_mode():
                     output = call()
+                first = time.perf_counter() - start
                 wrong = _wrong(name, output, stock_output, exact)
         except Exception as error:  # a contender that cannot run is a result, and the others go on
             results[name] = {"failed": failure(error)}
@@ -123,6 +127,8 @@ def compare(
             results[name] = {"wrong": wrong}
             continue
         results[name] = {"error": max_error(output, exact)}
+        if x.device.type == "cpu":  # a graph on a GPU has been through its first calls
+            results[name]["first"] = first
         calls[name] = call
         if isinstance(call, timing.Graph):
             pool = call.pool  # the next ones have no use for it at the same time

@@ -33,12 +33,12 @@ def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHA
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]], batch: int) -> str:
     """One row per contender of ``contenders.compare``."""
-    header = ("contender", "median", "quartiles", "images/s", f"over {CHANNELS_LAST}", "max error")
+    header = ("contender", "median", "quartiles", "first call", "images/s", f"over {CHANNELS_LAST}", "max error")
     rows = []
     for name, result in results.items():
         if "median" not in result:
             reason = "WRONG RESULT" if "wrong" in result else "cannot run"
-            rows.append((name, reason, "", "", "", ""))
+            rows.append((name, reason, *[""] * (len(header) - 2)))
             continue
         ratio = speedup(results, name)
         rows.append(
@@ -46,6 +46,7 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], batch: int) -> st
                 name,
                 seconds(result["median"]),
                 f"{seconds(result['q1'])} .. {seconds(result['q3'])}",
+                seconds(result["first"]) if "first" in result else "",
                 f"{batch / result['median']:.1f}",
                 f"{ratio:.2f}x" if ratio else "",
                 f"{result['error']:.2e}",
