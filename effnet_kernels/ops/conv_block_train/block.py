@@ -19,7 +19,7 @@ so the pass that gives the gradient of the gate gives these sums too, per image,
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,14 @@ from torch import Tensor
 from effnet_kernels.ops.activations import FUNCTIONS, GRADIENTS
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.conv_block_train.layers import (
+    Gone,
     Gradient,
     Layer,
     Needs,
     Norm,
     Source,
     SqueezeExcite,
-    norm_of,
+    Through,
     wide_dtype,
     work,
 )
@@ -49,6 +50,9 @@ class Kernels(Protocol):
     def statistics(self, raw: Tensor) -> Tensor:
         """[2, C] mean and (biased) variance of a map."""
 
+    def norm(self, layer: Layer, statistics: Tensor) -> Norm:
+        """The norm of a layer with these statistics, [2, C]."""
+
     def pool(self, source: Source) -> Tensor:
         """[N, C] means over H and W."""
 
@@ -58,28 +62,17 @@ class Kernels(Protocol):
     def moments(self, gradient: Gradient) -> Tensor:
         """[2, C] ``sum dz`` and ``sum dz * xhat``."""
 
+    def coefficients(self, norm: Norm, moments: Tensor | None, count: int) -> Tensor:
+        """[3, C] p, q, r over ``count`` values per channel; without moments for running statistics."""
+
     def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
         """[5, N, C] sums over H and W, with ``grad`` the gradient of ``a * gate`` and a = act(z):
 
         ``grad * a``, ``grad * act'``, ``act'``, ``grad * act' * xhat``, ``act' * xhat``.
         """
 
-    def conv_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-        """Through a convolution: gradient of its input, of its weight, and moments of the former.
-
-        ``coefficients`` are p, q, r as [3, C]. ``source`` is None where the input itself is not needed, ``size`` its
-        shape. The first result is a map, or a ``Gradient`` where the source is normalised but not gated; only
-        then are there moments.
-        """
+    def conv_backward(self, through: Through) -> Gone:
+        """Through a convolution, for what is wanted of it."""
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         """The gradient of the raw map."""
@@ -105,10 +98,19 @@ def forward(
         if measured is None:
             measured = torch.stack([layer.running_mean, layer.running_var]).to(wide)
         statistics.append(measured)
-        source = Source(raw, norm_of(layer, measured[0], measured[1]))
+        source = Source(raw, k.norm(layer, measured))
     if pool:
         return k.pool(source).to(x.dtype), raws, statistics, squeezed
     return k.apply(source, residual), raws, statistics, squeezed
+
+
+class Kept(NamedTuple):
+    """What forward keeps for backward; None where that is not needed."""
+
+    x: Tensor | None
+    raws: Sequence[Tensor | None]
+    statistics: Sequence[Tensor]
+    squeezed: Sequence[Tensor]  # pooled mean and gate, or nothing
 
 
 def squeeze(mean: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,10 +135,7 @@ def squeeze_backward(grad: Tensor, mean: Tensor, se: SqueezeExcite) -> tuple[Ten
 def backward(
     k: Kernels,
     grad: Tensor,
-    x: Tensor | None,
-    raws: Sequence[Tensor | None],
-    statistics: Sequence[Tensor],
-    squeezed: Sequence[Tensor],
+    kept: Kept,
     layers: Sequence[Layer],
     se: SqueezeExcite | None,
     pool: bool,
@@ -149,73 +148,66 @@ def backward(
     """
     last = len(layers) - 1
     todo = work(layers, needs, se is not None, pool)
-    norms = [norm_of(layer, s[0], s[1]) for layer, s in zip(layers, statistics, strict=True)]
+    norms = [k.norm(layer, statistics) for layer, statistics in zip(layers, kept.statistics, strict=True)]
     sizes = [tuple(size)]
     for layer in layers:
         sizes.append(layer.output_size(sizes[-1]))
-    if layers[0].weight is None:
-        raws = [x]
+    raws = [kept.x] if layers[0].weight is None else kept.raws
+    mean, gate = kept.squeezed or (None, None)
 
-    if not pool:
-        grad = to_nhwc(grad)
+    def at(i: int, grad: Tensor, gate: Tensor | None = None, bias: Tensor | None = None) -> Gradient:
+        """A gradient of the output of layer i that backward made."""
+        return Gradient(grad, raws[i], norms[i], layers[i].act, gate, bias, owned=True)
+
+    if pool:
+        bias = grad.to(norms[last].vectors.dtype) / (sizes[-1][2] * sizes[-1][3])
+        current = Gradient(None, raws[last], norms[last], layers[last].act, bias=bias)
+    else:
+        current = at(last, to_nhwc(grad))._replace(owned=False)
     found: dict[tuple[str, int], Tensor] = {}
-    pixels = sizes[-1][2] * sizes[-1][3]
-    wide = statistics[0].dtype
-    current: Gradient | Tensor = (
-        Gradient(None, raws[last], norms[last], layers[last].act, bias=grad.to(wide) / pixels)
-        if pool
-        else Gradient(grad, raws[last], norms[last], layers[last].act)
-    )
     moments: Tensor | None = None
     for i in range(last, -1, -1):
+        layer, through = layers[i], todo.below[i] or needs.weights[i]
         if not todo.norm[i]:
             break
-        layer, through = layers[i], todo.below[i] or needs.weights[i]
-        assert isinstance(current, Gradient)
         if moments is None and (needs.gammas[i] or needs.betas[i] or (through and not layer.frozen)):
             moments = k.moments(current)
-        if needs.gammas[i]:
-            assert moments is not None
+        if moments is not None:
             found["gamma", i] = moments[1].to(layer.gamma.dtype)
-        if needs.betas[i]:
-            assert moments is not None
             found["beta", i] = moments[0].to(layer.beta.dtype)
         if not through:
             break
-        coefficients = _coefficients(layer, norms[i], moments, sizes[i + 1])
-        moments = None
+        n, _, height, width = sizes[i + 1]
+        coefficients = k.coefficients(norms[i], None if layer.frozen else moments, n * height * width)
         if layer.weight is None:
             found["x", 0] = k.raw_gradient(current, coefficients)
             break
-        gate = squeezed[1] if se is not None and i == last else None
-        raw = x if i == 0 else raws[i - 1]
-        source = None if raw is None else Source(raw, norms[i - 1] if i > 0 else None, gate)
+        gated = i == last and se is not None
+        raw = raws[i - 1] if i > 0 else kept.x
+        source = None if raw is None else Source(raw, norms[i - 1] if i > 0 else None, gate if gated else None)
         into, weight, moments = k.conv_backward(
-            current, coefficients, source, layer, sizes[i], todo.below[i], needs.weights[i]
+            Through(current, coefficients, source, layer, sizes[i], todo.below[i], needs.weights[i])
         )
         if weight is not None:
             found["weight", i] = weight
         if into is None:
             break
-        if i == 0:
-            assert isinstance(into, Tensor)
+        if isinstance(into, Gradient):
+            current = into
+        elif i == 0:
             found["x", 0] = into
-        elif gate is not None:
-            assert isinstance(into, Tensor)
+        elif gated:
             assert source is not None
             assert se is not None
+            assert mean is not None
             sums = k.gate_moments(into, source)
-            grad_mean, grads = squeeze_backward(sums[0], squeezed[0], se)
+            grad_mean, grads = squeeze_backward(sums[0], mean, se)
             found.update({("se", j): g for j, g in enumerate(grads)})
             bias = grad_mean / (sizes[i][2] * sizes[i][3])
-            moments = torch.stack([(gate * sums[j] + bias * sums[j + 1]).sum(0) for j in (1, 3)])
-            current = Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act, gate, bias, owned=True)
+            moments = (gate * sums[1::2] + bias * sums[2::2]).sum(1)
+            current = at(i - 1, into, gate, bias)
         else:
-            # A layer that is not normalised by its own statistics and has no activation keeps no raw map.
-            if isinstance(into, Gradient):
-                current = into
-            else:
-                current = Gradient(into, raws[i - 1], norms[i - 1], layers[i - 1].act, owned=True)
+            current = at(i - 1, into)
     order = [
         ("x", [needs.x]),
         ("weight", needs.weights),
@@ -224,15 +216,3 @@ def backward(
         ("se", needs.se),
     ]
     return [found[name, i] for name, wanted in order for i, want in enumerate(wanted) if want]
-
-
-def _coefficients(layer: Layer, norm: Norm, moments: Tensor | None, size: Sequence[int]) -> Tensor:
-    """p, q and r as [3, C]: the gradient of the raw map is ``p * dz + q * (y - mean) + r``."""
-    scale, _, _, rstd = norm.vectors.unbind()
-    if layer.frozen:
-        zero = torch.zeros_like(scale)
-        return torch.stack([scale, zero, zero])
-    assert moments is not None
-    count = size[0] * size[2] * size[3]
-    r, q = (moments * (scale * (-1.0 / count))).unbind()
-    return torch.stack([scale, q * rstd, r])

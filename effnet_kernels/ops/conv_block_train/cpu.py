@@ -1,6 +1,6 @@
 """The kernels of a block in training on the CPU: csrc/cpu/train_*.h, and torch's own matrix products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through
 from effnet_kernels.ops.conv_block_train.products import Products
 from effnet_kernels.ops.native_cpu import DTYPES
 
@@ -30,7 +30,7 @@ class Native(Products):
         assert layer.weight is not None
         raw = empty_nhwc(source.raw, *layer.output_size(source.raw.shape)[1:])
         measured = _floats(raw, 2, raw.shape[1]) if statistics else None
-        _train_depthwise(raw, measured, source.raw, *_norm(source), layer.weight, layer.stride, layer.padding)
+        _train_depthwise(raw, measured, source.raw, *_norm(source.norm), layer.weight, layer.stride, layer.padding)
         return raw, measured
 
     def statistics(self, raw: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ class Native(Products):
 
     def pool(self, source: Source) -> Tensor:
         out = _floats(source.raw, *source.raw.shape[:2])
-        _train_pool(out, source.raw, *_norm(source))
+        _train_pool(out, source.raw, *_norm(source.norm))
         return out
 
     def apply(self, source: Source, residual: Tensor | None) -> Tensor:
         if source.norm is None and source.gate is None and residual is None:
             return source.raw
         out = torch.empty_like(source.raw)
-        _train_apply(out, source.raw, *_norm(source), source.gate, residual)
+        _train_apply(out, source.raw, *_norm(source.norm), source.gate, residual)
         return out
 
     def moments(self, gradient: Gradient) -> Tensor:
@@ -58,41 +58,26 @@ class Native(Products):
 
     def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
         out = _floats(grad, 5, *grad.shape[:2])
-        _train_gate_moments(out, grad, source.raw, *_norm(source))
+        _train_gate_moments(out, grad, source.raw, *_norm(source.norm))
         return out
 
-    def depthwise_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-        assert layer.weight is not None
-        dx = empty_nhwc(coefficients.new_empty(size[0], dtype=layer.weight.dtype), *size[1:]) if below else None
-        dweight = _floats(coefficients, *layer.weight.shape) if weight else None
+    def depthwise_backward(self, through: Through) -> Gone:
+        layer, source, w = through.layer, through.source, through.layer.weight
+        assert w is not None
+        size, vectors = through.size, through.gradient.norm.vectors
+        dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if through.below else None
+        dweight = _floats(vectors, *w.shape) if through.weight else None
         norm = None if source is None else source.norm
-        moments = _floats(coefficients, 2, size[1]) if below and norm is not None else None
-        x, x_norm = (None, (None, "identity")) if source is None else (source.raw, _norm(source))
+        moments = None if dx is None or norm is None else torch.empty_like(vectors[:2])
         _train_depthwise_backward(
-            dx,
-            dweight,
-            moments,
-            *_gradient(gradient),
-            coefficients,
-            x,
-            *x_norm,
-            layer.weight,
-            layer.stride,
-            layer.padding,
-        )
-        into: Gradient | Tensor | None = dx
-        if dx is not None and norm is not None and source is not None:
-            into = Gradient(dx, source.raw, norm, "identity", owned=True)
-        return into, None if dweight is None else dweight.to(layer.weight.dtype), moments
+            dx, dweight, moments, *_gradient(through.gradient), through.coefficients,
+            None if source is None else source.raw, *_norm(norm), w, layer.stride, layer.padding,
+        )  # fmt: skip
+        if dweight is not None:
+            dweight = dweight.to(w.dtype)
+        if dx is None or norm is None or source is None:
+            return Gone(dx, dweight)
+        return Gone(Gradient(dx, source.raw, norm, "identity", owned=True), dweight, moments)
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         out = gradient.grad if gradient.owned else None
@@ -106,8 +91,8 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _norm(source: Source) -> tuple[Tensor | None, str]:
-    return (None, "identity") if source.norm is None else (source.norm.vectors, source.norm.act)
+def _norm(norm: Norm | None) -> tuple[Tensor | None, str]:
+    return (None, "identity") if norm is None else (norm.vectors, norm.act)
 
 
 def _gradient(g: Gradient) -> tuple[Any, ...]:

@@ -1,13 +1,13 @@
 """The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise.cu. All others are the reference's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Source, Through
 from effnet_kernels.ops.conv_block_train.reference import Reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES, supports
 
@@ -34,34 +34,26 @@ class Native(Reference):
         )  # fmt: skip
         return raw, measured
 
-    def conv_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
+    def conv_backward(self, through: Through) -> Gone:
         """As ``block.Kernels``; other windows than the compiled ones, and gated inputs, are the reference's."""
+        layer, source, size = through.layer, through.source, through.size
         if not _compiled(layer, size[1]) or (source is not None and source.gate is not None):
-            return super().conv_backward(gradient, coefficients, source, layer, size, below, weight)
+            return super().conv_backward(through)
         assert layer.weight is not None
-        w = layer.weight.contiguous()
-        dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if below else None
-        dweight = torch.empty_like(w) if weight else None
+        gradient, w = through.gradient, layer.weight.contiguous()
+        dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if through.below else None
+        dweight = torch.empty_like(w) if through.weight else None
         norm = None if source is None else source.norm
         moments = None if dx is None or norm is None else torch.empty_like(norm.vectors[:2])
         _backward(
             dx, dweight, moments, gradient.grad, gradient.raw, gradient.norm.vectors, gradient.act, gradient.gate,
-            gradient.bias, coefficients, None if source is None else source.raw,
+            gradient.bias, through.coefficients, None if source is None else source.raw,
             None if norm is None else norm.vectors, "identity" if norm is None else norm.act,
             w, size, layer.stride, layer.padding,
         )  # fmt: skip
         if dx is None or norm is None or source is None:
-            return dx, dweight, None
-        return Gradient(dx, source.raw, norm, "identity", owned=True), dweight, moments
+            return Gone(dx, dweight)
+        return Gone(Gradient(dx, source.raw, norm, "identity", owned=True), dweight, moments)
 
 
 def _compiled(layer: Layer, channels: int) -> bool:

@@ -77,11 +77,24 @@ class Gradient(NamedTuple):
     owned: bool = False  # ``grad`` was made on the way and may be overwritten
 
 
-def norm_of(layer: Layer, mean: Tensor, var: Tensor) -> Norm:
-    """The norm of a layer with these statistics, [C] each."""
-    rstd = (var + layer.eps).rsqrt_()
-    scale = layer.gamma * rstd  # in the wider dtype of the two
-    return Norm(torch.stack([scale, layer.beta - mean * scale, mean, rstd]), layer.act)
+class Through(NamedTuple):
+    """The way back through a convolution: what is known, and what is wanted."""
+
+    gradient: Gradient  # at its normalised output
+    coefficients: Tensor  # [3, C], wide: p, q, r; that of the raw output is ``p * dz + q * (y - mean) + r``
+    source: Source | None  # its input; None where that is not needed
+    layer: Layer
+    size: tuple[int, ...]  # [N, C, H, W] of its input
+    below: bool  # whether the gradient of its input is wanted
+    weight: bool  # whether that of its weight is
+
+
+class Gone(NamedTuple):
+    """What came of going ``Through``."""
+
+    into: Gradient | Tensor | None  # at the input: a map, or a ``Gradient`` where that is normalised but not gated
+    weight: Tensor | None = None
+    moments: Tensor | None = None  # of ``into``, only where it is a ``Gradient``
 
 
 class SqueezeExcite(NamedTuple):
@@ -141,29 +154,6 @@ def work(layers: Sequence[Layer], needs: Needs, excited: bool, pooled: bool) -> 
     if layers[0].weight is None:  # the raw map of the first layer is x
         x, raws[0] = raws[0], False
     return Work(below, norm, x, raws)
-
-
-def decode(
-    weights: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    eps: Sequence[float],
-    frozen: Sequence[bool],
-    acts: Sequence[str],
-    geometry: Sequence[int],
-) -> list[Layer]:
-    """Layers from the flat lists of the op's schema. ``vectors`` has four per layer, ``geometry`` six numbers.
-
-    There is a weight for every layer, or none at all for a single BatchNorm.
-    """
-    layers = []
-    for i in range(len(acts)):
-        sh, sw, top, bottom, left, right = geometry[6 * i : 6 * i + 6]
-        gamma, beta, mean, var = vectors[4 * i : 4 * i + 4]
-        weight = weights[i] if weights else None
-        layers.append(
-            Layer(weight, gamma, beta, mean, var, eps[i], frozen[i], acts[i], (sh, sw), (top, bottom, left, right))
-        )
-    return layers
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -4,8 +4,9 @@ Both are functional. Running statistics are not updated here: the op returns tho
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc
 from effnet_kernels.ops.conv_block_train import block
-from effnet_kernels.ops.conv_block_train.layers import Needs, SqueezeExcite, decode, wide_dtype, work
+from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite, wide_dtype, work
 
 _LAYERS = (
     # Per layer: a weight (none at all for a single BatchNorm); gamma, beta, running mean and variance; the epsilon;
@@ -32,93 +33,105 @@ _BACKWARD = (
 )
 
 
+class Chain(NamedTuple):
+    """``_LAYERS``: what both schemas have in common."""
+
+    weights: Sequence[Tensor]
+    vectors: Sequence[Tensor]
+    eps: Sequence[float]
+    frozen: Sequence[bool]
+    acts: Sequence[str]
+    geometry: Sequence[int]
+    se: Sequence[Tensor]
+    se_act: str
+    se_gate: str
+
+    def layers(self) -> list[Layer]:
+        layers = []
+        for i, act in enumerate(self.acts):
+            weight = self.weights[i] if self.weights else None
+            sh, sw, *padding = self.geometry[6 * i : 6 * i + 6]
+            vectors, eps, frozen = self.vectors[4 * i : 4 * i + 4], self.eps[i], self.frozen[i]
+            layers.append(Layer(weight, *vectors, eps, frozen, act, (sh, sw), tuple(padding)))
+        return layers
+
+    def excitation(self) -> SqueezeExcite | None:
+        return SqueezeExcite(self.se, self.se_act, self.se_gate) if self.se else None
+
+    def parameters(self) -> tuple[Sequence[Tensor], ...]:
+        """Everything that may want a gradient, in the order of ``Needs``."""
+        return self.weights, self.vectors[::4], self.vectors[1::4], self.se
+
+    def needs(self, flags: Sequence[bool]) -> Needs:
+        """From one flag for x and for each of ``parameters``."""
+        (x,), weights, *others = _split(flags, [1, *map(len, self.parameters())])
+        return Needs(x, weights or [False], *others)
+
+
+def _split(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    items = iter(flat)
+    return [[next(items) for _ in range(n)] for n in lengths]
+
+
 def problem(x: Tensor) -> Problem:
     """Blocks differ in nothing that a backend is asked about."""
     return Problem("conv_block_train", x.device.type, x.dtype)
 
 
-def _split(needs: Sequence[bool], layers: int, convolutions: int, se: int) -> Needs:
-    """``Needs`` from the flat list."""
-    flags = iter(needs)
-
-    def take(n: int) -> list[bool]:
-        return [next(flags) for _ in range(n)]
-
-    (x,), weights, gammas, betas = take(1), take(convolutions), take(layers), take(layers)
-    return Needs(x, weights or [False], gammas, betas, take(se))
-
-
-def _excitation(se: Sequence[Tensor], act: str, gate: str) -> SqueezeExcite | None:
-    return SqueezeExcite(se, act, gate) if se else None
-
-
-def _run_forward(x, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate, residual, pool, backend):  # type: ignore[no-untyped-def]
-    layers = decode(weights, vectors, eps, frozen, acts, geometry)
-    run = implementation(problem(x), backend)
+def _run_forward(x: Tensor, *rest: Any) -> Any:
+    *flat, residual, pool, backend = rest
+    chain = Chain(*flat)
     residual = None if residual is None else to_nhwc(residual)
-    return run(block.forward, to_nhwc(x), layers, _excitation(se, se_act, se_gate), residual, pool)
+    run = implementation(problem(x), backend)
+    return run(block.forward, to_nhwc(x), chain.layers(), chain.excitation(), residual, pool)
 
 
-def _run_backward(  # type: ignore[no-untyped-def]
-    grad, x, raws, statistics, squeezed, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate,
-    pool, size, needs, backend,
-):  # fmt: skip
-    layers = decode(weights, vectors, eps, frozen, acts, geometry)
-    x = None if x is None else to_nhwc(x)
-    return implementation(problem(grad), backend)(
-        block.backward, grad, x, raws, statistics, squeezed, layers, _excitation(se, se_act, se_gate), pool, size,
-        _split(needs, len(layers), len(weights), len(se)),
-    )  # fmt: skip
+def _run_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
+    raws, statistics, squeezed, *flat, pool, size, needs, backend = rest
+    chain = Chain(*flat)
+    kept = block.Kept(None if x is None else to_nhwc(x), raws, statistics, squeezed)
+    run = implementation(problem(grad), backend)
+    return run(block.backward, grad, kept, chain.layers(), chain.excitation(), pool, size, chain.needs(needs))
 
 
-def _fake_forward(x, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate, residual, pool, backend):  # type: ignore[no-untyped-def]
-    size, raws, wide = x.shape, [], wide_dtype(x)
-    for layer in decode(weights, vectors, eps, frozen, acts, geometry):
+def _fake_forward(x: Tensor, *rest: Any) -> Any:
+    *flat, _, pool, _ = rest
+    chain = Chain(*flat)
+    size, raws, statistics, wide = x.shape, [], [], wide_dtype(x)
+    for layer in chain.layers():
         size = layer.output_size(size)
+        statistics.append(x.new_empty((2, size[1]), dtype=wide))
         if layer.weight is not None:
             raws.append(empty_nhwc(x, *size[1:]))
-    statistics = [v.new_empty((2, v.shape[0]), dtype=wide) for v in vectors[::4]]
-    squeezed = [x.new_empty((x.shape[0], se[3].shape[0]), dtype=wide) for _ in range(2)] if se else []
+    squeezed = [x.new_empty((x.shape[0], chain.se[3].shape[0]), dtype=wide) for _ in range(2)] if chain.se else []
     out = x.new_empty(size[:2]) if pool else empty_nhwc(x, *size[1:])
     return out, raws, statistics, squeezed
 
 
-def _fake_backward(  # type: ignore[no-untyped-def]
-    grad, x, raws, statistics, squeezed, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate,
-    pool, size, needs, backend,
-):  # fmt: skip
-    wanted = _split(needs, len(acts), len(weights), len(se))
-    like = [
-        (wanted.weights if weights else [], weights),
-        (wanted.gammas, vectors[::4]),
-        (wanted.betas, vectors[1::4]),
-        (wanted.se, se),
-    ]
-    dx = [empty_nhwc(grad.new_empty((size[0],)), *size[1:])] if wanted.x else []
-    return dx + [
-        t.new_empty(t.shape) for flags, tensors in like for flag, t in zip(flags, tensors, strict=True) if flag
-    ]
+def _fake_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
+    _, _, _, *flat, _, size, needs, _ = rest
+    dx = [empty_nhwc(grad.new_empty((size[0],)), *size[1:])] if needs[0] else []
+    parameters = itertools.chain(*Chain(*flat).parameters())
+    return dx + [t.new_empty(t.shape) for t, wanted in zip(parameters, needs[1:], strict=True) if wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weights, vectors, eps, frozen, acts, geometry, se, se_act, se_gate, residual, pool, backend = inputs
+    x, *flat, residual, pool, backend = inputs
     _, raws, statistics, squeezed = output
-    ctx.set_materialize_grads(False)
-    tensors = [x, *weights, *vectors[::4], *vectors[1::4], *se]
-    flags = [t.requires_grad for t in tensors]
-    needs = _split(flags, len(acts), len(weights), len(se))
-    layers = decode(weights, vectors, eps, frozen, acts, geometry)
-    todo = work(layers, needs, bool(se), pool)
+    chain = Chain(*flat)
+    weights, *others = chain.parameters()
+    flags = [t.requires_grad for t in itertools.chain([x], weights, *others)]
+    todo = work(chain.layers(), chain.needs(flags), bool(chain.se), pool)
     # Parameters cost nothing to keep, but a weight cast for this call does: only those that backward goes through.
-    through = [w if keep else w.new_empty(()).expand(w.shape) for w, keep in zip(weights, todo.below, strict=False)]
-    ctx.save_for_backward(
-        x if todo.x else None,
-        *(raw if keep else None for raw, keep in zip(raws, todo.raws, strict=False)),
-        *statistics, *squeezed, *through, *vectors[::4], *vectors[1::4], *se,
-    )  # fmt: skip
-    ctx.lengths = (1, len(raws), len(acts), len(squeezed), len(weights), len(acts), len(acts), len(se))
+    weights = [w if keep else w.new_empty(()).expand(w.shape) for w, keep in zip(weights, todo.below, strict=False)]
+    raws = [raw if keep else None for raw, keep in zip(raws, todo.raws, strict=False)]
+    saved = [[x if todo.x else None], raws, statistics, squeezed, weights, *others]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*itertools.chain(*saved))
+    ctx.lengths = [len(tensors) for tensors in saved]
+    ctx.chain = chain._replace(weights=(), vectors=(), se=())
+    ctx.flags, ctx.rest = flags, (pool, list(x.shape), flags, backend)
     ctx.residual = residual is not None and residual.requires_grad
-    ctx.arguments = (eps, frozen, acts, geometry, se_act, se_gate, pool, list(x.shape), flags, backend)
 
 
 def _setup_context_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -127,36 +140,27 @@ def _setup_context_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, .
     _setup_context(ctx, inputs, output)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-    eps, frozen, acts, geometry, se_act, se_gate, pool, size, flags, backend = ctx.arguments
-    saved = iter(ctx.saved_tensors)
-    (x,), raws, statistics, squeezed, weights, gammas, betas, se = [
-        [next(saved) for _ in range(n)] for n in ctx.lengths
-    ]
-    # Running statistics may have moved on; those that were used are in ``statistics``.
-    vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
-    if grad is None or not any(flags):
-        found: Any = iter(())
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    """Of x, weights, vectors, squeeze-and-excitation and the residual; None where none is wanted."""
+    (x,), raws, statistics, squeezed, weights, gammas, betas, se = _split(ctx.saved_tensors, ctx.lengths)
+    flags, found = ctx.flags, iter(())
+    if grad is None:
         flags = [False] * len(flags)
-    else:
-        arguments = (
-            grad, x, raws, statistics, squeezed, weights, vectors, eps, frozen, acts, geometry,
-            se, se_act, se_gate, pool, size, flags, backend,
-        )  # fmt: skip
-        if torch.is_grad_enabled() or _needs_dispatcher(grad):
-            found = iter(backward_op(*arguments))
-        else:
-            found = iter(_without_autocast(_run_backward, *arguments))
-    wanted = iter(flags)
+    elif any(flags):
+        # Running statistics may have moved on; those that were used are in ``statistics``.
+        vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
+        chain = ctx.chain._replace(weights=weights, vectors=vectors, se=se)
+        direct = not torch.is_grad_enabled() and not _needs_dispatcher(grad)
+        run = functools.partial(_without_autocast, _run_backward) if direct else backward_op
+        found = iter(run(grad, x, raws, statistics, squeezed, *chain, *ctx.rest))
+    gradients = [next(found) if flag else None for flag in flags]
+    (dx,), dweights, dgammas, dbetas, dse = _split(gradients, [1, *ctx.lengths[4:]])
+    dvectors = [v for pair in zip(dgammas, dbetas, strict=True) for v in (*pair, None, None)]
+    return dx, dweights, dvectors, dse, grad if ctx.residual else None
 
-    def take(n: int) -> list[Tensor | None]:
-        return [next(found) if next(wanted) else None for _ in range(n)]
 
-    (dx,), dweights, dgammas, dbetas, dse = take(1), take(len(weights)), take(len(acts)), take(len(acts)), take(len(se))
-    dvectors: list[Tensor | None] = []
-    for dgamma, dbeta in zip(dgammas, dbetas, strict=True):
-        dvectors += [dgamma, dbeta, None, None]
-    dresidual = grad if ctx.residual else None
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    dx, dweights, dvectors, dse, dresidual = _gradients(ctx, grad)
     return dx, dweights, dvectors, None, None, None, None, dse, None, None, dresidual, None, None
 
 
@@ -206,17 +210,18 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        dx, dweights, dvectors, *rest = _backward(ctx, grad)
-        return None, dx, *dweights, *dvectors, *rest[4], rest[7]
+        dx, dweights, dvectors, dse, dresidual = _gradients(ctx, grad)
+        return None, dx, *dweights, *dvectors, *dse, dresidual
 
 
 def conv_block_train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """The op (its schema is above): the output, and [2, C] statistics per layer."""
-    x, weights, vectors, *_, se, _, _, residual, _, _ = arguments
+    x, *flat, residual, _, _ = arguments
+    chain = Chain(*flat)
     if _needs_dispatcher(x):
         out, _, statistics, _ = op(*arguments)
     elif torch.is_grad_enabled():
-        out, *statistics = _Direct.apply(arguments, x, *weights, *vectors, *se, residual)
+        out, *statistics = _Direct.apply(arguments, x, *chain.weights, *chain.vectors, *chain.se, residual)
     else:
         out, _, statistics, _ = _without_autocast(_run_forward, *arguments)
     return out, statistics

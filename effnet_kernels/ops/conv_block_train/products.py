@@ -4,33 +4,22 @@ They get a copy of their input that is normalised, activated and gated, and give
 native backend adds are passes over maps and the depthwise convolution, which takes its input as it is kept.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import block, reference
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train import reference
+from effnet_kernels.ops.conv_block_train.layers import Gone, Layer, Source, Through
 
 
-class Products(block.Kernels):
-    """``block.Kernels`` without the passes over maps; ``depthwise`` and its backward never see a gate."""
+class Products(reference.Reference):
+    """``block.Kernels`` for a backend with passes over maps; ``depthwise`` and its backward never see a gate."""
 
     def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
         """``conv`` of a depthwise layer."""
         raise NotImplementedError
 
-    def depthwise_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
+    def depthwise_backward(self, through: Through) -> Gone:
         """``conv_backward`` of a depthwise layer."""
         raise NotImplementedError
 
@@ -46,31 +35,24 @@ class Products(block.Kernels):
             raw = reference.convolve(a, layer)
         return raw, self.statistics(raw) if statistics else None
 
-    def conv_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
+    def conv_backward(self, through: Through) -> Gone:
+        layer, source, size = through.layer, through.source, through.size
         assert layer.weight is not None
         if _depthwise(layer, size[1]):
-            source = None if source is None else self._ungated(source)
-            return self.depthwise_backward(gradient, coefficients, source, layer, size, below, weight)
-        dy = self.raw_gradient(gradient, coefficients)
-        a = self.apply(source, None) if weight and source is not None else None
+            return self.depthwise_backward(
+                through if source is None else through._replace(source=self._ungated(source))
+            )
+        dy = self.raw_gradient(through.gradient, through.coefficients)
+        a = self.apply(source, None) if through.weight and source is not None else None
         if not layer.pointwise:
-            return *reference.convolve_backward(dy, a, layer, size, below), None
+            return reference.convolve_backward(dy, a, through)
         da, dweight, rows = None, None, _rows(dy)
         if a is not None:
             dweight = torch.mm(rows.t(), _rows(a)).view(layer.weight.shape)
-        if below:
+        if through.below:
             da = empty_nhwc(dy, *size[1:])
             torch.mm(rows, layer.weight.flatten(1), out=_rows(da))
-        return da, dweight, None
+        return Gone(da, dweight)
 
     def _ungated(self, source: Source) -> Source:
         """What has a gate behind it is no longer a norm alone: the map itself."""

@@ -1,6 +1,6 @@
 """The kernels of a block in training in plain PyTorch: the definition."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.activations import FUNCTIONS, GRADIENTS
 from effnet_kernels.ops.common import to_nhwc, wide
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Norm, Source
+from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through
 
 
 class Reference:
@@ -23,6 +23,12 @@ class Reference:
     def statistics(self, raw: Tensor) -> Tensor:
         var, mean = torch.var_mean(wide(raw), (0, 2, 3), correction=0)
         return torch.stack([mean, var])
+
+    def norm(self, layer: Layer, statistics: Tensor) -> Norm:
+        mean, var = statistics
+        rstd = (var + layer.eps).rsqrt_()
+        scale = layer.gamma * rstd  # in the wider dtype of the two
+        return Norm(torch.stack([scale, layer.beta - mean * scale, mean, rstd]), layer.act)
 
     def pool(self, source: Source) -> Tensor:
         return activated(source).mean((2, 3))
@@ -40,6 +46,13 @@ class Reference:
         xhat = 0.0 if gradient.raw is None else normalised(gradient.raw, gradient.norm)
         return torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))])
 
+    def coefficients(self, norm: Norm, moments: Tensor | None, count: int) -> Tensor:
+        scale, _, _, rstd = norm.vectors
+        if moments is None:
+            return torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)])
+        r, q = moments * (scale * (-1.0 / count))
+        return torch.stack([scale, q * rstd, r])
+
     def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
         assert source.norm is not None
         z, grad = affine(source.raw, source.norm), wide(grad)
@@ -48,19 +61,10 @@ class Reference:
         terms = (grad * FUNCTIONS[source.norm.act](z), grad * slope, slope, grad * slope * xhat, slope * xhat)
         return torch.stack([t.sum((2, 3)) for t in terms])
 
-    def conv_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-        dy = self.raw_gradient(gradient, coefficients)
-        a = self.apply(source, None) if weight and source is not None else None
-        return *convolve_backward(dy, a, layer, size, below), None
+    def conv_backward(self, through: Through) -> Gone:
+        dy = self.raw_gradient(through.gradient, through.coefficients)
+        a = self.apply(through.source, None) if through.weight and through.source is not None else None
+        return convolve_backward(dy, a, through)
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         p, q, r = columns(coefficients)
@@ -120,10 +124,9 @@ def convolve(a: Tensor, layer: Layer) -> Tensor:
     return to_nhwc(F.conv2d(a, layer.weight, None, layer.stride, padding, 1, layer.groups(a.shape[1])))
 
 
-def convolve_backward(
-    dy: Tensor, a: Tensor | None, layer: Layer, size: Sequence[int], below: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
     """Gradients of the input, if wanted, and of the weight, where the input ``a`` is given."""
+    layer, size, below = through.layer, through.size, through.below
     assert layer.weight is not None
     shape = dy.new_empty(1).expand(*size) if a is None else a
     shape, padding = _padded(shape, layer)
@@ -134,7 +137,7 @@ def convolve_backward(
     if below:
         top, _, left, _ = (0, 0, 0, 0) if any(padding) else layer.padding
         da = to_nhwc(da[:, :, top : top + size[2], left : left + size[3]])
-    return da if below else None, dw.contiguous() if a is not None else None
+    return Gone(da if below else None, dw.contiguous() if a is not None else None)
 
 
 def _padded(a: Tensor, layer: Layer) -> tuple[Tensor, tuple[int, int]]:

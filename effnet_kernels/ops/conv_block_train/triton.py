@@ -1,13 +1,13 @@
 """A block in training in Triton, and torch's own matrix products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from effnet_kernels.ops.conv_block_train import triton_depthwise as depthwise
 from effnet_kernels.ops.conv_block_train import triton_maps as maps
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Source
+from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Source, Through
 from effnet_kernels.ops.conv_block_train.products import Products
 from effnet_kernels.ops.triton_common import supports
 
@@ -40,24 +40,16 @@ class Triton(Products):
     def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
         return depthwise.forward(source, layer, statistics)
 
-    def depthwise_backward(
-        self,
-        gradient: Gradient,
-        coefficients: Tensor,
-        source: Source | None,
-        layer: Layer,
-        size: Sequence[int],
-        below: bool,
-        weight: bool,
-    ) -> tuple[Gradient | Tensor | None, Tensor | None, Tensor | None]:
-        dy = maps.raw_gradient(gradient, coefficients)
-        dweight = depthwise.weight_gradient(dy, source, layer) if weight and source is not None else None
-        if not below:
-            return None, dweight, None
-        dx, moments = depthwise.input_gradient(dy, source, layer, size)
+    def depthwise_backward(self, through: Through) -> Gone:
+        layer, source = through.layer, through.source
+        dy = maps.raw_gradient(through.gradient, through.coefficients)
+        dweight = depthwise.weight_gradient(dy, source, layer) if through.weight and source is not None else None
+        if not through.below:
+            return Gone(None, dweight)
+        dx, moments = depthwise.input_gradient(dy, source, layer, through.size)
         if source is None or source.norm is None:
-            return dx, dweight, None
-        return Gradient(dx, source.raw, source.norm, "identity", owned=True), dweight, moments
+            return Gone(dx, dweight)
+        return Gone(Gradient(dx, source.raw, source.norm, "identity", owned=True), dweight, moments)
 
 
 def run(step: Callable[..., Any], *args: Any) -> Any:
