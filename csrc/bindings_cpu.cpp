@@ -58,11 +58,6 @@ class PackedTensors {
   size_t next_ = 0;
 };
 
-Vector vector(const char* name, const Tensor& t, int64_t size) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
-  return {t.data_ptr(), is_bf16(name, t), t.stride(0)};
-}
-
 BatchNorm batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) {
   STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
                   " tensors");

@@ -90,6 +90,11 @@ inline Tensor4 map(const char* name, const Tensor& t) {
   return out;
 }
 
+inline Vector vector(const char* name, const Tensor& t, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
+  return {t.data_ptr(), is_bf16(name, t), t.stride(0)};
+}
+
 inline Window window(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                      const Tensor4& x, const Tensor4& weight, const Tensor4& y) {
   STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,

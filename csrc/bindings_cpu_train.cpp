@@ -70,6 +70,22 @@ void statistics(Tensor out, Tensor raw) {
   if (!empty(y)) kernels().statistics(y, to, pool());
 }
 
+void norm(Tensor out, Tensor statistics, Tensor gamma, Tensor beta, double eps) {
+  const int64_t channels = gamma.dim() > 0 ? gamma.size(0) : 0;
+  BatchNorm bn;
+  bn.gamma = vector("gamma", gamma, channels);
+  bn.beta = vector("beta", beta, channels);
+  bn.eps = static_cast<float>(eps);
+  kernels().norm(floats("statistics", statistics, {2, channels}), bn, channels,
+                 floats("out", out, {4, channels}));
+}
+
+void coefficients(Tensor out, Tensor norm, Tensor moments, int64_t count) {
+  const int64_t channels = norm.dim() > 1 ? norm.size(1) : 0;
+  kernels().coefficients(floats("norm", norm, {4, channels}), floats("moments", moments, {2, channels}),
+                         channels, count, floats("out", out, {3, channels}));
+}
+
 void pool_map(Tensor out, Tensor raw, OptionalTensor norm, std::string act) {
   const TrainSource x = source_of(raw, norm, act, std::nullopt);
   float* to = floats("out", out, {x.raw.size[0], x.raw.size[1]});
@@ -162,6 +178,8 @@ void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effnet_kernels_cpu, m) {
   m.def("train_statistics(Tensor(a!) out, Tensor raw) -> ()");
+  m.def("train_norm(Tensor(a!) out, Tensor statistics, Tensor gamma, Tensor beta, float eps) -> ()");
+  m.def("train_coefficients(Tensor(a!) out, Tensor norm, Tensor moments, int count) -> ()");
   m.def("train_pool(Tensor(a!) out, Tensor raw, Tensor? norm, str act) -> ()");
   m.def(
       "train_apply(Tensor(a!) out, Tensor raw, Tensor? norm, str act, Tensor? gate, Tensor? residual) -> ()");
@@ -178,6 +196,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effnet_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
   m.impl("train_statistics", TORCH_BOX(&effnet::statistics));
+  m.impl("train_norm", TORCH_BOX(&effnet::norm));
+  m.impl("train_coefficients", TORCH_BOX(&effnet::coefficients));
   m.impl("train_pool", TORCH_BOX(&effnet::pool_map));
   m.impl("train_apply", TORCH_BOX(&effnet::apply));
   m.impl("train_moments", TORCH_BOX(&effnet::moments));

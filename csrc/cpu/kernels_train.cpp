@@ -13,6 +13,8 @@ namespace effnet {
 const TrainKernels* EFFNET_JOIN(train_kernels_, EFFNET_ISA)() {
   namespace isa = EFFNET_ISA;
   static constexpr TrainKernels table{
+      isa::train_norm,
+      isa::train_coefficients,
       [](const Tensor4& y, float* out, const Pool& pool) {
         EFFNET_OF_TYPE(y, train_statistics, y, out, pool);
       },

@@ -51,6 +51,9 @@ struct TrainDepthwiseBackward {
 };
 
 struct TrainKernels {
+  void (*norm)(const float* statistics, const BatchNorm&, int64_t channels, float* out);  // [4][C]
+  void (*coefficients)(const float* vectors, const float* moments, int64_t channels, int64_t count,
+                       float* out);                               // [3][C] p, q, r
   void (*statistics)(const Tensor4& y, float* out, const Pool&);  // [2][C]
   void (*pool)(const TrainSource&, float* out, const Pool&);      // [N][C]
   void (*apply)(const TrainSource&, const void* residual, const Tensor4& out, const Pool&);

@@ -215,21 +215,12 @@ static void depthwise_backward_slice(const TrainDepthwiseBackward& p, const Pack
   const Correlate correlate_row = choose_correlate(kw);
 
   const auto load_dy = [&](int64_t oy, float* row) {
-    const T *grad = pixel_of<T>(g.grad, image, oy * ow), *raw = pixel_of<T>(g.raw, image, oy * ow);
     with_act(g.norm.act, [&](auto tag) {
       for (int64_t j = 0; j < view.cols; ++j) {
-        const int64_t c = view.first + j * kWidth, n = view.left(j), offset = image * channels + c;
-        const NormVectors v(g.norm, channels, c);
-        const vf gate = load_or(g.gate ? g.gate + offset : nullptr, n, 1),
-                 bias = load_or(g.bias ? g.bias + offset : nullptr, n, 0),
-                 pp = load_first(p.coefficients + c, n), q = load_first(p.coefficients + channels + c, n),
-                 r = load_first(p.coefficients + 2 * channels + c, n);
-        for (int64_t i = 0; i < ow; ++i) {
-          const auto b =
-              Behind<T, decltype(tag)::value>::of(grad ? grad + i * channels + c : nullptr,
-                                                  raw ? raw + i * channels + c : nullptr, v, gate, bias, n);
-          store(row + i * kSlice + j * kWidth, pp * b.dz + (q * (b.y - v.mean) + r));
-        }
+        const GradientColumn<T, decltype(tag)::value> column(g, image, view.first + j * kWidth);
+        const Coefficients pqr(p.coefficients, channels, view.first + j * kWidth);
+        for (int64_t i = 0; i < ow; ++i)
+          store(row + i * kSlice + j * kWidth, pqr.raw_gradient(column.at(oy * ow + i), column.v.mean));
       }
     });
   };

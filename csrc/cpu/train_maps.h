@@ -1,9 +1,9 @@
 // Passes over whole maps in training: statistics, pooling, normalisation, and the sums and the gradient of
 // BatchNorm. Each reads its maps once.
 //
-// A map is cut into strips of pixels of one image by its shape alone. Sums run over kBlock pixels, then over
-// the strip, then over strips in order: the rounding error stays that of short sums, and the result does not
-// depend on the number of threads.
+// A map is cut into strips of pixels of one image by its shape alone. Sums run over a block of pixels, then
+// over the strip, then over strips in order: the rounding error stays that of short sums, and the result does
+// not depend on the number of threads.
 #pragma once
 
 #include "simd.h"
@@ -25,6 +25,8 @@ struct Strips {
   int64_t image(int64_t strip) const { return strip / per_image(); }
   int64_t begin(int64_t strip) const { return pixels * (strip % per_image()) / per_image(); }
   int64_t end(int64_t strip) const { return pixels * (strip % per_image() + 1) / per_image(); }
+  // Pixels that are worked through channel by channel: about 16 KB of each map, which L1 keeps.
+  int64_t block() const { return max64(8, min64(kBlock, (1 << 12) / channels)); }
 };
 
 // One pointer for the pixel of an image, or null.
@@ -72,33 +74,28 @@ struct NormVectors {
   }
 };
 
-static inline vf load_or(const float* p, int64_t n, float otherwise) {
-  return p == nullptr ? splat(otherwise) : load_first(p, n);
+static inline vf load_or(const float* p, int64_t offset, int64_t n, float otherwise) {
+  return p == nullptr ? splat(otherwise) : load_first(p + offset, n);
 }
 
 // Sums of kSums terms per channel over every strip: [strip][kSums][padded].
-// term(image, pixel, c, n, sum): adds the terms of one vector of channels of one pixel to sum[0..kSums).
-template <int kSums, class Term>
-static void strip_sums(const Strips& s, float* sums, const Pool& pool, const Term& term) {
+// columns(image, c, n): the constants of one vector of channels, as a function (pixel, sum) that adds the
+// terms of one pixel to sum[0..kSums). Pixels are the inner loop, so constants and sums stay in registers.
+template <int kSums, class Columns>
+static void strip_sums(const Strips& s, float* sums, const Pool& pool, const Columns& columns) {
   const int64_t padded = s.padded();
   parallel(pool, s.count(), [&](int64_t strip) {
-    Scratch scratch;
-    float* block = scratch.take(kSums * padded);
     float* total = sums + strip * kSums * padded;
     std::memset(total, 0, kSums * padded * sizeof(float));
-    for (int64_t first = s.begin(strip); first < s.end(strip); first += kBlock) {
-      const int64_t last = min64(s.end(strip), first + kBlock);
-      std::memset(block, 0, kSums * padded * sizeof(float));
-      for (int64_t pixel = first; pixel < last; ++pixel) {
-        for (int64_t c = 0; c < s.channels; c += kWidth) {
-          vf sum[kSums];
-          for (int k = 0; k < kSums; ++k) sum[k] = load(block + k * padded + c);
-          term(s.image(strip), pixel, c, s.channels - c, sum);
-          for (int k = 0; k < kSums; ++k) store(block + k * padded + c, sum[k]);
-        }
+    for (int64_t first = s.begin(strip); first < s.end(strip); first += s.block()) {
+      const int64_t last = min64(s.end(strip), first + s.block());
+      for (int64_t c = 0; c < s.channels; c += kWidth) {
+        const auto add_terms = columns(s.image(strip), c, s.channels - c);
+        vf sum[kSums] = {};
+        for (int64_t pixel = first; pixel < last; ++pixel) add_terms(pixel, sum);
+#pragma GCC unroll 8
+        for (int k = 0; k < kSums; ++k) store(total + k * padded + c, load(total + k * padded + c) + sum[k]);
       }
-      for (int64_t i = 0; i < kSums * padded; i += kWidth)
-        store(total + i, load(total + i) + load(block + i));
     }
   });
 }
@@ -140,18 +137,24 @@ struct Moments {
 template <class Count>
 static void merge_moments(const float* moments, int64_t parts, int64_t channels, int64_t padded,
                           const Count& count, float* out) {
-  for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0, squares = 0, total = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      const float* m = moments + part * 3 * padded + c;
-      const double n = static_cast<double>(count(part)), share = n / (total + n);
-      const double delta = static_cast<double>(m[0]) + static_cast<double>(m[padded]) - mean;
-      mean += delta * share;
-      squares += m[2 * padded] + delta * delta * total * share;
-      total += n;
+  Scratch scratch;
+  auto* mean = reinterpret_cast<double*>(scratch.take(4 * padded));
+  double* squares = mean + padded;
+  std::memset(mean, 0, 2 * padded * sizeof(double));
+  double total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* m = moments + part * 3 * padded;
+    const double n = static_cast<double>(count(part)), share = n / (total + n), weight = total * share;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = static_cast<double>(m[c]) + static_cast<double>(m[padded + c]) - mean[c];
+      mean[c] += delta * share;
+      squares[c] += m[2 * padded + c] + delta * delta * weight;
     }
-    out[c] = static_cast<float>(mean);
-    out[channels + c] = static_cast<float>(squares / total);
+    total += n;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = static_cast<float>(mean[c]);
+    out[channels + c] = static_cast<float>(squares[c] / total);
   }
 }
 
@@ -162,8 +165,6 @@ static void train_statistics(const Tensor4& y, float* out, const Pool& pool) {
   Scratch scratch;
   float* partial = scratch.take(s.count() * 3 * padded);
   parallel(pool, s.count(), [&](int64_t strip) {
-    Scratch own;
-    float* block = own.take(2 * padded);
     float *shift = partial + strip * 3 * padded, *mean = shift + padded, *squares = mean + padded;
     const int64_t begin = s.begin(strip), end = s.end(strip);
     const T* rows = pixel_of<T>(y, s.image(strip), begin);
@@ -171,22 +172,17 @@ static void train_statistics(const Tensor4& y, float* out, const Pool& pool) {
     for (int64_t c = 0; c < s.channels; c += kWidth) store(shift + c, load_first(rows + c, s.channels - c));
     for (int64_t done = 0; done < end - begin; done += kBlock, rows += kBlock * s.channels) {
       const int64_t n = min64(end - begin - done, kBlock);
-      const auto value = [&](int64_t i, int64_t c) {
-        return load_first(rows + i * s.channels + c, s.channels - c) - load(shift + c);
-      };
-      std::memset(block, 0, 2 * padded * sizeof(float));
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < s.channels; c += kWidth) store(block + c, load(block + c) + value(i, c));
-      for (int64_t c = 0; c < padded; c += kWidth) store(block + c, load(block + c) / static_cast<float>(n));
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t c = 0; c < s.channels; c += kWidth) {
-          const vf d = value(i, c) - load(block + c);
-          store(block + padded + c, load(block + padded + c) + d * d);
-        }
-      }
-      for (int64_t c = 0; c < padded; c += kWidth) {
+      for (int64_t c = 0; c < s.channels; c += kWidth) {
+        const vf first = load(shift + c);
+        const auto value = [&](int64_t i) {
+          return load_first(rows + i * s.channels + c, s.channels - c) - first;
+        };
+        vf sum = {}, deviations = {};
+        for (int64_t i = 0; i < n; ++i) sum += value(i);
+        sum = sum / static_cast<float>(n);
+        for (int64_t i = 0; i < n; ++i) deviations += (value(i) - sum) * (value(i) - sum);
         Moments m{done, {}, load(mean + c), load(squares + c)};
-        m.merge(n, load(block + c), load(block + padded + c));
+        m.merge(n, sum, deviations);
         store(mean + c, m.mean);
         store(squares + c, m.squares);
       }
@@ -196,16 +192,42 @@ static void train_statistics(const Tensor4& y, float* out, const Pool& pool) {
   merge_moments(partial, s.count(), s.channels, padded, count, out);
 }
 
+// [4][C] scale, shift, mean, rstd from [2][C] mean and variance.
+static void train_norm(const float* statistics, const BatchNorm& bn, int64_t channels, float* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const float mean = statistics[c], rstd = 1.0f / std::sqrt(statistics[channels + c] + bn.eps);
+    const float scale = element(bn.gamma, c) * rstd;
+    out[c] = scale;
+    out[channels + c] = element(bn.beta, c) - mean * scale;
+    out[2 * channels + c] = mean;
+    out[3 * channels + c] = rstd;
+  }
+}
+
+// [3][C] p, q, r from a norm and [2][C] sum dz and sum dz * xhat over `count` values.
+static void train_coefficients(const float* vectors, const float* moments, int64_t channels, int64_t count,
+                               float* out) {
+  const float *scale = vectors, *rstd = vectors + 3 * channels;
+  const float factor = -1.0f / static_cast<float>(count);
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = scale[c];
+    out[channels + c] = scale[c] * factor * moments[channels + c] * rstd[c];
+    out[2 * channels + c] = scale[c] * factor * moments[c];
+  }
+}
+
 template <class T>
 static void train_pool(const TrainSource& x, float* out, const Pool& pool) {
   const Strips s(x.raw);
   Scratch scratch;
   float* sums = scratch.take(s.count() * s.padded());
   with_act(x.norm.act, [&](auto tag) {
-    strip_sums<1>(s, sums, pool, [&](int64_t image, int64_t pixel, int64_t c, int64_t n, vf* sum) {
-      const NormVectors v(x.norm, s.channels, c);
-      const vf y = load_first(pixel_of<T>(x.raw, image, pixel) + c, n);
-      sum[0] += activate<decltype(tag)::value>(y * v.scale + v.shift);
+    strip_sums<1>(s, sums, pool, [&](int64_t image, int64_t c, int64_t n) {
+      return [v = NormVectors(x.norm, s.channels, c), y = pixel_of<T>(x.raw, image, 0) + c, n, &s](
+                 int64_t pixel, vf* sum) {
+        const vf z = load_first(y + pixel * s.channels, n) * v.scale + v.shift;
+        sum[0] += activate<decltype(tag)::value>(z);
+      };
     });
   });
   for (int64_t image = 0; image < s.images; ++image)
@@ -221,36 +243,68 @@ static void train_apply(const TrainSource& x, const void* residual, const Tensor
   with_act(x.norm.act, [&](auto tag) {
     parallel(pool, s.count(), [&](int64_t strip) {
       const int64_t image = s.image(strip);
-      const float* gate = x.gate == nullptr ? nullptr : x.gate + image * s.channels;
-      for (int64_t pixel = s.begin(strip); pixel < s.end(strip); ++pixel) {
-        const T* from = pixel_of<T>(x.raw, image, pixel);
-        const T* add = pixel_of<T>(shortcut, image, pixel);
-        T* to = at<T>(out, image) + pixel * s.channels;
+      for (int64_t first = s.begin(strip); first < s.end(strip); first += s.block()) {
+        const int64_t last = min64(s.end(strip), first + s.block());
         for (int64_t c = 0; c < s.channels; c += kWidth) {
           const int64_t n = s.channels - c;
           const NormVectors v(x.norm, s.channels, c);
-          vf y = activate<decltype(tag)::value>(load_first(from + c, n) * v.scale + v.shift);
-          if (gate != nullptr) y = y * load_first(gate + c, n);
-          if (add != nullptr) y = y + load_first(add + c, n);
-          store_first(to + c, y, n);
+          const vf gate = load_or(x.gate, image * s.channels + c, n, 1);
+          for (int64_t pixel = first; pixel < last; ++pixel) {
+            const vf z = load_first(pixel_of<T>(x.raw, image, pixel) + c, n) * v.scale + v.shift;
+            vf y = activate<decltype(tag)::value>(z) * gate;
+            if (residual != nullptr) y = y + load_first(pixel_of<T>(shortcut, image, pixel) + c, n);
+            store_first(at<T>(out, image) + pixel * s.channels + c, y, n);
+          }
         }
       }
     });
   });
 }
 
-// dz at one vector of channels of one pixel, and the raw value there (zero where it is not kept).
-template <class T, int kAct>
+// dz and the raw value, zero where it is not kept.
 struct Behind {
   vf dz, y;
+};
 
-  EFFNET_INLINE Behind of(const T* grad, const T* raw, const NormVectors& v, vf gate, vf bias, int64_t n) {
-    const vf y = raw == nullptr ? vf{} : load_first(raw, n);
+// The gradient behind the norm along the pixels of an image, at one vector of channels.
+template <class T, int kAct>
+struct GradientColumn {
+  const T *grad, *raw;
+  int64_t channels, n;
+  NormVectors v;
+  vf gate, bias;
+
+  GradientColumn(const TrainGradient& g, int64_t image, int64_t c)
+      : grad(pixel_of<T>(g.grad, image, 0)),
+        raw(pixel_of<T>(g.raw, image, 0)),
+        channels(g.shape().size[1]),
+        n(channels - c),
+        v(g.norm, channels, c),
+        gate(load_or(g.gate, image * channels + c, n, 1)),
+        bias(load_or(g.bias, image * channels + c, n, 0)) {
+    if (grad != nullptr) grad += c;
+    if (raw != nullptr) raw += c;
+  }
+
+  Behind at(int64_t pixel) const {
+    const vf y = raw == nullptr ? vf{} : load_first(raw + pixel * channels, n);
     vf dz = bias;
-    if (grad != nullptr) dz = load_first(grad, n) * gate + bias;
+    if (grad != nullptr) dz = load_first(grad + pixel * channels, n) * gate + bias;
     if constexpr (kAct != kIdentity) dz = dz * curve<kAct>(y * v.scale + v.shift).slope;
     return {dz, y};
   }
+};
+
+// p, q and r at one vector of channels.
+struct Coefficients {
+  vf p, q, r;
+
+  Coefficients(const float* pqr, int64_t channels, int64_t c)
+      : p(load_first(pqr + c, channels - c)),
+        q(load_first(pqr + channels + c, channels - c)),
+        r(load_first(pqr + 2 * channels + c, channels - c)) {}
+
+  vf raw_gradient(const Behind& b, vf mean) const { return p * b.dz + (q * (b.y - mean) + r); }
 };
 
 template <class T>
@@ -259,16 +313,12 @@ static void train_moments(const TrainGradient& g, float* out, const Pool& pool) 
   Scratch scratch;
   float* sums = scratch.take(s.count() * 2 * s.padded());
   with_act(g.norm.act, [&](auto tag) {
-    strip_sums<2>(s, sums, pool, [&](int64_t image, int64_t pixel, int64_t c, int64_t n, vf* sum) {
-      const T *grad = pixel_of<T>(g.grad, image, pixel), *raw = pixel_of<T>(g.raw, image, pixel);
-      const NormVectors v(g.norm, s.channels, c);
-      const int64_t offset = image * s.channels + c;
-      const auto b =
-          Behind<T, decltype(tag)::value>::of(grad ? grad + c : nullptr, raw ? raw + c : nullptr, v,
-                                              load_or(g.gate ? g.gate + offset : nullptr, n, 1),
-                                              load_or(g.bias ? g.bias + offset : nullptr, n, 0), n);
-      sum[0] += b.dz;
-      sum[1] += b.dz * ((b.y - v.mean) * v.rstd);
+    strip_sums<2>(s, sums, pool, [&](int64_t image, int64_t c, int64_t) {
+      return [column = GradientColumn<T, decltype(tag)::value>(g, image, c)](int64_t pixel, vf* sum) {
+        const Behind b = column.at(pixel);
+        sum[0] += b.dz;
+        sum[1] += b.dz * ((b.y - column.v.mean) * column.v.rstd);
+      };
     });
   });
   add_strips<2>(s, sums, 0, s.count(), 1.0f, out, s.channels);
@@ -280,17 +330,18 @@ static void train_gate_moments(const Tensor4& grad, const TrainSource& x, float*
   Scratch scratch;
   float* sums = scratch.take(s.count() * 5 * s.padded());
   with_act(x.norm.act, [&](auto tag) {
-    strip_sums<5>(s, sums, pool, [&](int64_t image, int64_t pixel, int64_t c, int64_t n, vf* sum) {
-      const NormVectors v(x.norm, s.channels, c);
-      const vf y = load_first(pixel_of<T>(x.raw, image, pixel) + c, n);
-      const vf g = load_first(pixel_of<T>(grad, image, pixel) + c, n);
-      const Curve f = curve<decltype(tag)::value>(y * v.scale + v.shift);
-      const vf xhat = (y - v.mean) * v.rstd, slope = f.slope;
-      sum[0] += g * f.value;
-      sum[1] += g * slope;
-      sum[2] += slope;
-      sum[3] += g * slope * xhat;
-      sum[4] += slope * xhat;
+    strip_sums<5>(s, sums, pool, [&](int64_t image, int64_t c, int64_t n) {
+      return [v = NormVectors(x.norm, s.channels, c), raw = pixel_of<T>(x.raw, image, 0) + c,
+              from = pixel_of<T>(grad, image, 0) + c, n, &s](int64_t pixel, vf* sum) {
+        const vf y = load_first(raw + pixel * s.channels, n), g = load_first(from + pixel * s.channels, n);
+        const Curve f = curve<decltype(tag)::value>(y * v.scale + v.shift);
+        const vf xhat = (y - v.mean) * v.rstd, through = g * f.slope;
+        sum[0] += g * f.value;
+        sum[1] += through;
+        sum[2] += f.slope;
+        sum[3] += through * xhat;
+        sum[4] += f.slope * xhat;
+      };
     });
   });
   for (int64_t image = 0; image < s.images; ++image)
@@ -305,19 +356,14 @@ static void train_raw_gradient(const TrainGradient& g, const float* coefficients
   with_act(g.norm.act, [&](auto tag) {
     parallel(pool, s.count(), [&](int64_t strip) {
       const int64_t image = s.image(strip);
-      for (int64_t pixel = s.begin(strip); pixel < s.end(strip); ++pixel) {
-        const T *grad = pixel_of<T>(g.grad, image, pixel), *raw = pixel_of<T>(g.raw, image, pixel);
-        T* to = at<T>(out, image) + pixel * s.channels;
+      for (int64_t first = s.begin(strip); first < s.end(strip); first += s.block()) {
+        const int64_t last = min64(s.end(strip), first + s.block());
         for (int64_t c = 0; c < s.channels; c += kWidth) {
-          const int64_t n = s.channels - c, offset = image * s.channels + c;
-          const NormVectors v(g.norm, s.channels, c);
-          const auto b =
-              Behind<T, decltype(tag)::value>::of(grad ? grad + c : nullptr, raw ? raw + c : nullptr, v,
-                                                  load_or(g.gate ? g.gate + offset : nullptr, n, 1),
-                                                  load_or(g.bias ? g.bias + offset : nullptr, n, 0), n);
-          const vf p = load_first(coefficients + c, n), q = load_first(coefficients + s.channels + c, n),
-                   r = load_first(coefficients + 2 * s.channels + c, n);
-          store_first(to + c, p * b.dz + (q * (b.y - v.mean) + r), n);
+          const GradientColumn<T, decltype(tag)::value> column(g, image, c);
+          const Coefficients pqr(coefficients, s.channels, c);
+          for (int64_t pixel = first; pixel < last; ++pixel)
+            store_first(at<T>(out, image) + pixel * s.channels + c,
+                        pqr.raw_gradient(column.at(pixel), column.v.mean), column.n);
         }
       }
     });

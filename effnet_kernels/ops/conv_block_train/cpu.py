@@ -14,6 +14,8 @@ from effnet_kernels.ops.native_cpu import DTYPES
 
 _native = torch.ops.effnet_kernels_cpu
 _train_statistics = _native.train_statistics.default
+_train_norm = _native.train_norm.default
+_train_coefficients = _native.train_coefficients.default
 _train_pool = _native.train_pool.default
 _train_apply = _native.train_apply.default
 _train_moments = _native.train_moments.default
@@ -38,6 +40,11 @@ class Native(Products):
         _train_statistics(out, raw)
         return out
 
+    def norm(self, layer: Layer, statistics: Tensor) -> Norm:
+        out = _floats(statistics, 4, statistics.shape[1])
+        _train_norm(out, statistics, layer.gamma, layer.beta, layer.eps)
+        return Norm(out, layer.act)
+
     def pool(self, source: Source) -> Tensor:
         out = _floats(source.raw, *source.raw.shape[:2])
         _train_pool(out, source.raw, *_norm(source.norm))
@@ -54,6 +61,13 @@ class Native(Products):
         vectors = gradient.norm.vectors
         out = torch.empty_like(vectors[:2])
         _train_moments(out, *_gradient(gradient))
+        return out
+
+    def coefficients(self, norm: Norm, moments: Tensor | None, count: int) -> Tensor:
+        if moments is None:
+            return super().coefficients(norm, moments, count)
+        out = torch.empty_like(norm.vectors[:3])
+        _train_coefficients(out, norm.vectors, moments, count)
         return out
 
     def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
