@@ -109,14 +109,14 @@ def test_the_recorded_variants_are_those_that_triton_tells_apart():
     assert (len(launches), len(aot.distinct(launches))) == (65, 39)
 
 
-COMPILE_TRAINING = """
+TRAINING_STEP = """
 import torch
 from effnet_kernels.benchmarking import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train import block, triton
 from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite
 
-def step(dtype, kernel, stride):
+def step(dtype, kernel, stride, size=28, batch=2):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -130,12 +130,17 @@ def step(dtype, kernel, stride):
         layer((24, 144, 1, 1), "identity"),
     ]
     se = SqueezeExcite([empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144)], "silu", "sigmoid")
-    x = empty_nhwc(empty(2, dtype=dtype), 24, 28, 28)
-    residual = empty_nhwc(x, 24, 28 // stride, 28 // stride)
+    x = empty_nhwc(empty(batch, dtype=dtype), 24, size, size)
+    residual = empty_nhwc(x, 24, (size - 1) // stride + 1, (size - 1) // stride + 1)
     y, raws, statistics, squeezed = triton.run(block.forward, x, layers, se, residual, False)
     needs = Needs(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
-    triton.run(block.backward, y, x, raws, statistics, squeezed, layers, se, False, list(x.shape), needs)
+    kept = block.Kept(x, raws, statistics, squeezed)
+    triton.run(block.backward, y, kept, layers, se, False, list(x.shape), needs)
+"""
 
+COMPILE_TRAINING = (
+    TRAINING_STEP
+    + """
 for generation in (80, 90, 100):
     seen = set()
     for dtype, kernel, stride in ((torch.float16, 3, 2), (torch.float32, 5, 1)):
@@ -147,6 +152,7 @@ for generation in (80, 90, 100):
                 resources = aot.compile_launch(launch, generation)
                 print(generation, name, dtype, *aot.complaints(launch, resources, generation), sep="\\t")
 """
+)
 
 
 @pytest.mark.slow
@@ -159,3 +165,28 @@ def test_the_kernels_of_training_compile_without_spills():
     names = {name for generation, name, *_ in rows if generation == "100"}
     passes = ("statistics", "pool", "apply", "gradient", "gate_moments", "merge", "add")
     assert names == {f"{name}_kernel" for name in (*passes, "forward", "input_gradient", "weight_gradient")}
+
+
+COUNT_TRAINING = (
+    TRAINING_STEP
+    + """
+def variants(size, batch, kernel, stride):
+    launches = aot.record(lambda: step(torch.float16, kernel, stride, size, batch), 90)
+    return {aot.specialisation(launch, 90) for launch in launches}
+
+for window in ((3, 1), (5, 2)):
+    first = variants(28, 2, *window)
+    others = ((28, 128), (224, 128), (33, 3), (7, 1), (2, 1))
+    print(len(first), *[len(variants(*other, *window) - first) for other in others])
+"""
+)
+
+
+def test_training_at_a_new_size_or_batch_compiles_nothing():
+    """Progressive learning, by Triton's own key; the larger maps have their sums put together in several levels."""
+    result = subprocess.run([sys.executable, "-c", COUNT_TRAINING], env=uninterpreted(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        first, *new = map(int, line.split())
+        assert first > 10
+        assert new == [0] * 5

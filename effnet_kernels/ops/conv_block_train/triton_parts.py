@@ -20,10 +20,10 @@ def store_part(parts_ptr, part, c, C: tl.constexpr, count, shift, mean, squares)
 
 @triton.jit(do_not_specialize=["rows", "each"], do_not_specialize_on_alignment=["rows", "each"])
 def merge_kernel(
-    out_ptr,  # [2, C] mean and variance if FINAL, else parts [chunks, 4, C]
+    out_ptr,  # [2, C] mean and variance if all parts are put together, else parts [chunks, 4, C]
     parts_ptr,  # [rows, 4, C]
     rows, each,
-    C: tl.constexpr, FINAL: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The moments of ``each`` parts together (Chan, Golub and LeVeque, The American Statistician 37, 1983)."""
     channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -57,7 +57,7 @@ def merge_kernel(
         spread = tl.load(at + 3 * C, mask=ok, other=0.0) + tl.load(at, mask=ok, other=0.0) * mean * mean
         squares += tl.where(ok, spread, 0.0)
         row += PARTS
-    if FINAL:
+    if each >= rows:  # at run time: a larger map must not need another kernel
         tl.store(out_ptr + c, shift + middle, mask=c < C)
         tl.store(out_ptr + C + c, tl.sum(squares, 0) / total, mask=c < C)
     else:
@@ -119,5 +119,5 @@ def merge(parts: Tensor) -> Tensor:
     last = chunks == 1
     out = parts.new_empty((2, c) if last else (chunks, 4, c))
     config = Config((32, 32), 4, 1)
-    launch_kernel(merge_kernel, chunks * cdiv(c, 32), (out, parts), (rows, each), (c, last, *config.block), config)
+    launch_kernel(merge_kernel, chunks * cdiv(c, 32), (out, parts), (rows, each), (c, *config.block), config)
     return out if last else merge(out)
