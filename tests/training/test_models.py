@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -275,35 +274,3 @@ def test_one_value_per_channel_raises_as_stock(backend):
     with pytest.raises(ValueError, match="Expected more than 1 value") as patched:
         ek.patch(block, backend=backend)(x)
     assert str(stock.value) == str(patched.value)
-
-
-@pytest.mark.parametrize("name", ["narrow B0", "narrow V2"])
-def test_learning_curves(name):
-    """30 steps: the losses stay as close to stock's as stock stays to itself in another order of summation.
-
-    The other order is that of channels-last memory. Rounding errors grow from step to step, in all three alike.
-    """
-    make = narrow_b0 if name == "narrow B0" else narrow_v2
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(16) % 10
-    x = torch.randn(10, 3, 32, 32, generator=generator)[labels] + 0.3 * torch.randn(16, 3, 32, 32, generator=generator)
-
-    def train(model: nn.Module, x: Tensor) -> Tensor:
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-        losses = []
-        for step in range(30):
-            torch.manual_seed(step)
-            loss = F.cross_entropy(model(x), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses)
-
-    stock = train(make(), x)
-    other = train(make().to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
-    exact = train(make().double(), x.double())
-    patched = train(ek.patch(make(), backend=BACKENDS[-1]), x)
-    assert stock[-1] < stock[0] / 2  # it learns
-    spread = max((stock - exact).abs().max(), (other - exact).abs().max())
-    assert (patched - exact).abs().max() <= 3 * spread + 1e-5

@@ -200,6 +200,7 @@ def backward(
             assert source is not None
             assert se is not None
             assert mean is not None
+            assert gate is not None
             sums = k.gate_moments(into, source)
             grad_mean, grads = squeeze_backward(sums[0], mean, se)
             found.update({("se", j): g for j, g in enumerate(grads)})

@@ -50,9 +50,10 @@ class Chain(NamedTuple):
         layers = []
         for i, act in enumerate(self.acts):
             weight = self.weights[i] if self.weights else None
-            sh, sw, *padding = self.geometry[6 * i : 6 * i + 6]
-            vectors, eps, frozen = self.vectors[4 * i : 4 * i + 4], self.eps[i], self.frozen[i]
-            layers.append(Layer(weight, *vectors, eps, frozen, act, (sh, sw), tuple(padding)))
+            gamma, beta, mean, var = self.vectors[4 * i : 4 * i + 4]
+            sh, sw, top, bottom, left, right = self.geometry[6 * i : 6 * i + 6]
+            norm = gamma, beta, mean, var, self.eps[i], self.frozen[i]
+            layers.append(Layer(weight, *norm, act, (sh, sw), (top, bottom, left, right)))
         return layers
 
     def excitation(self) -> SqueezeExcite | None:
@@ -97,7 +98,7 @@ def _run_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
 def _fake_forward(x: Tensor, *rest: Any) -> Any:
     *flat, _, pool, _ = rest
     chain = Chain(*flat)
-    size, raws, statistics, wide = x.shape, [], [], wide_dtype(x)
+    size, raws, statistics, wide = tuple(x.shape), [], [], wide_dtype(x)
     for layer in chain.layers():
         size = layer.output_size(size)
         statistics.append(x.new_empty((2, size[1]), dtype=wide))
@@ -130,7 +131,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*itertools.chain(*saved))
     ctx.lengths = [len(tensors) for tensors in saved]
     ctx.chain = chain._replace(weights=(), vectors=(), se=())
-    ctx.flags, ctx.rest = flags, (pool, list(x.shape), flags, backend)
+    ctx.rest = (pool, list(x.shape), flags, backend)
     ctx.residual = residual is not None and residual.requires_grad
 
 
@@ -143,7 +144,7 @@ def _setup_context_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, .
 def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     """Of x, weights, vectors, squeeze-and-excitation and the residual; None where none is wanted."""
     (x,), raws, statistics, squeezed, weights, gammas, betas, se = _split(ctx.saved_tensors, ctx.lengths)
-    flags, found = ctx.flags, iter(())
+    (*_, flags, _), found = ctx.rest, iter(())
     if grad is None:
         flags = [False] * len(flags)
     elif any(flags):
