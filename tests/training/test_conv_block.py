@@ -102,6 +102,14 @@ def test_gradients_of_any_layout(layout, backend):
         assert torch.equal(a, b)
 
 
+def test_gradients_of_a_wrong_shape_are_refused(backend):
+    """Autograd names both shapes before any kernel runs."""
+    problem = build(Case(se=True)).to(torch.float32, torch.float32)
+    y, _ = conv_block(problem.x, problem.layers, problem.se, backend=backend)
+    with pytest.raises(RuntimeError, match="Mismatch in shape"):
+        torch.autograd.grad(y, problem.leaves(), problem.grad[:, :, 1:])
+
+
 def test_inputs_of_any_layout(backend):
     problem = build(Case(se=True)).to(torch.float32, torch.float32)
     expected = problem.run(backend)
