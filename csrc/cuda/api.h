@@ -182,7 +182,7 @@ struct FusedMBConvParams {
 // `shared_limit`: bytes of shared memory that a block may have.
 Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
 
-// ---- train_depthwise.cu ----------------------------------------------------------------------------------
+// ---- train_depthwise.cu, train_depthwise_backward.cu -----------------------------------------------------
 
 // The depthwise convolution in training: y = conv(act(norm(x))).
 struct TrainDepthwiseParams {

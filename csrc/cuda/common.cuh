@@ -233,7 +233,7 @@ inline bool is_aligned(const void* pointer, int bytes) {
 
 // Calls f(T()) with the element type of a map.
 template <class F>
-Status with_dtype(DType dtype, F&& f) {
+auto with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32:
       return f(float());
@@ -242,6 +242,36 @@ Status with_dtype(DType dtype, F&& f) {
     default:
       return f(bf16());
   }
+}
+
+// What the depthwise kernels are compiled for.
+inline Status check_window(const Window& window) {
+  if (window.kh != window.kw || (window.kh != 3 && window.kh != 5 && window.kh != 7)) {
+    return {cudaErrorInvalidValue, "weight must be 3x3, 5x5 or 7x7"};
+  }
+  if (window.stride_h != window.stride_w || (window.stride_h != 1 && window.stride_h != 2)) {
+    return {cudaErrorInvalidValue, "stride must be 1 or 2, the same both ways"};
+  }
+  return {};
+}
+
+// Calls f(T(), kernel size, stride), all as types, for a window that has been checked.
+template <class F>
+auto with_window(DType dtype, const Window& window, F&& f) {
+  const auto with_stride = [&](auto element, auto kernel) {
+    return window.stride_h == 1 ? f(element, kernel, std::integral_constant<int, 1>())
+                                : f(element, kernel, std::integral_constant<int, 2>());
+  };
+  return with_dtype(dtype, [&](auto element) {
+    switch (window.kh) {
+      case 3:
+        return with_stride(element, std::integral_constant<int, 3>());
+      case 5:
+        return with_stride(element, std::integral_constant<int, 5>());
+      default:
+        return with_stride(element, std::integral_constant<int, 7>());
+    }
+  });
 }
 
 // Enqueues kernel<<<grid, threads, shared_bytes, stream>>>(params). Up to 48 KB of dynamic shared memory need
@@ -262,6 +292,14 @@ Status launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   return {cudaLaunchKernelEx(&config, kernel, params), nullptr};
+}
+
+// The same for `blocks` in a row.
+template <class Params>
+Status launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+              const Params& params) {
+  if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
 }
 
 }  // namespace effnet::cuda

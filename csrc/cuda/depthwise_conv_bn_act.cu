@@ -267,6 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
     __syncthreads();
   }
 }
+
 // ---- launcher --------------------------------------------------------------------------------------------
 
 // Channels and columns of a thread, and blocks per multiprocessor, as registers allow: see the head of this
@@ -332,44 +333,15 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
   g.rows = 4 * kSumRows;
   while (g.rows > kSumRows && blocks_across * ceil_div(p.oh, g.rows) < 16 * multiprocessors) g.rows /= 2;
   g.tiles_h = ceil_div(p.oh, g.rows);
-  const int64_t blocks = blocks_across * g.tiles_h;
-  if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "x has too many elements for one launch"};
 
   const int threads = ceil_div(g.vectors * g.strips, 32) * 32;
   const int shared_bytes = (Tr::kRows + g.strips) * g.vectors * Tr::kChannels * 4;
-  return launch(depthwise_kernel<Tr>, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream,
+  return launch(depthwise_kernel<Tr>, blocks_across * g.tiles_h, threads, shared_bytes, stream,
                 launch_params);
 }
 
-// Calls f(element, kernel size, stride), all as types.
-template <class F>
-auto with_window(const DepthwiseParams& p, F&& f) {
-  const auto with_stride = [&](auto element, auto kernel) {
-    return p.window.stride_h == 1 ? f(element, kernel, std::integral_constant<int, 1>())
-                                  : f(element, kernel, std::integral_constant<int, 2>());
-  };
-  const auto with_kernel = [&](auto element) {
-    switch (p.window.kh) {
-      case 3:
-        return with_stride(element, std::integral_constant<int, 3>());
-      case 5:
-        return with_stride(element, std::integral_constant<int, 5>());
-      default:
-        return with_stride(element, std::integral_constant<int, 7>());
-    }
-  };
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return with_kernel(float());
-    case DType::kFloat16:
-      return with_kernel(half());
-    default:
-      return with_kernel(bf16());
-  }
-}
-
 Columns columns_of(const DepthwiseParams& p) {
-  return with_window(p, [&](auto element, auto kernel, auto stride) {
+  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
     return columns_of<decltype(element), decltype(kernel)::value, decltype(stride)::value>(p);
   });
 }
@@ -379,20 +351,15 @@ Columns columns_of(const DepthwiseParams& p) {
 int depthwise_tiles(const DepthwiseParams& p) { return ceil_div(p.oh, kSumRows) * columns_of(p).tiles_w; }
 
 Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t stream) {
-  const Window& window = p.window;
-  if (window.kh != window.kw || (window.kh != 3 && window.kh != 5 && window.kh != 7)) {
-    return {cudaErrorInvalidValue, "weight must be 3x3, 5x5 or 7x7"};
-  }
-  if (window.stride_h != window.stride_w || (window.stride_h != 1 && window.stride_h != 2)) {
-    return {cudaErrorInvalidValue, "stride must be 1 or 2, the same both ways"};
-  }
+  const Status status = check_window(p.window);
+  if (!status.ok()) return status;
   // Offsets within a row are 32 bit, and a block may reach past its end.
   if ((std::max(p.w, p.ow) + int64_t{1024}) * p.c > INT32_MAX) {
     return {cudaErrorInvalidValue, "a row of x must have fewer than 2^31 elements"};
   }
   if (p.n == 0 || p.oh == 0 || p.ow == 0 || p.c == 0) return {};
   const Columns columns = columns_of(p);
-  return with_window(p, [&](auto element, auto kernel, auto stride) {
+  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
     using T = decltype(element);
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
     using Wide = typename Choose<T, kKernel, kStride, true>::type;

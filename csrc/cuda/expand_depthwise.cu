@@ -323,9 +323,8 @@ Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& 
                      segments_of_row(p, plan),
                      ceil_div(p.c_mid, kChannels)};
   const int64_t blocks = ceil_div<int64_t>(p.n, plan.images) * plan.tiles * args.slices;
-  if (blocks > INT32_MAX) return {cudaErrorInvalidConfiguration, "expand_depthwise: more than 2^31 tiles"};
-  return launch(expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>, dim3(static_cast<unsigned>(blocks)),
-                kGemmThreads, plan.shared_bytes, stream, args);
+  return launch(expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>, blocks, kGemmThreads,
+                plan.shared_bytes, stream, args);
 }
 
 template <class T, int kChannels>

@@ -280,16 +280,12 @@ Status launch_tile(const FusedMBConvParams& p, int shared_limit, cudaStream_t st
   args.tiles_n = ceil_div(p.c_out, S::OutTile::kColumns);
   const int limit_of_two = shared_limit / 2 - 1024;  // two blocks; the system takes 1 KB for each
   if (!(kOut <= 64 && cut<S>(args, limit_of_two)) && !cut<S>(args, shared_limit))
-    return {cudaErrorInvalidValue,
-            "fused_mbconv: the window of one output pixel does not fit into shared memory"};
+    return {cudaErrorInvalidValue, "the window of one output pixel does not fit into shared memory"};
   args.tiles_h = ceil_div(p.oh, args.tile_h);
   args.tiles_w = ceil_div(p.ow, args.tile_w);
-  const int64_t tiles = static_cast<int64_t>(args.tiles_h) * args.tiles_w;
-  if (tiles > INT32_MAX || p.n * tiles > INT32_MAX / args.tiles_n)
-    return {cudaErrorInvalidConfiguration, "fused_mbconv: more than 2^31 tiles"};
+  const int64_t blocks = p.n * args.tiles_h * args.tiles_w * args.tiles_n;
   const int bytes = static_cast<int>(S::bytes(static_cast<int64_t>(args.halo_h) * args.halo_w, args.depth));
-  return launch(fused_mbconv_kernel<T, kMid, kOut>, dim3(static_cast<unsigned>(p.n * tiles * args.tiles_n)),
-                kGemmThreads, bytes, stream, args);
+  return launch(fused_mbconv_kernel<T, kMid, kOut>, blocks, kGemmThreads, bytes, stream, args);
 }
 
 }  // namespace

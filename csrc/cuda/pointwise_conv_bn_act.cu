@@ -230,10 +230,7 @@ Status launch_tile(const PointwiseParams& p, cudaStream_t stream) {
   Args args = {p, rows_of_16_bytes<T>(p.c_in, {p.x, p.weight, p.gate}),
                rows_of_16_bytes<T>(p.c_out, {p.y, p.residual}), ceil_div(p.c_out, kColumns)};
   const int64_t groups = kPool ? p.n : ceil_div<int64_t>(p.n * p.pixels, Tile::kRows);
-  const int64_t blocks = groups * args.tiles_n;
-  if (blocks > INT32_MAX)
-    return {cudaErrorInvalidConfiguration, "pointwise_conv_bn_act: more than 2^31 tiles"};
-  return launch(pointwise_kernel<T, Tile, kGate, kPool>, dim3(static_cast<unsigned>(blocks)), kGemmThreads,
+  return launch(pointwise_kernel<T, Tile, kGate, kPool>, groups * args.tiles_n, kGemmThreads,
                 Shared<T, Tile>::kBytes, stream, args);
 }
 

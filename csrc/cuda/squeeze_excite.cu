@@ -180,11 +180,9 @@ Status launch_map(MapLaunch p, int64_t n, cudaStream_t stream) {
   const int vectors = ceil_div(p.c, kChannels);
   p.chunks = ceil_div(vectors, kMaxVectors);
   p.vectors = ceil_div(vectors, p.chunks);
-  const int64_t blocks = n * p.tiles * p.chunks;
-  if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "x has too many elements for one launch"};
   const int shared_bytes = kPool ? p.vectors * kLanes * kChannels * 4 : 0;
-  return launch(map_kernel<T, kChannels, kPool>, dim3(static_cast<unsigned>(blocks)), p.vectors * kLanes,
-                shared_bytes, stream, p);
+  return launch(map_kernel<T, kChannels, kPool>, n * p.tiles * p.chunks, p.vectors * kLanes, shared_bytes,
+                stream, p);
 }
 
 // Lanes add up in the same order whether or not channels go in vectors: the bits depend on the shape alone.
@@ -244,9 +242,7 @@ Status launch_scale(const ScaleParams& p, cudaStream_t stream) {
 }
 
 Status launch_mean(const MeanParams& p, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(p.n * p.c, int64_t{kMeanThreads});
-  if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "mean has too many elements for one launch"};
-  return launch(mean_kernel, dim3(static_cast<unsigned>(blocks)), kMeanThreads, 0, stream, p);
+  return launch(mean_kernel, ceil_div(p.n * p.c, int64_t{kMeanThreads}), kMeanThreads, 0, stream, p);
 }
 
 #if !defined(CUDA_EMULATION)

@@ -1,4 +1,4 @@
-"""The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise.cu. All others are the reference's."""
+"""The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise*.cu. All others are the reference's."""
 
 from collections.abc import Callable
 from typing import Any
