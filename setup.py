@@ -184,9 +184,11 @@ class BuildNative(build_ext):
             kernels = [pool.submit(compile_one, source) for source in sources]
             system = [word for path in includes for word in ("-isystem", path)]
             bindings = self.compiler.compile(
-                ["csrc/bindings_cuda.cpp"], output_dir=str(folder), include_dirs=["csrc"],
+                [str(path) for path in sorted(Path("csrc").glob("bindings_cuda*.cpp"))],
+                output_dir=str(folder),
+                include_dirs=["csrc"],
                 extra_postargs=[*COMMON, *torch_compile, *system],
-            )  # fmt: skip
+            )
             objects = [*bindings, *(kernel.result() for kernel in kernels)]
         # The static runtime: torch's may be of another CUDA version, or not be there.
         self.compiler.link_shared_object(

@@ -213,7 +213,8 @@ def load(asan: bool | None = None) -> ModuleType:
 
     root = Path(torch.__file__).parent
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    sources = [(source, KERNEL_FLAGS) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    sources.append((ROOT / "csrc" / "bindings_cuda.cpp", [*KERNEL_FLAGS, *torch_flags]))
+    csrc = ROOT / "csrc"
+    sources = [(source, KERNEL_FLAGS) for source in sorted(csrc.glob("cuda/*.cu"))]
+    sources += [(source, [*KERNEL_FLAGS, *torch_flags]) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     return build("emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[])

@@ -1,0 +1,252 @@
+// What the binding files of the CUDA library share: the device and stream of a call, and from torch's
+// arguments to those of the kernels, checked. The launchers rely on these checks; a call that passes cannot
+// touch memory outside its tensors.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <climits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/api.h"
+
+#if defined(CUDA_EMULATION)
+#define EFFNET_DEVICE CPU
+#else
+#define EFFNET_DEVICE CUDA
+#include <dlfcn.h>
+#endif
+
+namespace effnet::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- device and stream -----------------------------------------------------------------------------------
+
+inline void check(const char* op, const Status& status) {
+  STD_TORCH_CHECK(status.ok(), op, ": ",
+                  status.message != nullptr ? status.message : cudaGetErrorString(status.error));
+}
+
+inline void check(const char* op, cudaError_t error) { check(op, Status{error, nullptr}); }
+
+// torch's current stream on a device. It comes from torch's CUDA library, which is looked up among those that
+// are loaded instead of linked to.
+inline cudaStream_t current_stream([[maybe_unused]] int device) {
+#if defined(CUDA_EMULATION)
+  return nullptr;
+#else
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return Function();
+    return reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "this build of torch has no CUDA streams");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function(device, &stream) == 0, "torch does not tell its current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+#endif
+}
+
+// Makes the device of x current as long as it lives; the stream to launch on.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& x) {
+#if defined(CUDA_EMULATION)
+    STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU: these kernels are emulated");
+#else
+    STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+    device_ = x.get_device_index();
+#endif
+    stream_ = current_stream(device_);
+    check("cudaGetDevice", cudaGetDevice(&previous_));
+    if (previous_ != device_) check("cudaSetDevice", cudaSetDevice(device_));
+  }
+  ~OnDeviceOf() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Bytes of shared memory that a block may ask for.
+  int shared_limit() const {
+    int bytes = 0;
+    check("cudaDeviceGetAttribute",
+          cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return bytes;
+  }
+
+ private:
+  int device_ = 0, previous_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+// ---- arguments -------------------------------------------------------------------------------------------
+
+inline int act_code(const char* name, const std::string& act) {
+  static const char* const names[] = {"identity",  "relu",    "relu6",      "silu",
+                                      "hardswish", "sigmoid", "hardsigmoid"};
+  for (int code = 0; code <= kHardsigmoid; ++code)
+    if (act == names[code]) return code;
+  STD_TORCH_CHECK(false, name, " is no activation that the CUDA kernels know: ", act);
+  return kIdentity;
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+      return DType::kFloat32;
+  }
+}
+
+// Of the tensors of one call: they lie on the device of x, and those that are not fp32 have its dtype.
+struct Call {
+  const Tensor& x;
+  DType dtype;
+
+  void check_device(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
+                        t.get_device_index() == x.get_device_index(),
+                    name, " must be on the device of x");
+  }
+
+  // Memory in the dtype of x, dense in the order of its dimensions.
+  void* dense(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_sizes(name, t, sizes);
+    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+    STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " must have the dtype of x");
+    return t.data_ptr();
+  }
+
+  // [N, C, H, W] in the dtype of x, dense as [N, H, W, C].
+  void* map(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_sizes(name, t, sizes);
+    STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " must have the dtype of x");
+    const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+    STD_TORCH_CHECK(t.stride(0) == h * w * c && t.stride(1) == 1 && t.stride(2) == w * c && t.stride(3) == c,
+                    name, " must be dense in [N, H, W, C] memory");
+    return t.data_ptr();
+  }
+
+  Param param(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_sizes(name, t, sizes);
+    STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+    const DType type = dtype_of(name, t);
+    STD_TORCH_CHECK(type == DType::kFloat32 || type == dtype, name,
+                    " must be float32 or have the dtype of x");
+    return {t.data_ptr(), type == DType::kFloat32};
+  }
+
+  float* fp32(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_sizes(name, t, sizes);
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
+                    " must be contiguous float32");
+    return static_cast<float*>(t.data_ptr());
+  }
+
+  BatchNorm batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) const {
+    STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
+                    " tensors");
+    return {param(name, bn[0], {channels}), param(name, bn[1], {channels}), param(name, bn[2], {channels}),
+            param(name, bn[3], {channels}), static_cast<float>(eps)};
+  }
+
+  SqueezeExcite squeeze_excite(const Tensors& se, const char* act_name, const std::string& act,
+                               const char* gate_name, const std::string& gate, int64_t channels) const {
+    STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(),
+                    " tensors");
+    const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
+    STD_TORCH_CHECK(reduced > 0 && reduced <= INT_MAX, "se.w_reduce must have at least one row");
+    SqueezeExcite out;
+    out.w_reduce = param("se.w_reduce", se[0], {reduced, channels, 1, 1});
+    out.b_reduce = param("se.b_reduce", se[1], {reduced});
+    out.w_expand = param("se.w_expand", se[2], {channels, reduced, 1, 1});
+    out.b_expand = param("se.b_expand", se[3], {channels});
+    out.reduced = static_cast<int>(reduced);
+    out.act = act_code(act_name, act);
+    out.gate = act_code(gate_name, gate);
+    return out;
+  }
+
+ private:
+  void check_sizes(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    check_device(name, t);
+    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(),
+                    " dimensions, got ", t.dim());
+    for (size_t i = 0; i < sizes.size(); ++i)
+      STD_TORCH_CHECK(t.size(static_cast<int64_t>(i)) == sizes[i], name, " must have size ", sizes[i],
+                      " in dimension ", i, ", got ", t.size(static_cast<int64_t>(i)));
+  }
+};
+
+inline Call call_of(const char* name, const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+  for (int64_t i = 1; i < dim; ++i)
+    STD_TORCH_CHECK(x.size(i) <= INT_MAX, name, " must be smaller than 2^31 in dimension ", i);
+  return {x, dtype_of(name, x)};
+}
+
+inline int64_t first_size(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
+
+inline int narrow(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= INT_MAX, name, " must be between 0 and 2^31 - 1, got ", value);
+  return static_cast<int>(value);
+}
+
+struct WindowOf {
+  Window window;
+  int oh, ow;
+};
+
+// `size` of the map: [N, C, H, W].
+inline WindowOf window_of(const std::vector<int64_t>& size, const Tensor& weight,
+                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(weight.dim() == 4, "weight must have 4 dimensions, got ", weight.dim());
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
+                  "stride must be two positive numbers");
+  STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");
+  for (int64_t p : padding)
+    STD_TORCH_CHECK(p >= 0 && p < (1 << 30), "padding must not be negative nor exceed 2^30, got ", p);
+  int64_t out[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t kernel = weight.size(2 + axis);
+    const int64_t room = size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - kernel;
+    STD_TORCH_CHECK(kernel > 0 && room >= 0, "weight must fit the padded map");
+    out[axis] = room / stride[axis] + 1;
+  }
+  return {{narrow("weight", weight.size(2)), narrow("weight", weight.size(3)), narrow("stride", stride[0]),
+           narrow("stride", stride[1]), narrow("padding", padding[0]), narrow("padding", padding[2])},
+          narrow("out", out[0]),
+          narrow("out", out[1])};
+}
+
+inline WindowOf window_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding) {
+  return window_of({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding);
+}
+
+inline Tensor empty_fp32(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+}  // namespace effnet::cuda
