@@ -7,7 +7,8 @@ from torch import nn
 import effnet_kernels as ek
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from tests.models import calibrate, images, randomize
-from tests.triton.tools import DEVICE
+from tests.ops.cases import DTYPES
+from tests.ops.device import DEVICE
 
 # The blocks of B0 and of V2, narrow.
 B0 = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c12_se0.25"]
@@ -32,6 +33,18 @@ def torchvision_efficientnet() -> nn.Module:
         efficientnet.MBConvConfig(4, 5, 2, 16, 24, 2),
     ]
     return efficientnet.EfficientNet(stages, 0.2, 0.0, num_classes=10, last_channel=32)
+
+
+# What every kernel backend is tried on: a model and the dtype.
+CASES = [
+    *(pytest.param(lambda: narrow(B0), dtype, id=f"b0-{dtype}") for dtype in DTYPES),
+    *(
+        pytest.param(lambda: narrow(V2, pad_type="same"), dtype, id=f"v2-padded-as-tensorflow-{dtype}")
+        for dtype in DTYPES[1:]
+    ),
+    pytest.param(lambda: pytest.importorskip("timm").create_model("test_efficientnet"), torch.float32, id="timm"),
+    pytest.param(torchvision_efficientnet, torch.float32, id="torchvision"),
+]
 
 
 def agrees(model: nn.Module, backend: str, dtype: torch.dtype = torch.float32) -> bool:

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-import torch
 
 from effnet_kernels import native
-from tests.cuda.tools import DEVICE
 from tests.emulation import build
-from tests.ops.conftest import poison
+from tests.ops.conftest import one_thread, poison
+from tests.ops.device import DEVICE, mark
 
-__all__ = ["poison"]
+__all__ = ["one_thread", "poison"]
 
 
 def _missing() -> str | None:
@@ -23,14 +22,7 @@ def _missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU these are the tests that ``-m gpu`` asks for."""
-    here = [item for item in items if "tests/cuda/" in item.path.as_posix()]
-    reason = _missing() if here else None
-    for item in here:
-        if DEVICE == "cuda":
-            item.add_marker(pytest.mark.gpu)
-        if reason is not None:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    mark(items, "tests/cuda/", _missing())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,11 +59,3 @@ def device(request: pytest.FixtureRequest, emulation: ModuleType | None) -> Iter
     emulation.set_device(request.param)
     yield request.param
     emulation.set_device(90)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from effnet_kernels.ops.common import Op
-from tests.cuda.tools import native, on_device
+from tests.ops.device import native, on_device
 from tests.ops.inputs import SAMPLES, sample
 from tests.ops.test_native_arguments import _describe, spoiled
 

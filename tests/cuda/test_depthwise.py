@@ -1,7 +1,6 @@
 """The depthwise kernel against the float64 reference, by the criterion of docs/numerics.md."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from effnet_kernels import functional as F
 from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
-from tests.cuda.tools import native, on_device
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, Depthwise, drawn, fits, hostile, real
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
-from tests.ops.test_special_values import unit_bn
+from tests.ops.special_values import check_depthwise_mean, check_value, each_value
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,56 +130,16 @@ def test_a_block_that_sums_more_than_once(kernel, emulation):
         emulation.set_device(90)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@each_dtype
-@torch.no_grad()
-def test_activations_over_their_whole_range(act, dtype):
-    """Every bfloat16 number up to 2^120 that the dtype holds, infinities and NaN, element by element."""
-    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    finite = z[z.abs() < min(2.0**120, torch.finfo(dtype).max)]
-    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=torch.bfloat16)
-    z = torch.cat([finite, odd]).to(dtype)
-    z = z[: len(z) // 8 * 8].view(1, 8, -1, 1)
-    z = z.to(memory_format=torch.channels_last)
-    # Rows of zeros between the values: an infinity times an empty tap is NaN.
-    spread = torch.zeros(1, 8, 3 * z.shape[2], 1, dtype=dtype)
-    spread[:, :, 1::3] = z
-    weight = torch.zeros(8, 1, 3, 3, dtype=dtype)
-    weight[:, :, 1, 1] = 1
-    x, weight, bn = on_device((spread, weight, unit_bn(8)))
-    got = F.depthwise_conv_bn_act(x, weight, bn, act, padding=(1, 1, 1, 1), backend="cuda")[0].cpu()[:, :, 1::3]
-    exact = oracle.ACTIVATION[act](z.double())
-    stock = oracle.ACTIVATION[act](z)
-    assert torch.equal(got.isnan(), stock.isnan())
-    assert torch.equal(got.isinf(), stock.isinf())
-    # Twice stock's error, four roundings of the result, and subnormals may be flushed.
-    finfo = torch.finfo(dtype)
-    allowed = 2 * (stock.double() - exact).abs() + 2 * finfo.eps * exact.abs() + finfo.tiny
-    wrong = (got.double() - exact).abs() > allowed  # False where NaN
-    assert not wrong.any(), f"act({z[wrong][0]}) = {got[wrong][0]}, {exact[wrong][0]}"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @pytest.mark.parametrize("case", [Depthwise(2, (5, 6), c=19, act="relu6"), Depthwise(2, (9, 9), c=16)], ids=str)
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
-    problem = native(build(case, torch.float32))
-    clean = problem.call("cuda")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(case, torch.float32)), value, "cuda")
 
 
 @torch.no_grad()
 def test_means_are_summed_in_float32():
-    x = torch.ones(1, 8, 64, 64, dtype=torch.bfloat16)
-    weight = torch.zeros(8, 1, 3, 3, dtype=torch.bfloat16)
-    weight[:, :, 1, 1] = 1
-    x, weight, bn = on_device((x, weight, unit_bn(8)))
-    _, mean = F.depthwise_conv_bn_act(x, weight, bn, "identity", padding=(1, 1, 1, 1), backend="cuda")
-    assert torch.equal(mean.cpu(), torch.ones(1, 8))
+    check_depthwise_mean(torch.bfloat16, "cuda")
 
 
 def test_windows_that_are_not_compiled_are_a_reason():

@@ -1,15 +1,15 @@
 """``fused_mbconv`` in CUDA: rectangles of output pixels, chunks of expanded channels, parts of the input channels."""
 
-import math
-
 import pytest
 import torch
 
 from effnet_kernels import functional as F
-from tests.cuda.tools import check, cycled, native
+from tests.cuda.tools import check, cycled
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Fused
+from tests.ops.device import native
 from tests.ops.inputs import build
+from tests.ops.special_values import check_value, each_value
 
 # A block has up to 128 pixels; chunks are 64 expanded channels; 64 output channels, or 128 in 16 bits.
 TILED = [
@@ -54,7 +54,7 @@ def test_hostile(case, dtype):
     oracle.check(native(build(case, dtype)), "cuda")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -67,13 +67,7 @@ def test_hostile(case, dtype):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
-    problem = native(build(case, dtype))
-    clean = problem.call("cuda")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(case, dtype)), value, "cuda")
 
 
 @torch.no_grad()

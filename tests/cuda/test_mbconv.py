@@ -1,16 +1,17 @@
 """``mbconv`` in CUDA: the expanded map in shared memory, whole or in strips; the composition where it does not fit."""
 
 import itertools
-import math
 
 import pytest
 import torch
 
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
-from tests.cuda.tools import check, cycled, native
+from tests.cuda.tools import check, cycled
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, MBConv
+from tests.ops.device import native
 from tests.ops.inputs import build
+from tests.ops.special_values import check_value, each_value
 
 WINDOWS = list(itertools.product((3, 5), (1, 2), ("same", "tf", "none", "large")))
 # Slices are 64 or 32 channels, GEMM tiles 128 pixels.
@@ -79,15 +80,9 @@ def test_launches(case, launches, emulation):
     assert emulation.launches() == launches
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("act", ["silu", "relu"])
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(act, value, dtype):
-    problem = native(build(MBConv(2, (5, 6), cin=17, mid=35, cout=18, act=act), dtype))
-    clean = problem.call("cuda")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(MBConv(2, (5, 6), cin=17, mid=35, cout=18, act=act), dtype)), value, "cuda")

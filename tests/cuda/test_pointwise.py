@@ -1,17 +1,16 @@
 """``pointwise_conv_bn_act`` in CUDA: every dtype, every tail of a tile, several images in one."""
 
-import math
-
 import pytest
 import torch
 
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
-from tests.cuda.tools import check, cycled, native, on_device
+from tests.cuda.tools import check, cycled
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Pointwise
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
-from tests.ops.test_special_values import unit_bn
+from tests.ops.special_values import check_activation, check_pool, check_value, each_value, unit_bn
 
 # Tiles are 128 pixels by 32, 64 or 128 channels; a stage holds 32 input channels (16 in fp32).
 TILED = [
@@ -54,7 +53,14 @@ def test_activations(act, dtype, emulation):
     check(Pointwise(2, (5, 5), cin=24, cout=40, act=act, residual="nhwc"), dtype, emulation, seeds=1)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_activations_over_their_whole_range(act, dtype):
+    check_activation(act, dtype, "cuda")
+
+
+@each_value
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -67,23 +73,13 @@ def test_activations(act, dtype, emulation):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
-    problem = native(build(case, dtype))
-    clean = problem.call("cuda")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(problem.call("cuda"), clean, oracle.stock(problem.x, problem.steps), strict=True):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(case, dtype)), value, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_the_pool_adds_in_float32(dtype):
-    """2304 ones: a bfloat16 sum stops at 256, a float16 sum at 2048."""
-    x = torch.ones(1, 5, 48, 48, dtype=dtype)
-    x, weight, bn = on_device((x, torch.ones(3, 5, 1, 1, dtype=dtype), unit_bn(3)))
-    pooled = F.pointwise_conv_bn_act(x, weight, bn, "identity", pool=True, backend="cuda")
-    assert torch.equal(pooled.cpu(), torch.full((1, 3), 5.0, dtype=dtype))
+    check_pool(dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

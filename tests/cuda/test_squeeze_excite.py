@@ -1,18 +1,16 @@
 """Squeeze-and-excitation in CUDA against the float64 reference, by the criterion of docs/numerics.md."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
-from effnet_kernels.functional import SqueezeExciteWeights
-from tests.cuda.tools import native, on_device
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Squeeze, drawn, fits, hostile, real
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
+from tests.ops.special_values import check_squeeze_in_float16, check_value, each_value
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,21 +80,12 @@ def test_same_bits(case, dtype):
     assert torch.equal(moved.cpu(), y)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(value):
-    problem = native(build(Squeeze(2, (5, 5), c=19), torch.float32))
-    (before,) = problem.call("cuda")
-    problem.x[-1, 1, 2, 2] = value
-    (got,), (expected,) = problem.call("cuda"), oracle.stock(problem.x, problem.steps)
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got.isinf(), expected.isinf())
-    assert torch.equal(got[0], before[0])
+    check_value(native(build(Squeeze(2, (5, 5), c=19), torch.float32)), value, "cuda")
 
 
 @torch.no_grad()
 def test_means_do_not_overflow_in_float16():
-    zero = SqueezeExciteWeights(torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.zeros(4, 2, 1, 1), torch.zeros(4))
-    large = torch.full((1, 4, 32, 32), 6e4, dtype=torch.float16)
-    x, zero = on_device((large, zero))
-    assert torch.equal(F.squeeze_excite(x, zero, backend="cuda").cpu(), large / 2)
+    check_squeeze_in_float16("cuda")

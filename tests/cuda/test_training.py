@@ -12,7 +12,7 @@ from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.conv_block_train import reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from effnet_kernels.training import ConvBNAct, conv_block
-from tests.cuda.tools import DEVICE, on_device
+from tests.ops.device import DEVICE, on_device
 from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build
 from tests.training.test_conv_block import skip_jumps, subset
 

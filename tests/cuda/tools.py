@@ -1,4 +1,4 @@
-"""Problems on the device that the CUDA kernels run on in this session."""
+"""What the tests of several CUDA kernels share."""
 
 from types import ModuleType
 from typing import Any
@@ -8,10 +8,8 @@ import torch
 
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, fits, hostile
+from tests.ops.device import native
 from tests.ops.inputs import build
-from tests.triton.tools import DEVICE, native, on_device
-
-__all__ = ["DEVICE", "check", "cycled", "native", "on_device"]
 
 
 def check(case: Case, dtype: torch.dtype, emulation: ModuleType | None, seeds: int = 2) -> None:

@@ -9,20 +9,15 @@ import torch
 
 import effnet_kernels as ek
 from tests.models import BACKENDS
+from tests.ops.conftest import one_thread
+
+__all__ = ["one_thread"]
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(name):

@@ -5,7 +5,7 @@ import torch
 
 from effnet_kernels import functional as F
 from effnet_kernels.functional import SqueezeExciteWeights
-from tests.ops.test_special_values import unit_bn
+from tests.ops.special_values import unit_bn
 
 ULPS = 2.02
 

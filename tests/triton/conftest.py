@@ -1,21 +1,17 @@
 """The Triton kernels run interpreted on CPU tensors where there is no GPU, natively where there is one."""
 
 import pytest
-import torch
 
 from effnet_kernels.backends import backends
-from tests.triton.tools import DEVICE
+from tests.ops.conftest import one_thread, poison
+from tests.ops.device import DEVICE, mark
+
+__all__ = ["one_thread", "poison"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU these are the tests that ``-m gpu`` asks for."""
-    here = [item for item in items if "tests/triton/" in item.path.as_posix()]
     available, reason = backends()["triton"]
-    for item in here:
-        if DEVICE == "cuda":
-            item.add_marker(pytest.mark.gpu)
-        if not available:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    mark(items, "tests/triton/", None if available else reason)
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -30,19 +26,3 @@ def unchecked_integers():
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     yield
     interpreter.interpreter_builder.options = before
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def poison():
-    """Fill every fresh tensor, outputs and scratch alike, with NaN: an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)

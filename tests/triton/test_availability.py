@@ -10,7 +10,7 @@ from effnet_kernels import functional as F
 from effnet_kernels.backends import Problem, backends, check_backend, implementation, use_backend
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.mbconv import reference
-from tests.ops.test_special_values import unit_bn
+from tests.ops.special_values import unit_bn
 
 module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
 CUDA = Problem("mbconv", "cuda", torch.float16, (3, 3))

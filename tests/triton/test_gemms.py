@@ -1,17 +1,14 @@
 """The kernels with matrix products where one tile is not enough, and what their prologues and epilogues promise."""
 
-import math
-
 import pytest
 import torch
 
-from effnet_kernels import functional as F
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
 from tests.ops.cases import Fused, Pointwise
+from tests.ops.device import native
 from tests.ops.inputs import build
-from tests.ops.test_special_values import unit_bn
-from tests.triton.tools import native, on_device
+from tests.ops.special_values import check_pool, check_value, each_value
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TILED = [
@@ -41,7 +38,7 @@ def test_many_tiles(case, dtype):
         assert torch.equal(got, again), "two runs differ"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @pytest.mark.parametrize(
     "case",
     [
@@ -56,25 +53,13 @@ def test_many_tiles(case, dtype):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
-    problem = native(build(case, torch.float32))
-    clean = problem.call("triton")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(
-        problem.call("triton"), clean, oracle.stock(problem.x, problem.steps), strict=True
-    ):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(case, torch.float32)), value, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_the_pool_adds_in_float32(dtype):
-    """2304 ones: a bfloat16 sum stops at 256, a float16 sum at 2048."""
-    x = torch.ones(1, 5, 48, 48, dtype=dtype)
-    x, weight, bn = on_device((x, torch.ones(3, 5, 1, 1, dtype=dtype), unit_bn(3)))
-    pooled = F.pointwise_conv_bn_act(x, weight, bn, "identity", pool=True, backend="triton")
-    assert torch.equal(pooled.cpu(), torch.full((1, 3), 5.0, dtype=dtype))
+    check_pool(dtype, "triton")
 
 
 @torch.no_grad()

@@ -5,21 +5,23 @@ interpreting all of them three times would take longer than the rest of the suit
 kernels, so every third of its cases has to do.
 """
 
-import math
-
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from effnet_kernels import functional as F
-from effnet_kernels.functional import SqueezeExciteWeights
 from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, drawn, fits, hostile
+from tests.ops.device import native
 from tests.ops.inputs import build
-from tests.ops.test_special_values import unit_bn
-from tests.triton.tools import native, on_device
+from tests.ops.special_values import (
+    check_activation,
+    check_depthwise_mean,
+    check_squeeze_in_float16,
+    check_value,
+    each_value,
+)
 
 KINDS = {"depthwise": Depthwise, "squeeze": Squeeze, "mbconv": MBConv, "pointwise": Pointwise, "fused": Fused}
 
@@ -82,27 +84,10 @@ def test_any_shape(kind, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_activations_over_their_whole_range(act, dtype):
-    """Every bfloat16 number up to 2^120 that the dtype holds, infinities and NaN, element by element."""
-    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    finite = z[z.abs() < min(2.0**120, torch.finfo(dtype).max)]
-    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=torch.bfloat16)
-    z = torch.cat([finite, odd]).to(dtype)
-    z = z[: len(z) // 8 * 8].view(1, 8, 1, -1)
-    weight = torch.ones(8, 1, 1, 1, dtype=dtype)
-    (x, weight, bn) = on_device((z, weight, unit_bn(8)))
-    got = F.depthwise_conv_bn_act(x, weight, bn, act, backend="triton")[0].cpu()
-    exact = oracle.ACTIVATION[act](z.double())
-    stock = oracle.ACTIVATION[act](z)
-    assert torch.equal(got.isnan(), stock.isnan())
-    assert torch.equal(got.isinf(), stock.isinf())
-    # Twice stock's error, four roundings of the result, and subnormals may be flushed.
-    finfo = torch.finfo(dtype)
-    allowed = 2 * (stock.double() - exact).abs() + 2 * finfo.eps * exact.abs() + finfo.tiny
-    wrong = (got.double() - exact).abs() > allowed  # False where NaN
-    assert not wrong.any(), f"act({z[wrong][0]}) = {got[wrong][0]}, {exact[wrong][0]}"
+    check_activation(act, dtype, "triton")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_value
 @pytest.mark.parametrize(
     "case",
     [
@@ -114,25 +99,10 @@ def test_activations_over_their_whole_range(act, dtype):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):
-    problem = native(build(case, torch.float32))
-    clean = problem.call("triton")
-    problem.x[-1, 1, 2, 2] = value
-    for got, before, expected in zip(
-        problem.call("triton"), clean, oracle.stock(problem.x, problem.steps), strict=True
-    ):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.isinf(), expected.isinf())
-        assert torch.equal(got[0], before[0])
+    check_value(native(build(case, torch.float32)), value, "triton")
 
 
 @torch.no_grad()
 def test_means_are_summed_in_float32():
-    x = torch.ones(1, 5, 64, 64, dtype=torch.bfloat16)
-    weight = torch.ones(5, 1, 1, 1, dtype=torch.bfloat16)
-    x, weight, bn = on_device((x, weight, unit_bn(5)))
-    _, mean = F.depthwise_conv_bn_act(x, weight, bn, "identity", backend="triton")
-    assert torch.equal(mean.cpu(), torch.ones(1, 5))
-    zero = SqueezeExciteWeights(torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.zeros(4, 2, 1, 1), torch.zeros(4))
-    large = torch.full((1, 4, 32, 32), 6e4, dtype=torch.float16)
-    x, zero = on_device((large, zero))
-    assert torch.equal(F.squeeze_excite(x, zero, backend="triton").cpu(), large / 2)
+    check_depthwise_mean(torch.bfloat16, "triton")
+    check_squeeze_in_float16("triton")

@@ -5,8 +5,8 @@ import torch
 
 from effnet_kernels.ops.mbconv import triton as mbconv
 from tests.ops.cases import MBConv
+from tests.ops.device import native
 from tests.ops.inputs import build
-from tests.triton.tools import native
 
 
 @pytest.mark.parametrize(

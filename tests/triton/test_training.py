@@ -11,9 +11,9 @@ from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
+from tests.ops.device import DEVICE, on_device
 from tests.training.blocks import Case, Problem, assert_as_accurate, build
 from tests.training.test_models import assert_as_accurate_as_stock
-from tests.triton.tools import DEVICE, on_device
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [

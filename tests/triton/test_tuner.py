@@ -9,7 +9,7 @@ from effnet_kernels.benchmarking import tuner
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.triton_common import Config
 from tests.models import images, randomize
-from tests.triton.tools import DEVICE
+from tests.ops.device import DEVICE
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ std::common_type_t<A, B> min(A a, B b) {
   if constexpr (std::is_floating_point_v<T>)
     return std::fmin(static_cast<T>(a), static_cast<T>(b));
   else
-    return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b);
+    return std::min<T>(a, b);
 }
 template <typename A, typename B>
 std::common_type_t<A, B> max(A a, B b) {
@@ -118,5 +118,5 @@ std::common_type_t<A, B> max(A a, B b) {
   if constexpr (std::is_floating_point_v<T>)
     return std::fmax(static_cast<T>(a), static_cast<T>(b));
   else
-    return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
+    return std::max<T>(a, b);
 }

@@ -1,8 +1,9 @@
-"""Problems on the device that the kernels for GPUs run on in this session."""
+"""Problems where the kernels of Triton and CUDA run in this session: on a GPU, or on the CPU that stands for one."""
 
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,13 +28,16 @@ def on_device(tree: Any) -> Any:
     return tree_map(move, tree)
 
 
+def for_backend(tree: Any, backend: str) -> Any:
+    """Every tensor where the backend serves it."""
+    return on_device(tree) if backend in ("triton", "cuda") else tree
+
+
 def native(problem: Problem) -> Problem:
     """The problem with copies of its tensors on ``DEVICE`` where a GPU's backend is called, results back on the CPU."""
 
     def call(*args: Any, backend: str, **kwargs: Any) -> Any:
-        if backend not in ("triton", "cuda"):
-            return problem.function(*args, **kwargs, backend=backend)
-        args, kwargs = on_device((args, kwargs))
+        args, kwargs = for_backend((args, kwargs), backend)
         results = problem.function(*args, **kwargs, backend=backend)
         inputs = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if is_memory(leaf)}
         for result in tree_leaves(results):
@@ -46,3 +50,14 @@ def native(problem: Problem) -> Problem:
 def is_memory(leaf: Any) -> bool:
     """Whether it is a tensor with elements."""
     return isinstance(leaf, torch.Tensor) and leaf.numel() > 0
+
+
+def mark(items: list[pytest.Item], folder: str, missing: str | None) -> None:
+    """Marks the tests of a folder: on a GPU ``-m gpu`` asks for them; skipped where something is missing."""
+    for item in items:
+        if folder not in item.path.as_posix():
+            continue
+        if DEVICE == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if missing is not None:
+            item.add_marker(pytest.mark.skip(reason=missing))
