@@ -16,8 +16,8 @@ from effnet_kernels.benchmarking.training import Step
 from effnet_kernels.ops.common import Op
 from tests import whole_models
 from tests.models import calibrate, images, randomize
+from tests.ops.device import on_device
 from tests.ops.inputs import SAMPLES, sample
-from tests.triton.tools import on_device
 
 pytestmark = [
     pytest.mark.gpu,
