@@ -27,7 +27,7 @@ class Case(NamedTuple):
     amp: torch.dtype | None = None
     bytes: int | None = None  # the least traffic
     count: int = 1  # so often in the network
-    facts: dict[str, Any] = {}  # stand in the record as they are
+    facts: tuple[tuple[str, Any], ...] = ()  # stand in the record as they are
 
     @property
     def trains(self) -> bool:
@@ -50,7 +50,7 @@ class Case(NamedTuple):
             if bandwidth and self.bytes is not None and "median" in result:
                 result["bytes_per_second"] = self.bytes / result["median"]
                 result["share_of_copy"] = result["bytes_per_second"] / bandwidth
-        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, **self.facts, "contenders": results}
+        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, **dict(self.facts), "contenders": results}
 
 
 def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
@@ -65,7 +65,7 @@ def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Ca
 
 def sweep_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
     """A point of the curves over batch sizes and resolutions."""
-    facts = {"model": model, "size": size, "dtype": dtype}
+    facts = (("model", model), ("size", size), ("dtype", dtype))
     return model_case(model, size, batch, dtype, device)._replace(level="sweep", facts=facts)
 
 
