@@ -50,7 +50,8 @@ class Case(NamedTuple):
             if bandwidth and self.bytes is not None and "median" in result:
                 result["bytes_per_second"] = self.bytes / result["median"]
                 result["share_of_copy"] = result["bytes_per_second"] / bandwidth
-        return {"batch": self.batch, "count": self.count, "bytes": self.bytes, **dict(self.facts), "contenders": results}
+        facts = {"batch": self.batch, "count": self.count, "bytes": self.bytes, **dict(self.facts)}
+        return {**facts, "contenders": results}
 
 
 def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:

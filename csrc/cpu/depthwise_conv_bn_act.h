@@ -1,8 +1,8 @@
 // depthwise_conv_bn_act: act(bn(depthwise(x))) and the channel means of the result, one pass over x.
 //
 // Works on one slice of kSlice channels at a time. Input rows of the slice are brought, zero-padded, into a
-// ring of KH rows; whoever owns them fills them in: a copy of x here, the expand GEMM in mbconv. So the
-// window needs no border cases and the expanded map exists only as those KH rows.
+// ring a little larger than the window; whoever owns them fills them in: a copy of x here, the expand GEMM in
+// mbconv. So the window needs no border cases and the expanded map exists only as those few rows.
 #pragma once
 
 #include "gemm.h"
@@ -23,6 +23,17 @@ struct Depthwise {
   // the channel sums. They depend on the shape alone, so the sums do not depend on the thread count.
   int64_t strips() const { return max64(1, min64(div_up(16, slices()), oh / 8)); }
   int64_t strip_begin(int64_t strip) const { return oh * strip / strips(); }
+  // Into how many pieces of neighbouring strips to cut the slices for this many threads. Pieces even out the
+  // threads' shares, but the rows that two of them see are brought twice.
+  int64_t pieces(int64_t threads) const {
+    const auto cost = [&](int64_t n) {
+      return div_up(slices() * n, threads) * (div_up(oh, n) * window.stride_h + kh - window.stride_h);
+    };
+    int64_t best = 1;
+    for (int64_t n = 2; n <= strips(); ++n)
+      if (cost(n) < cost(best)) best = n;
+    return best;
+  }
 };
 
 static inline Depthwise make_depthwise(const Weight& weight, const BatchNorm& bn, const Window& window,
@@ -114,9 +125,19 @@ static inline WindowRow choose_window_row(const Depthwise& d) {
   }
 }
 
-// Strips [begin, end) of one slice. fill(iy, row): the W pixels of input row iy, kSlice floats apart.
-// target(oy): where output row oy goes, likewise. finish(oy): it is there, activated. sums[strip]: kSlice
-// channel sums of the strip's outputs.
+// Input rows brought at a time: about as many pixels as fill several GEMM tiles.
+static inline int64_t rows_at_once(int64_t w) { return div_up(7 * kMaxRows - kMaxRows / 2, w); }
+
+// Rows of a map slice at places of their own: pixel x of row i is at (*this)(i) + x * kSlice.
+struct Ring {
+  float* first;  // of row 0
+  int64_t rows, stride;
+  float* operator()(int64_t i) const { return first + i % rows * stride; }
+};
+
+// Strips [begin, end) of one slice. fill(iy, n, ring): the W pixels of input rows [iy, iy + n), kSlice floats
+// apart, go to the places that the ring has for them. target(oy): where output row oy goes, likewise.
+// finish(oy): it is there, activated. sums[strip]: kSlice channel sums of the strip's outputs.
 template <class Fill, class Target, class Finish>
 static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, int64_t end, float* sums,
                              int64_t sums_stride, const Fill& fill, const Target& target,
@@ -125,19 +146,24 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
   const int64_t width = max64(left + d.w, (d.ow - 1) * d.window.stride_w + d.kw);
   const WindowRow window_row = choose_window_row(d);
   Scratch scratch;
-  float* ring = scratch.take((d.kh + 1) * width * kSlice);
-  float* zeros = ring + d.kh * width * kSlice;
-  std::memset(zeros, 0, width * kSlice * sizeof(float));
-  for (int64_t i = 0; i < d.kh; ++i) {
-    float* row = ring + i * width * kSlice;
+  const int64_t at_once = rows_at_once(d.w), count = d.kh + at_once - 1;
+  float* padded = scratch.take((count + 1) * width * kSlice);
+  const Ring ring{padded + left * kSlice, count, width * kSlice};
+  for (int64_t i = 0; i < count; ++i) {
+    float* row = padded + i * width * kSlice;
     std::memset(row, 0, left * kSlice * sizeof(float));
     std::memset(row + (left + d.w) * kSlice, 0, (width - left - d.w) * kSlice * sizeof(float));
   }
+  float* zeros = padded + count * width * kSlice;
+  std::memset(zeros, 0, width * kSlice * sizeof(float));
+  float* line = scratch.take(d.ow * kSlice);  // a row before its activation
   const float** rows = reinterpret_cast<const float**>(scratch.take(d.kh * 2));  // a pointer is two floats
   const float* weights = d.weights.panel(slice);
   const float *scale = d.affine.scale + slice * kSlice, *shift = d.affine.shift + slice * kSlice;
 
-  int64_t next = 0;  // first input row not yet considered
+  // Input rows [.., next) are there; the last one that anybody here needs ends at `last`.
+  int64_t next = 0;
+  const int64_t last = min64(d.h, (d.strip_begin(end) - 1) * d.window.stride_h - d.window.top + d.kh);
   for (int64_t strip = begin; strip < end; ++strip) {
     vf strip_sum[kVectors] = {};
     for (int64_t oy = d.strip_begin(strip); oy < d.strip_begin(strip + 1); ++oy) {
@@ -148,11 +174,10 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
           rows[y] = zeros;
           continue;
         }
-        float* row = ring + iy % d.kh * width * kSlice;
-        rows[y] = row;
+        rows[y] = ring(iy) - left * kSlice;
         if (iy >= next) {
-          fill(iy, row + left * kSlice);
-          next = iy + 1;
+          next = min64(iy + at_once, last);
+          fill(iy, next - iy, ring);
         }
       }
       float* out = target(oy);
@@ -160,19 +185,20 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
         if (j > 0)
           for (int64_t y = 0; y < d.kh; ++y) rows[y] += kWidth;
         window_row(d, rows, weights + j * kWidth, d.weights.width(slice), load(scale + j * kWidth),
-                   load(shift + j * kWidth), out + j * kWidth);
+                   load(shift + j * kWidth), line + j * kWidth);
       }
-      vf row_sum[kVectors] = {};
       with_act(d.act, [&](auto tag) {
-        for (int64_t i = 0; i < d.ow; ++i) {
-          for (int64_t j = 0; j < cols; ++j) {
-            const vf value = activate<decltype(tag)::value>(load(out + i * kSlice + j * kWidth));
+        for (int64_t j = 0; j < cols; ++j) {
+          vf row_sum = {};
+#pragma GCC unroll 2
+          for (int64_t i = 0; i < d.ow; ++i) {
+            const vf value = activate<decltype(tag)::value>(load(line + i * kSlice + j * kWidth));
             store(out + i * kSlice + j * kWidth, value);
-            row_sum[j] += value;
+            row_sum += value;
           }
+          strip_sum[j] += row_sum;
         }
       });
-      for (int64_t j = 0; j < cols; ++j) strip_sum[j] += row_sum[j];
       finish(oy, out);
     }
     for (int64_t j = 0; j < cols; ++j)
@@ -192,16 +218,11 @@ static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, c
       depthwise_strips(d, slice, begin, end, sums, padded, fill, target, finish);
     });
   };
-  if (pool.threads > 1) {
-    // Neighbouring strips in one go share the rows between them; four pieces a thread even out.
-    const int64_t pieces = min64(strips, div_up(4 * pool.threads, slices));
-    parallel(pool, slices * pieces, [&](int64_t i) {
-      const int64_t piece = i % pieces;
-      run_strips(i / pieces, strips * piece / pieces, strips * (piece + 1) / pieces);
-    });
-  } else {
-    for (int64_t slice = 0; slice < slices; ++slice) run_strips(slice, 0, strips);
-  }
+  const int64_t pieces = d.pieces(pool.threads);
+  parallel(pool, slices * pieces, [&](int64_t i) {
+    const int64_t piece = i % pieces;
+    run_strips(i / pieces, strips * piece / pieces, strips * (piece + 1) / pieces);
+  });
   if (mean == nullptr) return;
   for (int64_t c = 0; c < d.channels; c += kWidth) {
     vf total = {};
@@ -210,15 +231,16 @@ static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, c
   }
 }
 
-// One row of a slice of x as fp32, kSlice floats to a pixel.
+// n rows of a slice of x as fp32, kSlice floats to a pixel.
 template <class T>
-static inline void copy_row(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols,
-                            float* row) {
+static inline void copy_rows(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols, int64_t iy,
+                             int64_t n, const Ring& ring) {
   const int64_t first = slice * kSlice;
-  for (int64_t i = 0; i < w; ++i)
-    for (int64_t j = 0; j < cols; ++j)
-      store(row + i * kSlice + j * kWidth,
-            load_first(x + i * channels + first + j * kWidth, channels - first - j * kWidth));
+  for (int64_t y = iy; y < iy + n; ++y)
+    for (int64_t i = 0; i < w; ++i)
+      for (int64_t j = 0; j < cols; ++j)
+        store(ring(y) + i * kSlice + j * kWidth,
+              load_first(x + (y * w + i) * channels + first + j * kWidth, channels - first - j * kWidth));
 }
 
 template <class T>
@@ -233,8 +255,8 @@ template <class T>
           Scratch row_scratch;
           float* row = row_scratch.take(d.ow * kSlice);
           const int64_t cols = d.cols(slice), first = slice * kSlice;
-          run([&](int64_t iy,
-                  float* to) { copy_row(x + iy * d.w * d.channels, d.w, d.channels, slice, cols, to); },
+          run([&](int64_t iy, int64_t n,
+                  const Ring& ring) { copy_rows(x, d.w, d.channels, slice, cols, iy, n, ring); },
               [&](int64_t) { return row; },
               [&](int64_t oy, const float* from) {
                 for (int64_t i = 0; i < d.ow; ++i)

@@ -10,12 +10,11 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
-constexpr int64_t kStripFloats = 1 << 16;  // expanded strip: 256 KiB, a share of L2
+constexpr int64_t kStripFloats = 1 << 14;  // expanded strip: 64 KiB, a small share of L2
 
 struct FusedMBConv {
   Packed expand, project;
   Affine expand_affine, project_affine;
-  int64_t strip;  // output rows
 };
 
 // Rows [first, first + n) of the padded input, `width` pixels each, as words [n][width][words of C].
@@ -106,14 +105,16 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
   Scratch scratch;
-  FusedMBConv f{fresh(p.weight, pool), fresh(p.project, pool), {}, {}, 0};
+  FusedMBConv f{fresh(p.weight, pool), fresh(p.project, pool), {}, {}};
   f.expand_affine = fold(p.bn, f.expand.n, scratch);
   if (p.project.source.data) f.project_affine = fold(p.project_bn, f.project.n, scratch);
   const int64_t oh = p.y.size[2], ow = p.y.size[3];
-  f.strip = max64(1, min64(oh, kStripFloats / (ow * round_up(f.expand.n, kSlice))));
-  const int64_t strips = div_up(oh, f.strip);
+  // As many strips as fit the cache, and a whole number for each thread.
+  const int64_t fit = div_up(oh * ow * round_up(f.expand.n, kSlice), kStripFloats);
+  const int64_t strips = min64(oh, round_up(fit, pool.threads));
   parallel(pool, p.x.size[0] * strips, [&](int64_t i) {
-    const int64_t image = i / strips, oy = i % strips * f.strip, rows = min64(f.strip, oh - oy);
+    const int64_t image = i / strips, strip = i % strips, oy = oh * strip / strips;
+    const int64_t rows = oh * (strip + 1) / strips - oy;
     p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows)
                 : fused_mbconv_strip<float>(p, f, image, oy, rows);
   });

@@ -44,8 +44,8 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
     const auto target = [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; };
     const auto finish = [](int64_t, const float*) {};
     if (!p.expand.source.data) {
-      run([&](int64_t iy, float* row) { copy_row(x + iy * d.w * in, d.w, in, slice, cols, row); }, target,
-          finish);
+      run([&](int64_t iy, int64_t n, const Ring& ring) { copy_rows(x, d.w, in, slice, cols, iy, n, ring); },
+          target, finish);
       return;
     }
     const int64_t k = words<T>(in);
@@ -55,13 +55,17 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
     const float *scale = m.expand_affine.scale + slice * kSlice,
                 *shift = m.expand_affine.shift + slice * kSlice;
     const float* next = m.expand.next(slice + pool.threads);
-    const auto fill = [&](int64_t iy, float* row) {
-      for_each_tile(d.w, setup, [&](int64_t begin, int64_t n) {
-        run_tile<T>(n, cols, rows + (iy * d.w + begin) * k, k, taps, panel, scale, shift,
-                    row + begin * kSlice, kSlice, begin > 0 ? nullptr : ahead_of(next, iy, k));
+    Scratch line_scratch;
+    float* line = line_scratch.take(rows_at_once(d.w) * d.w * kSlice);
+    const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
+      const float* a = rows + iy * d.w * k;
+      const int64_t width = cols * kWidth;
+      int64_t number = 0;
+      for_each_tile(n * d.w, setup, [&](int64_t begin, int64_t count) {
+        run_tile<T>(count, cols, a + begin * k, k, taps, panel, scale, shift, line + begin * width, width,
+                    iy == 0 ? ahead_of(next, number++, k) : nullptr);
       });
-      if (cols == kVectors) return activate_all(p.act, row, d.w * kVectors);
-      for (int64_t i = 0; i < d.w; ++i) activate_all(p.act, row + i * kSlice, cols);
+      activate_rows(p.act, line, n, d.w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
     };
     run(fill, target, finish);
   });
@@ -92,9 +96,10 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
   const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
   const int64_t panels = m.project.panels();
-  parallel(pool, div_up(pixels, kPixelBlock) * panels, [&](int64_t i) {
-    const int64_t panel = i % panels, first = i / panels * kPixelBlock;
-    multiply(mid + first * kSlice, kSlice, taps, min64(kPixelBlock, pixels - first), m.project,
+  const int64_t blocks = div_up(pixels, kPixelBlock);
+  parallel(pool, blocks * panels, [&](int64_t i) {
+    const int64_t panel = i % panels, block = i / panels, first = pixels * block / blocks;
+    multiply(mid + first * kSlice, kSlice, taps, pixels * (block + 1) / blocks - first, m.project,
              weights + (m.project.panel(panel) - m.project.data), panel, m.project_affine, store_to, first,
              weights == m.project.data ? m.project.next(panel + pool.threads) : nullptr);
   });

@@ -39,8 +39,9 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, cons
   const T* x = at<const T>(p.x, image);
   const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out,
                           p.act};
-  parallel(pool, div_up(pixels, kPixelBlock), [&](int64_t block) {
-    const int64_t first = block * kPixelBlock, n = min64(kPixelBlock, pixels - first);
+  const int64_t blocks = div_up(pixels, kPixelBlock);
+  parallel(pool, blocks, [&](int64_t block) {
+    const int64_t first = pixels * block / blocks, n = pixels * (block + 1) / blocks - first;
     Scratch scratch;
     const float* a = rows_of(x + first * in, n, in, p.gate ? p.gate + image * in : nullptr, scratch);
     for (int64_t panel = 0; panel < packed.panels(); ++panel)

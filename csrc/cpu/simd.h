@@ -249,6 +249,20 @@ static inline void activate_all(int act, float* p, int64_t vectors) {
   });
 }
 
+// n rows of `vectors` each, one behind the other; those of row i go to to(i), `step` floats apart.
+template <class To>
+static inline void activate_rows(int act, const float* from, int64_t n, int64_t vectors, int64_t step,
+                                 const To& to) {
+  with_act(act, [&](auto tag) {
+    for (int64_t i = 0; i < n; ++i, from += vectors * kWidth) {
+      float* row = to(i);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < vectors; ++j)
+        store(row + j * step, activate<decltype(tag)::value>(load(from + j * kWidth)));
+    }
+  });
+}
+
 // Runs body(i) for i in [0, n) on the pool, handing out indices one by one: which thread runs which
 // index varies, what is computed for an index does not.
 template <class Body>

@@ -63,14 +63,15 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
       }
     };
     with_act(p.x.norm.act, [&](auto tag) {
-      const auto fill = [&](int64_t iy, float* to) {
+      const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
         for (int64_t j = 0; j < view.cols; ++j) {
           const int64_t c = view.first + j * kWidth;
           const NormVectors v(p.x.norm, channels, c);
-          for (int64_t i = 0; i < d.w; ++i)
-            store(to + i * kSlice + j * kWidth,
-                  activate<decltype(tag)::value>(
-                      load_first(x + (iy * d.w + i) * channels + c, view.left(j)) * v.scale + v.shift));
+          for (int64_t y = iy; y < iy + n; ++y)
+            for (int64_t i = 0; i < d.w; ++i)
+              store(ring(y) + i * kSlice + j * kWidth,
+                    activate<decltype(tag)::value>(
+                        load_first(x + (y * d.w + i) * channels + c, view.left(j)) * v.scale + v.shift));
         }
       };
       depthwise_strips(d, slice, 0, d.strips(), sums, padded, fill, [&](int64_t) { return row; }, finish);
