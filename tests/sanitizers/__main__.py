@@ -13,5 +13,14 @@ TESTS = ["tests/sanitizers", "tests/ops", "tests/training", "tests/modules", "-k
 
 if __name__ == "__main__":
     environment = {**os.environ, **asan_environment(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.sanitizers.plugin", *(sys.argv[1:] or TESTS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--capture=sys",
+        "-p",
+        "tests.sanitizers.plugin",
+        *(sys.argv[1:] or TESTS),
+    ]
     os.execve(sys.executable, command, environment)
