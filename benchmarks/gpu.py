@@ -5,7 +5,8 @@
 needs torch and Triton, timm for everything that has a model in it, pytest for the tests, and no network. Parts run in
 order of worth, each in a process of its own: one that fails, hangs or takes the GPU's context with it is recorded, and
 the run goes on. A contender that killed its process is left out and the case measured again. The record,
-``benchmarks/results/<GPU>.json``, is written after every measurement; a run at the same commit adds to it.
+``benchmarks/results/<GPU>.json``, is written after every measurement; a run at the same commit
+adds to it and tries again what failed.
 ``python -m benchmarks.report`` makes tables of it, ``python -m benchmarks.dispatch`` the order of the backends.
 
 ``--device cpu`` runs all of it on something tiny, for tests. The GPU's settings are left alone.
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         file.unlink(missing_ok=True)  # measured on other code
         record = Record(file)
     record.content["environment"] |= environment(options.device) | {"commit": options.commit}
+    record.forget_failures()  # they are tried again, perhaps with more time
     record.save()
     if "copy_bytes_per_second" not in record.content["environment"] and "ceilings" not in wanted:
         wanted.insert(0, "ceilings")  # shares of it are recorded with every measurement

@@ -96,6 +96,14 @@ class Record:
         self.save()
         return found
 
+    def forget_failures(self) -> None:
+        """Drop the cases that were not measured with all their contenders."""
+        self.content["lost"] = []
+        for cases in self.content["levels"].values():
+            for title, case in list(cases.items()):
+                if any("failed" in result for result in (case, *case["contenders"].values())):
+                    del cases[title]
+
     def _doing(self, case: str | None, contender: str | None) -> None:
         self.content["doing"] = {"case": case, "contender": contender, "since": time.time()} if case else None
         self.save()

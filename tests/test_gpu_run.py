@@ -78,6 +78,9 @@ def test_a_contender_that_takes_too_long_is_given_up(record, monkeypatch):
     (measured,) = record.content["levels"]["op"].values()
     assert measured["contenders"][REFERENCE] == {"failed": "TimeoutError: not ready after 1 s"}
     assert "median" in measured["contenders"][STOCK]
+    record.measure(case()._replace(title="another"), [STOCK], 0.01)
+    record.forget_failures()
+    assert list(record.content["levels"]["op"]) == ["another"], "the next run tries again"
 
 
 def test_a_case_that_fails_does_not_end_the_part(record):
