@@ -206,13 +206,13 @@ def test_tables_plots_and_predictions_from_a_record(tmp_path):
     document = tmp_path / "performance.md"
     document.write_text(
         "<!-- benchmark:model -->\n<!-- /benchmark -->\n<!-- benchmark:predicted -->\n<!-- /benchmark -->\n"
-        "| efficientnet_b0 @224 | 65 | 12.5 us | 13.8 us | 9.1 us | DRAM 41% |\n"
+        "| efficientnet_b0 @224 | 65 | 12.6 us | 13.8 us | 9.1 us | DRAM 41% |\n"
         "| efficientnet_b4 @380 | 128 | 98.1 us | 107.0 us | 68.0 us | DRAM 39% |\n"
     )
     for _ in range(2):
         report.main(["--results", str(tmp_path), "--plots", str(tmp_path), str(document)])
     text = document.read_text()
-    assert text.count("| efficientnet_b0 @224 | 12.5 us | 7.8 us | 0.62x | a GPU |") == 1
+    assert text.count("| efficientnet_b0 @224 | 12.6 us | 7.8 us | 0.62x | a GPU |") == 1
     assert "efficientnet_b0 @224, batch 128, float16 | 1.00 ms" in text
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"benchmark-a-gpu-{level}.png" for level in ("model", "op", "block", "training_model")
