@@ -125,12 +125,12 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   float dtaps[Tr::kTaps][kChannels] = {};
   float sum[kChannels] = {}, product[kChannels] = {};
   for (int64_t n = t.first_image; n < t.end_image; ++n) {
-    __syncthreads();  // nobody reads the ring and the gate of the image before
+    // The gate of the image before is not read any more: all its rows were formed before its last barrier.
     t.for_each_channel([&](int i, int c) {
       t.put(Tr::kOutput + 6, i, p.gate == nullptr ? 1.0f : p.gate[n * p.c + c]);
       t.put(Tr::kOutput + 7, i, p.bias == nullptr ? 0.0f : p.bias[n * p.c + c]);
     });
-    __syncthreads();
+    __syncthreads();  // the vectors are there, and nobody reads the ring of the image before
 
     // Row `row` of dy, into its place in the ring. Outside of the map it is zero.
     const auto form = [&](int row) {
