@@ -353,8 +353,8 @@ int depthwise_tiles(const DepthwiseParams& p) { return ceil_div(p.oh, kSumRows) 
 Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t stream) {
   const Status status = check_window(p.window);
   if (!status.ok()) return status;
-  // Offsets within a row are 32 bit, and a block may reach past its end.
-  if ((std::max(p.w, p.ow) + int64_t{1024}) * p.c > INT32_MAX) {
+  // Offsets within a row are 32 bit, and a block may reach past its end and that of the padding.
+  if ((std::max<int64_t>(p.w, int64_t{p.ow} * p.window.stride_w) + 1024) * p.c > INT32_MAX) {
     return {cudaErrorInvalidValue, "a row of x must have fewer than 2^31 elements"};
   }
   if (p.n == 0 || p.oh == 0 || p.ow == 0 || p.c == 0) return {};
