@@ -96,14 +96,15 @@ def test_every_instance(dtype, kernel, stride):
             assert_as_accurate(problem_of(case, dtype), dtype, torch.float32, "cuda")
 
 
-# Several blocks each way, images that share a block, more than one chunk of channels.
+IMAGES_TOGETHER = Case("dp", (4, 4, 4), 2100, (2, 5), se=True)  # two to a block, each with its gate
+# Several blocks each way, more than one chunk of channels.
 TILED = [
     Case("d", (36, 36), 3, (41, 70), last_act="silu"),
     Case("d", (70, 70), 2, (37, 67), (5, 5), 2, (1, 2, 1, 2), last_act="silu"),
     Case("d", (8, 8), 5, (67, 5), (3, 3), 2, (0, 1, 0, 1), last_act="silu"),
     Case("d", (1032, 1032), 3, (7, 7), (3, 3), last_act="silu"),
     Case("d", (3, 3), 1, (12, 300), (7, 7), 1, (3, 3, 3, 3), last_act="silu"),
-    Case("d", (4, 4), 1100, (2, 2), last_act="silu"),
+    IMAGES_TOGETHER,
     Case("d", (4, 4), 2, (5, 4), (3, 3), 2, (7, 9, 11, 8), last_act="silu"),
 ]
 

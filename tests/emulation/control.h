@@ -9,6 +9,7 @@
 
 CUDA_EMULATION_EXPORT void cuda_emulation_set_seed(uint64_t seed);
 CUDA_EMULATION_EXPORT bool cuda_emulation_set_device(int capability, int multiprocessors);
+CUDA_EMULATION_EXPORT void cuda_emulation_forget_barrier(const char* file, int line);
 CUDA_EMULATION_EXPORT void cuda_emulation_set_patience(double seconds);
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_launches();
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_switches();

@@ -36,8 +36,9 @@ PYBIND11_MODULE(MODULE, m) {
       },
       py::arg("capability"), py::kw_only(), py::arg("multiprocessors") = 0,
       "The device that launchers see: 80, 86, 89, 90 (the default), 100 or 120; with few multiprocessors "
-      "they cut "
-      "small problems like large ones.");
+      "they cut small problems like large ones.");
+  m.def("forget_barrier", cuda_emulation_forget_barrier, py::arg("file"), py::arg("line"),
+        "The barrier in that line lets everybody pass. `file` is the end of a path; line 0 forgets none.");
   m.def("set_patience", cuda_emulation_set_patience, py::arg("seconds"),
         "Processor time that a thread may run without waiting or returning; 30 s.");
   m.def("launches", cuda_emulation_launches, "Kernels launched since the last set_seed().");

@@ -14,6 +14,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -138,6 +139,12 @@ class Scheduler {
     seed_ = seed;
     launches_ = 0;
   }
+  // The barrier in that line lets everybody pass, as if it had been forgotten. `file` is the end of a path;
+  // line 0 forgets none.
+  void forget_barrier(std::string file, int line) {
+    forgotten_file_ = std::move(file);
+    forgotten_line_ = line;
+  }
   // Seconds of processor time that a thread may run without waiting or returning.
   void set_patience(double seconds) { patience_ = seconds; }
   std::uint64_t launches() const { return launches_; }
@@ -153,6 +160,7 @@ class Scheduler {
   Thread* next();
 
   static void fiber_main();
+  bool forgotten(const Site& site) const;
   void leave();
   void resume(Thread* thread, Fiber& from);
   Fiber& free_fiber(Thread* thread);
@@ -203,6 +211,8 @@ class Scheduler {
   std::vector<int> order_, warp_order_, lane_order_;
   std::uint64_t seed_ = 0, launches_ = 0, switches_ = 0, progress_ = 0;
   double patience_ = 30;
+  std::string forgotten_file_;
+  int forgotten_line_ = 0;
 };
 
 inline Scheduler scheduler;

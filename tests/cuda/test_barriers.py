@@ -1,0 +1,83 @@
+"""Every barrier of the CUDA kernels is needed, and the tests have problems that show it.
+
+The emulation lets all threads pass one barrier as if it had been forgotten, in several orders: a result must change.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.test_training import IMAGES_TOGETHER, problem_of
+from tests.cuda.test_training import TILED as TRAINING
+from tests.ops import inputs
+from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SEEDS = 4
+
+# Problems that need all barriers of a file between them; of gemm.cuh, every kernel that is made of it.
+EXPAND = [MBConv(2, (9, 18), cin=12, mid=40, cout=8), MBConv(3, (7, 7), cin=70, mid=130, cout=24)]
+FUSED = [
+    Fused(1, (13, 11), cin=24, mid=24, cout=None, residual=True),
+    Fused(2, (9, 11), cin=16, mid=40, cout=24, stride=(2, 2), padding="tf"),
+    Fused(1, (9, 13), cin=16, mid=200, cout=24, kernel=(1, 1)),  # a chunk is one step
+]
+POINTWISE = [
+    Pointwise(1, (13, 11), cin=200, cout=24, residual="nhwc"),
+    Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
+]
+WITNESSES: dict[str, list[list]] = {
+    "depthwise_conv_bn_act.cu": [[Depthwise(16, (35, 9), c=32)]],
+    "expand_depthwise.cu": [EXPAND],
+    "fused_mbconv.cu": [FUSED],
+    "gemm.cuh": [EXPAND, FUSED, POINTWISE],
+    "pointwise_conv_bn_act.cu": [POINTWISE],
+    "squeeze_excite.cu": [[Squeeze(2, (17, 31), c=136, reduced=6), Squeeze(1, (3, 3), c=700, reduced=150)]],
+    "train_depthwise.cu": [[TRAINING[0], IMAGES_TOGETHER]],
+    "train_depthwise.cuh": [[TRAINING[0]]],
+    "train_depthwise_backward.cu": [[TRAINING[0], IMAGES_TOGETHER]],
+}
+BARRIERS = [
+    pytest.param(path.name, number, witnesses, id=f"{path.name}:{number}-{i}")
+    for path in sorted(SOURCES.glob("*.cu*"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__sync" in line
+    for i, witnesses in enumerate(WITNESSES[path.name])
+]
+
+
+@functools.cache
+def problem(case) -> Callable[[], list[Tensor]]:
+    if isinstance(case, Case):
+        return functools.partial(inputs.build(case, torch.float32).call, "cuda")
+    return functools.partial(problem_of(case, torch.float32).to(torch.float32, torch.float32).run, "cuda")
+
+
+@pytest.fixture
+def one_multiprocessor(emulation):
+    """Long columns for a block: small problems are cut like large ones."""
+    if emulation is None:
+        pytest.skip("barriers can be forgotten in the emulation only")
+    emulation.set_device(90, multiprocessors=1)
+    yield emulation
+    emulation.forget_barrier("", 0)
+    emulation.set_device(90)
+    emulation.set_seed(0)
+
+
+@pytest.mark.parametrize(("file", "line", "witnesses"), BARRIERS)
+def test_a_barrier_that_is_forgotten_shows(file, line, witnesses, one_multiprocessor):
+    for run in map(problem, witnesses):
+        one_multiprocessor.forget_barrier("", 0)
+        expected = run()
+        assert all(map(torch.equal, run(), expected))
+        one_multiprocessor.forget_barrier(f"csrc/cuda/{file}", line)
+        for seed in range(SEEDS):
+            one_multiprocessor.set_seed(seed)
+            if not all(map(torch.equal, run(), expected)):
+                return
+    pytest.fail("nobody notices")
