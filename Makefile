@@ -50,8 +50,9 @@ $(SANITIZED): $(VENV)/.requirements setup.py tests/sanitizers/faults.cpp $(CPU)
 	@echo "==> CPU library with sanitizers: minutes"
 	@EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
 
-sanitize: build $(SANITIZED)  ## run the tests of the CPU kernels under Address- and UndefinedBehaviorSanitizer
+sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated kernels under AddressSanitizer
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.asan -q tests/cuda $(PYTEST_ARGS)
 
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)
