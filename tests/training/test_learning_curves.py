@@ -32,11 +32,11 @@ class Run(NamedTuple):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images [N, 3, 28, 28] and labels, shuffled once."""
+    """Images [N, 3, 32, 32] and labels, shuffled once."""
     data = pytest.importorskip("sklearn.datasets").load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(data.images).float()[order, None] / 8 - 1
-    return F.interpolate(images, (28, 28), mode="bilinear").expand(-1, 3, -1, -1), torch.from_numpy(data.target)[order]
+    return F.interpolate(images, (32, 32), mode="bilinear").expand(-1, 3, -1, -1), torch.from_numpy(data.target)[order]
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> Run:
