@@ -122,13 +122,18 @@ def table(result: dict[str, Any]) -> str:
             row += [f"{ours['bytes_per_second'] / 1e9:.0f}", f"{ours['share_of_copy']:.0%}"] if known else ["", ""]
         lines.append("| " + " | ".join(row) + " |")
     note = f"Medians of interleaved calls. Above one: ours is faster. Measured on {describe(result['environment'])}."
+    if any("saved" in r for case in cases.values() for r in case["contenders"].values()):
+        note = f"MB: kept for backward / peak of a step. {note}"
     return "\n".join((*lines, "", note))
 
 
 def _cell(result: Mapping[str, Any]) -> str:
     if "median" in result:
-        saved = f", {result['saved'] / 1e6:.1f} MB" if "saved" in result else ""
-        return tables.seconds(result["median"]) + saved
+        memory = ""
+        if "saved" in result:
+            peak = "" if result["peak"] is None else f" / {result['peak'] / 1e6:.0f}"
+            memory = f", {result['saved'] / 1e6:.1f}{peak} MB"
+        return tables.seconds(result["median"]) + memory
     return "wrong" if "wrong" in result else ""
 
 
