@@ -3,8 +3,8 @@
 Reading a block's modules, checking what was read and handing 25 tensors to a native op takes a few tenths of a
 millisecond of Python, on a CPU at batch 1 as long as the block itself. So a call that ended in a single native op is
 kept with its arguments, and repeated when nothing that it was made from has changed: no attribute, hook, child or
-parameter of any module involved, no weight's version, no shape. All of that is compared in a few passes inside the
-interpreter's C code; nothing has to be told about a change. What differs in any way takes the long way again.
+parameter of any module involved, no weight's version, no shape. All of that is compared at every call, most of it in C
+(``native.Snapshot``); nothing has to be told about a change. What differs in any way takes the long way again.
 
 Where a model's forward is nothing but such calls, each on the result of the one before, they are joined: one
 comparison and one native call for all of them.
@@ -75,7 +75,6 @@ class State:
         self.versions, self.addresses = [*map(_version, self.weights)], [*map(_address, self.weights)]
         self.backends = {backend: requested(backend) for backend in backends}
         self.generation = native.generation()
-
         self.snapshot = self._snapshot()
 
     def still(self) -> bool:
