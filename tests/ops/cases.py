@@ -259,7 +259,9 @@ MBCONV_SHAPES = {
     "b3": [(232, 1392, 232, 5, 1, 10, 58, True)],
     "b4": [(24, None, 24, 3, 1, 48, 6, True), (112, 672, 160, 5, 1, 24, 28, False)],
     "b7": [(384, 2304, 640, 5, 2, 10, 96, False), (640, 3840, 640, 3, 1, 7, 160, True)],
-    "v2_s": [(64, 256, 128, 3, 2, 24, 16, False), (256, 1536, 256, 3, 1, 10, 64, True)],
+    # 19 pixels are tiles of different heights in every build.
+    "v2_s": [(64, 256, 128, 3, 2, 24, 16, False), (128, 512, 128, 3, 1, 19, 32, True),
+             (256, 1536, 256, 3, 1, 10, 64, True)],
     "mobilenet_v2": [(32, 192, 32, 3, 1, 28, None, True)],
 }  # fmt: skip
 # (in, mid, out, kernel, stride, map, residual)
