@@ -63,9 +63,9 @@ def only_the_kernels(monkeypatch):
         refuse(layer, a.shape[1])
         return convolve(a, layer)
 
-    def checked_backward(dy, a, layer, size, below):
-        refuse(layer, size[1])
-        return backward(dy, a, layer, size, below)
+    def checked_backward(dy, a, through):
+        refuse(through.layer, through.size[1])
+        return backward(dy, a, through)
 
     monkeypatch.setattr(reference, "convolve", checked_convolve)
     monkeypatch.setattr(reference, "convolve_backward", checked_backward)

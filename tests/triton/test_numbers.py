@@ -84,7 +84,7 @@ def test_any_shape(kind, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_activations_over_their_whole_range(act, dtype):
-    check_activation(act, dtype, "triton")
+    check_activation(act, dtype, "triton", step=9)  # the interpreter is slow
 
 
 @each_value
