@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -90,3 +92,12 @@ def in_double(model: nn.Module, x: Tensor) -> Tensor:
 def rms(error: Tensor) -> float:
     """Root mean square."""
     return error.double().square().mean().sqrt().item()
+
+
+def in_two_threads(work: Callable[[int], object]) -> None:
+    """``work(0)`` and ``work(1)`` at the same time, to their end."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

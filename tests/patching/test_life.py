@@ -5,14 +5,13 @@ import io
 import pickle
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from tests.models import BACKENDS, in_double, rms, timm_model
+from tests.models import BACKENDS, in_double, in_two_threads, rms, timm_model
 from tests.patching.conftest import NAMES, build
 
 
@@ -234,11 +233,7 @@ def test_two_threads_use_one_model(model, x, backend):
         with torch.no_grad():
             wrong.extend(n for n in range(5) if not torch.equal(model(inputs[i]), expected[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert not wrong
 
 

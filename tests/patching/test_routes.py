@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import effnet_kernels as ek
 from effnet_kernels import native
 from effnet_kernels.modules import replay
-from tests.models import images
+from tests.models import images, in_two_threads
 from tests.patching.conftest import NAMES, build
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -361,11 +360,7 @@ def test_threads_share_one_route(patched, x):
         with torch.inference_mode():
             wrong.extend(n for n in range(50) if not torch.equal(patched(inputs[i]), expected[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert not wrong
 
 
