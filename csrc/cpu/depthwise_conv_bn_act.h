@@ -187,18 +187,17 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
         window_row(d, rows, weights + j * kWidth, d.weights.width(slice), load(scale + j * kWidth),
                    load(shift + j * kWidth), line + j * kWidth);
       }
+      const int64_t step = kSlice / cols;
+      vf sum[kTogether] = {};
       with_act(d.act, [&](auto tag) {
-        for (int64_t j = 0; j < cols; ++j) {
-          vf row_sum = {};
-#pragma GCC unroll 2
-          for (int64_t i = 0; i < d.ow; ++i) {
-            const vf value = activate<decltype(tag)::value>(load(line + i * kSlice + j * kWidth));
-            store(out + i * kSlice + j * kWidth, value);
-            row_sum += value;
-          }
-          strip_sum[j] += row_sum;
-        }
+        activate_each<decltype(tag)::value>(
+            d.ow * cols, [&](int64_t i) { return load(line + i * step); },
+            [&](int64_t i, int member, vf value) {
+              store(out + i * step, value);
+              sum[member] += value;
+            });
       });
+      for (int i = 0; i < kTogether; ++i) strip_sum[i % cols] += sum[i];
       finish(oy, out);
     }
     for (int64_t j = 0; j < cols; ++j)

@@ -90,7 +90,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
                     f.expand_affine.scale + slice * kSlice, f.expand_affine.shift + slice * kSlice,
                     to + begin * kSlice, kSlice);
       });
-      for (int64_t i = 0; i < ow; ++i) activate_all(p.act, to + i * kSlice, cols);
+      activate_all(p.act, to, ow * cols, kSlice / cols);
       if constexpr (kPairs<T>) to_operand<T>(to, ow, min64(kSlice, mid_channels - slice * kSlice), nullptr);
     }
   }

@@ -244,15 +244,15 @@ struct Store {
   int64_t channels;   // of y and residual: the stride of a pixel
   int act;
 
-  // c: [rows][kSlice] for pixels [pixel, pixel + rows) and channels [channel, channel + n).
+  // c: [rows][n, in whole vectors] for pixels [pixel, pixel + rows) and channels [channel, channel + n).
   void operator()(float* c, int64_t rows, int64_t pixel, int64_t channel, int64_t n) const {
     const int64_t cols = div_up(n, kWidth);
-    for (int64_t i = 0; i < rows; ++i) activate_all(act, c + i * kSlice, cols);
+    activate_all(act, c, rows * cols);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t offset = (pixel + i) * channels + channel;
       for (int64_t j = 0; j < cols; ++j) {
         const int64_t left = n - j * kWidth;
-        vf value = load(c + i * kSlice + j * kWidth);
+        vf value = load(c + (i * cols + j) * kWidth);
         if (residual) value = value + load_first(residual + offset + j * kWidth, left);
         store_first(y + offset + j * kWidth, value, left);
       }
@@ -272,7 +272,7 @@ static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, 
   for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
     alignas(64) float c[kTileRows<T> * kSlice];
     run_tile<T>(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
-                affine.shift + channel, c, kSlice, ahead_of(next, number++, packed.k));
+                affine.shift + channel, c, packed.width(p), ahead_of(next, number++, packed.k));
     out(c, rows, first_pixel + begin, channel, n);
   });
 }

@@ -67,12 +67,12 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
     for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
       alignas(64) float c[kTileRows<T> * kSlice];
       run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), affine.scale + channel,
-                  affine.shift + channel, c, kSlice);
+                  affine.shift + channel, c, cols * kWidth);
+      activate_all(p.act, c, rows * cols);
       for (int64_t j = 0; j < cols; ++j) {
         vf sum = {};
         for (int64_t i = 0; i < rows; ++i) {
-          activate_all(p.act, c + i * kSlice + j * kWidth, 1);
-          sum += load(c + i * kSlice + j * kWidth);
+          sum += load(c + (i * cols + j) * kWidth);
           if (residual)
             sum += load_first(residual + (begin + i) * out + channel + j * kWidth, n - j * kWidth);
         }

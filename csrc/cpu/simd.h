@@ -34,12 +34,15 @@ namespace EFFNET_ISA {
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;    // floats in a vector
 constexpr int kMaxRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators of 32 registers
+constexpr int kTogether = 4;  // vectors that are activated together
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kMaxRows = 6;  // 6 x 2 of 16 registers
+constexpr int kTogether = 2;
 #else
 constexpr int kWidth = 4;
 constexpr int kMaxRows = 6;
+constexpr int kTogether = 2;
 #endif
 constexpr int kVectors = 2;                // vectors in a channel slice
 constexpr int kSlice = kVectors * kWidth;  // channels in a slice
@@ -127,89 +130,114 @@ EFFNET_INLINE vf clamp(vf x, float low, float high) {
 #endif
 }
 
+// step(i) for i in [0, kN), unrolled.
+template <int kN, class Step>
+EFFNET_INLINE void each(const Step& step) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kN; ++i) step(i);
+}
+
 #if defined(__AVX512F__)
-// 2^(i/16), and what rounding left of it.
-alignas(64) constexpr float kExp2[16] = {
-    1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f, 1.35425556f,
-    1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
-alignas(64) constexpr float kExp2Low[16] = {0.0f,          4.83347e-08f,  -1.30775e-08f, 5.38622e-08f,
-                                            3.79764e-08f,  4.49684e-08f,  -4.019e-08f,   -1.01233e-08f,
-                                            2.42032e-08f,  -4.5009e-08f,  8.0709e-09f,   9.83622e-09f,
-                                            -2.47553e-08f, -9.23577e-09f, -1.12393e-08f, 9.84533e-09f};
+// The bits of 2^(i/16), less i in the last four bits that the exponent is given; and what rounding left of
+// 2^(i/16), relative to it.
+alignas(64) constexpr int32_t kExp2[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+alignas(64) constexpr float kExp2Low[16] = {0.0f,          4.62855e-08f,  -1.19922e-08f, 4.72978e-08f,
+                                            3.19342e-08f,  3.62106e-08f,  -3.09907e-08f, -7.47521e-09f,
+                                            1.71143e-08f,  -3.04768e-08f, 5.23333e-09f,  6.10759e-09f,
+                                            -1.47196e-08f, -5.25880e-09f, -6.12826e-09f, 5.14061e-09f};
 #endif
 
-// 1 + exp(-x) for |x| <= kExpLimit, at most 0.8 ulp: exp(-x) is never rounded on its own.
+// x = 1 + exp(-x), at most 0.8 ulp: exp(-x) is never rounded on its own. Infinity where that overflows, NaN
+// of NaN. Several vectors in step: one alone is a chain of 60 cycles, and a core does not look far enough
+// ahead to fill them.
+template <int kN>
+EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
 #if defined(__AVX512F__)
-constexpr float kExpLimit = 88.69f;  // where the result overflows
-EFFNET_INLINE vf one_plus_exp_negated(vf x) {
-  // -x log2(e) = n + r with n a multiple of 1/16: 2^n is an entry of the table, at n's last four bits, and a
-  // power of two. |r| <= 1/32 leaves three terms of the series.
-  const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16
-  const vf t = x * -1.44269504088896341f + magic;
-  const vf n = t - magic;
-  vf r = x * -1.44269504088896341f - n;
-  r = r + x * -1.925963033500e-8f;
-  const vf high = _mm512_permutexvar_ps((__m512i)t, load(kExp2));
-  const vf low = _mm512_permutexvar_ps((__m512i)t, load(kExp2Low));
-  const vf series = (r * 5.5504108664e-2f + 2.4022650695e-1f) * r + 6.9314718056e-1f;
-  // exp(-x) = power * high + rest. The lesser of 1 and power * high takes the rest first. The plain form of
-  // scalef warns of an uninitialised operand in GCC 12.
-  const vf power = _mm512_maskz_scalef_ps(0xffff, splat(1.0f), n), whole = power * high, one = splat(1.0f);
-  const vf rest = (high * r) * series + low;
-  return _mm512_max_ps(whole, one) + (power * rest + _mm512_min_ps(whole, one));
-}
+  // -x log2(e) = n + r with n a multiple of 1/16 and 0 <= r < 1/16. The bits of 2^n are an entry of the
+  // table, at n's last four bits, with n added to its exponent. At the lower limit it is infinity, and what r
+  // adds is not negative.
+  const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16, here downwards
+  const vf log2e = splat(-1.44269504088896341f), one = splat(1.0f);
+  vi t[kN];
+  vf power[kN], r[kN], series[kN];
+  each<kN>([&](int i) { x[i] = clamp(x[i], -88.7284f, 87.0f); });
+  each<kN>([&](int i) {
+    t[i] = (vi)_mm512_fmadd_round_ps(x[i], log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  });
+  each<kN>([&](int i) { r[i] = x[i] * log2e - ((vf)t[i] - magic); });
+  each<kN>([&](int i) {
+    power[i] = (vf)((vi)_mm512_permutexvar_epi32((__m512i)t[i], _mm512_load_si512(kExp2)) + (t[i] << 19));
+  });
+  each<kN>([&](int i) { r[i] += x[i] * -1.925963033500e-8f; });
+  each<kN>([&](int i) { series[i] = r[i] * 5.6669876e-2f + 2.40184247e-1f; });
+  each<kN>([&](int i) { series[i] = series[i] * r[i] + 6.931476e-1f; });
+  each<kN>([&](int i) { r[i] = r[i] * series[i] + _mm512_permutexvar_ps((__m512i)t[i], load(kExp2Low)); });
+  // exp(-x) = power + power * r. The lesser of 1 and power takes the product first.
+  each<kN>([&](int i) { r[i] = power[i] * r[i] + _mm512_min_ps(power[i], one); });
+  each<kN>([&](int i) { x[i] = _mm512_max_ps(power[i], one) + r[i]; });
 #else
-constexpr float kExpLimit = 89.0f;
-EFFNET_INLINE vf one_plus_exp_negated(vf x) {
   // Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2].
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf t = x * -1.44269504088896341f + magic;
-  const vf n = t - magic;
-  vf r = -x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  const vf r2 = r * r;
-  const vf p0 = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  const vf p1 = r * 8.3334519073e-3f + 4.1665795894e-2f;
-  const vf p2 = r * 1.6666665459e-1f + 5.0000001201e-1f;
-  const vf series = ((p0 * r2 + p1) * r2 + p2) * r2 + r;  // exp(r) - 1
-  // Half of 2^n, which is finite as long as half the result is.
-  const vi bits = ((vi)t - (vi)magic + 126) << 23;
-  const vf power = (vf)(bits & (bits > 0));
-  const vf half = power + (power * series + 0.5f);
-  return half + half;
-}
+  vf t[kN], r[kN], series[kN];
+  each<kN>([&](int i) { x[i] = clamp(x[i], -89.0f, 89.0f); });
+  each<kN>([&](int i) { t[i] = x[i] * -1.44269504088896341f + magic; });
+  each<kN>([&](int i) {
+    const vf n = t[i] - magic;
+    r[i] = -x[i] - n * 0.693359375f;
+    r[i] = r[i] + n * 2.12194440e-4f;
+  });
+  each<kN>([&](int i) {
+    const vf r2 = r[i] * r[i];
+    const vf p0 = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+    const vf p1 = r[i] * 8.3334519073e-3f + 4.1665795894e-2f;
+    const vf p2 = r[i] * 1.6666665459e-1f + 5.0000001201e-1f;
+    series[i] = ((p0 * r2 + p1) * r2 + p2) * r2 + r[i];  // exp(r) - 1
+  });
+  each<kN>([&](int i) {
+    // Half of 2^n, which is finite as long as half the result is.
+    const vi bits = ((vi)t[i] - (vi)magic + 126) << 23;
+    const vf power = (vf)(bits & (bits > 0));
+    const vf half = power + (power * series[i] + 0.5f);
+    x[i] = half + half;
+  });
 #endif
-
-// numerator / (1 + exp(-x)), 0 where a finite x < -kExpLimit.
-EFFNET_INLINE vf over_one_plus_exp_negated(vf numerator, vf x, vf limited) {
-  const vf y = numerator / one_plus_exp_negated(limited);
-  return x < -kExpLimit ? numerator * 0.0f : y;  // NaN for an infinite numerator, as in stock layers
 }
 
-// At most 2.02 ulp where the result is a normal number (tests/ops/test_activations.py); NaN stays NaN.
-EFFNET_INLINE vf sigmoid(vf x) {
-  return over_one_plus_exp_negated(splat(1.0f), x, clamp(x, -kExpLimit, kExpLimit));
+// sigmoid and x * sigmoid(x), at most 2.01 ulp where the result is a normal number
+// (tests/ops/test_activations.py); NaN stays NaN, and silu(-inf) is NaN as in stock layers.
+template <int kN>
+EFFNET_INLINE void sigmoid(vf (&x)[kN]) {
+  one_plus_exp_negated(x);
+  each<kN>([&](int i) { x[i] = 1.0f / x[i]; });
 }
 
-// x * sigmoid(x), at most 2.02 ulp likewise. The numerator keeps a NaN, so the limited x may lose it.
-EFFNET_INLINE vf silu(vf x) {
-#if defined(__AVX512F__)
-  return over_one_plus_exp_negated(x, x,
-                                   _mm512_range_ps(x, splat(kExpLimit), 2));  // least magnitude, sign of x
-#else
-  return over_one_plus_exp_negated(x, x, clamp(x, -kExpLimit, kExpLimit));
-#endif
+template <int kN>
+EFFNET_INLINE void silu(vf (&x)[kN]) {
+  vf divisor[kN];
+  each<kN>([&](int i) { divisor[i] = x[i]; });
+  one_plus_exp_negated(divisor);
+  each<kN>([&](int i) { x[i] = x[i] / divisor[i]; });
+}
+
+template <int kAct, int kN>
+EFFNET_INLINE void activate(vf (&x)[kN]) {
+  if constexpr (kAct == kSilu) return silu(x);
+  if constexpr (kAct == kSigmoid) return sigmoid(x);
+  each<kN>([&](int i) {
+    if constexpr (kAct == kRelu) x[i] = x[i] < 0.0f ? vf{} : x[i];
+    if constexpr (kAct == kRelu6) x[i] = clamp(x[i], 0.0f, 6.0f);
+    if constexpr (kAct == kHardswish) x[i] = x[i] * clamp(x[i] + 3.0f, 0.0f, 6.0f) / 6.0f;
+    if constexpr (kAct == kHardsigmoid) x[i] = clamp(x[i] + 3.0f, 0.0f, 6.0f) / 6.0f;
+  });
 }
 
 template <int kAct>
 EFFNET_INLINE vf activate(vf x) {
-  if constexpr (kAct == kRelu) return x < 0.0f ? vf{} : x;
-  if constexpr (kAct == kRelu6) return clamp(x, 0.0f, 6.0f);
-  if constexpr (kAct == kSilu) return silu(x);
-  if constexpr (kAct == kHardswish) return x * clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
-  if constexpr (kAct == kSigmoid) return sigmoid(x);
-  if constexpr (kAct == kHardsigmoid) return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f;
-  return x;
+  vf alone[1] = {x};
+  activate<kAct>(alone);
+  return alone[0];
 }
 
 // A number as a type, for lambdas compiled once per value.
@@ -239,13 +267,32 @@ static inline void with_act(int act, const Body& body) {
   }
 }
 
-// In place, over a whole number of vectors.
-static inline void activate_all(int act, float* p, int64_t vectors) {
+// put(i, member, act(get(i))) for the vectors i in [0, n); `member` is i's place in its group, which begins
+// at a multiple of kVectors.
+template <int kAct, class Get, class Put>
+EFFNET_INLINE void activate_each(int64_t n, const Get& get, const Put& put) {
+  int64_t i = 0;
+  const auto run = [&](auto together) {
+    constexpr int kN = decltype(together)::value;
+    for (; i + kN <= n; i += kN) {
+      vf x[kN];
+      each<kN>([&](int j) { x[j] = get(i + j); });
+      activate<kAct>(x);
+      each<kN>([&](int j) { put(i + j, j, x[j]); });
+    }
+  };
+  run(Constant<kTogether>());
+  if constexpr (kTogether > 2) run(Constant<2>());
+  run(Constant<1>());
+}
+
+// n vectors in place, `step` floats apart.
+static inline void activate_all(int act, float* p, int64_t n, int64_t step = kWidth) {
   if (act == kIdentity) return;
   with_act(act, [&](auto tag) {
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < vectors; ++i)
-      store(p + i * kWidth, activate<decltype(tag)::value>(load(p + i * kWidth)));
+    activate_each<decltype(tag)::value>(
+        n, [&](int64_t i) { return load(p + i * step); },
+        [&](int64_t i, int, vf x) { store(p + i * step, x); });
   });
 }
 
@@ -256,9 +303,9 @@ static inline void activate_rows(int act, const float* from, int64_t n, int64_t 
   with_act(act, [&](auto tag) {
     for (int64_t i = 0; i < n; ++i, from += vectors * kWidth) {
       float* row = to(i);
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < vectors; ++j)
-        store(row + j * step, activate<decltype(tag)::value>(load(from + j * kWidth)));
+      activate_each<decltype(tag)::value>(
+          vectors, [&](int64_t j) { return load(from + j * kWidth); },
+          [&](int64_t j, int, vf x) { store(row + j * step, x); });
     }
   });
 }

@@ -49,7 +49,7 @@ EFFNET_INLINE Curve curve(vf z) {
     return {activate<kRelu6>(z), z >= 6.0f ? zero : slope};
   }
   if constexpr (kAct == kSilu) {
-    const vf s = sigmoid(z);
+    const vf s = activate<kSigmoid>(z);
     return {z * s, s * (1.0f + z * (1.0f - s))};
   }
   if constexpr (kAct == kHardswish) {
