@@ -23,7 +23,7 @@ template <class T>
 static inline void fully_connected(const Tensor4& w, const Vector& b, const float* x, int act, float* out,
                                    const Pool& pool) {
   const int64_t outputs = w.size[0], inputs = w.size[1];
-  constexpr int64_t kChunk = 64;
+  constexpr int64_t kChunk = 16;
   const Pool alone;
   // A parallel region costs about as much as 16k multiply-adds.
   parallel(outputs * inputs < (1 << 14) ? alone : pool, div_up(outputs, kChunk), [&](int64_t chunk) {
