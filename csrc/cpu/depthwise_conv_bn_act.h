@@ -235,11 +235,13 @@ template <class T>
 static inline void copy_rows(const T* x, int64_t w, int64_t channels, int64_t slice, int64_t cols, int64_t iy,
                              int64_t n, const Ring& ring) {
   const int64_t first = slice * kSlice;
-  for (int64_t y = iy; y < iy + n; ++y)
+  for (int64_t y = iy; y < iy + n; ++y) {
+    float* row = ring(y);
     for (int64_t i = 0; i < w; ++i)
       for (int64_t j = 0; j < cols; ++j)
-        store(ring(y) + i * kSlice + j * kWidth,
+        store(row + i * kSlice + j * kWidth,
               load_first(x + (y * w + i) * channels + first + j * kWidth, channels - first - j * kWidth));
+  }
 }
 
 template <class T>
