@@ -20,8 +20,9 @@ namespace EFFNET_ISA {
 
 constexpr int64_t kCacheLine = 16;  // words
 
-// `ahead` is what the L2 should have next, a cache line for every step of k: weights come from the L3 or
-// from memory, and a network's are larger than any cache of a core.
+// `ahead` is what the L2 should have next, a cache line for every second step of k: weights come from the L3
+// or from memory, and a network's are larger than any cache of a core. Faster than that, the lines that are
+// on their way would keep the loads of the product waiting.
 template <class T, int kRows, int kCols, bool kAhead>
 static void tile(const float* a, int64_t a_stride, const Taps& taps, const float* panel, const float* scale,
                  const float* shift, float* c, int64_t c_stride, const float* ahead) {
@@ -31,8 +32,9 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
     // Three rows to a pointer: base, base + stride and base + 2 * stride are addressing modes.
     const float* rows[(kRows + 2) / 3];
     for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + t * taps.stride + g * 3 * a_stride;
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, panel += kCols * kWidth) {
-      if constexpr (kAhead) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
+      if (kAhead && k % 2 == 1) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
       vf weights[kCols];
 #pragma GCC unroll 8
       for (int j = 0; j < kCols; ++j) weights[j] = load(panel + j * kWidth);
@@ -112,8 +114,8 @@ static inline void for_each_tile(int64_t n, TileSetup<T>& setup, const Body& bod
 // What tile number `tile` of a panel fetches of the next one, [k][kSlice]: the second tile begins, when the
 // first has brought the panel itself.
 static inline const float* ahead_of(const float* next, int64_t tile, int64_t k) {
-  constexpr int64_t kTiles = kSlice / kCacheLine;
-  return next == nullptr || tile < 1 || tile > kTiles ? nullptr : next + (tile - 1) * k * kCacheLine;
+  constexpr int64_t kTiles = 2 * kSlice / kCacheLine;
+  return next == nullptr || tile < 1 || tile > kTiles ? nullptr : next + (tile - 1) * (k / 2) * kCacheLine;
 }
 
 // Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where

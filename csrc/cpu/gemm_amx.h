@@ -75,8 +75,9 @@ static void amx_tile(int64_t rows, const float* a, int64_t a_stride, const Taps&
     const float* from = a + t * taps.stride;
     int64_t k = 0;
     for (; k + kAmxWords <= depth; k += kAmxWords, panel += kAmxWords * kCols * kWidth) {
-      if (ahead)  // a cache line, which is also 16 words, for every word of k, as in tile()
-        for (int64_t line = 0; line < kAmxWords; ++line, ahead += kAmxWords) __builtin_prefetch(ahead, 0, 2);
+      if (ahead)  // a cache line, which is also 16 words, for every second word of k, as in tile()
+        for (int64_t line = 0; line < kAmxWords; line += 2, ahead += kAmxWords)
+          __builtin_prefetch(ahead, 0, 2);
       _tile_loadd(2, from + k, a_bytes);
       _tile_loadd(3, panel, kPanelBytes);
       _tile_dpbf16ps(0, 2, 3);

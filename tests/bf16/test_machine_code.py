@@ -69,15 +69,15 @@ def test_only_their_own_builds_have_these_instructions():
 
 @pytest.mark.parametrize("ahead", ["false", "true"])
 def test_the_loop_of_avx512_bf16(ahead):
-    """12 rows by 2 vectors: 24 products on 12 broadcasts and 2 loads, the sums in registers."""
+    """12 rows by 2 vectors, two words: each has 24 products on 12 broadcasts and 2 loads, the sums in registers."""
     if not built("avx512_bf16"):
         pytest.skip("the compiler did not know AVX-512 BF16")
     name = f"effnet::avx512_bf16::tile<effnet::bf16, 12, 2, {ahead}>("
     (body,) = (body for function, body in functions().items() if name in function)
     loop = inner_loop(body, "vdpbf16ps")
-    assert count(loop, "vdpbf16ps") == 24
-    assert count(loop, "vpbroadcastd") == 12
-    assert count(loop, "vmovup[sd]|vmovdqu\\w*") == 2
+    assert count(loop, "vdpbf16ps") == 2 * 24
+    assert count(loop, "vpbroadcastd") == 2 * 12
+    assert count(loop, "vmovup[sd]|vmovdqu\\w*") == 2 * 2
     assert not [line for line in loop if "(%rsp" in line or "(%rbp" in line], "spills"
 
 
