@@ -160,15 +160,15 @@ EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
   // adds is not negative.
   const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16, here downwards
   const vf log2e = splat(-1.44269504088896341f), one = splat(1.0f);
-  vi t[kN];
+  vu t[kN];
   vf power[kN], r[kN], series[kN];
   each<kN>([&](int i) { x[i] = clamp(x[i], -88.7284f, 87.0f); });
   each<kN>([&](int i) {
-    t[i] = (vi)_mm512_fmadd_round_ps(x[i], log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    t[i] = (vu)_mm512_fmadd_round_ps(x[i], log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   });
-  each<kN>([&](int i) { r[i] = x[i] * log2e - ((vf)t[i] - magic); });
+  each<kN>([&](int i) { r[i] = _mm512_fmsub_ps(x[i], log2e, (vf)t[i] - magic); });  // the product unrounded
   each<kN>([&](int i) {
-    power[i] = (vf)((vi)_mm512_permutexvar_epi32((__m512i)t[i], _mm512_load_si512(kExp2)) + (t[i] << 19));
+    power[i] = (vf)((vu)_mm512_permutexvar_epi32((__m512i)t[i], _mm512_load_si512(kExp2)) + (t[i] << 19));
   });
   each<kN>([&](int i) { r[i] += x[i] * -1.925963033500e-8f; });
   each<kN>([&](int i) { series[i] = r[i] * 5.6669876e-2f + 2.40184247e-1f; });

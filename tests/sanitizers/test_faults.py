@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 
 import pytest
 import torch
@@ -67,4 +68,5 @@ def test_tensors_that_are_too_short_are_reported(name, cpu_backend):
             continue  # its packed copy is read instead, and compared with it in a few places
         with Copies(lambda t, number, short=short: heap_copy(t, number == short), write_back=False):
             report = death([("call", lambda: problem.call(cpu_backend))])
-        assert "heap-buffer-overflow" in str(report), f"{short}: {argument}"
+        # A vector that only ends outside is an unknown crash by name.
+        assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", str(report)), f"{short}: {argument}"
