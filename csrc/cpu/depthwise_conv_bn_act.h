@@ -142,7 +142,7 @@ template <class Fill, class Target, class Finish>
 static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, int64_t end, float* sums,
                              int64_t sums_stride, const Fill& fill, const Target& target,
                              const Finish& finish) {
-  const int64_t cols = d.cols(slice), left = d.window.left;
+  const int64_t cols = d.cols(slice), step = kSlice / cols, left = d.window.left;
   const int64_t width = max64(left + d.w, (d.ow - 1) * d.window.stride_w + d.kw);
   const WindowRow window_row = choose_window_row(d);
   Scratch scratch;
@@ -187,7 +187,6 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
         window_row(d, rows, weights + j * kWidth, d.weights.width(slice), load(scale + j * kWidth),
                    load(shift + j * kWidth), line + j * kWidth);
       }
-      const int64_t step = kSlice / cols;
       vf sum[kTogether] = {};
       with_act(d.act, [&](auto tag) {
         activate_each<decltype(tag)::value>(
@@ -197,7 +196,7 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
               sum[member] += value;
             });
       });
-      for (int i = 0; i < kTogether; ++i) strip_sum[i % cols] += sum[i];
+      for (int i = 0; i < kTogether; ++i) strip_sum[cols == 1 ? 0 : i % kVectors] += sum[i];
       finish(oy, out);
     }
     for (int64_t j = 0; j < cols; ++j)

@@ -46,6 +46,7 @@ constexpr int kTogether = 2;
 #endif
 constexpr int kVectors = 2;                // vectors in a channel slice
 constexpr int kSlice = kVectors * kWidth;  // channels in a slice
+static_assert(kTogether % kVectors == 0, "a member of a group is always of the same column");
 
 typedef float vf __attribute__((vector_size(kWidth * 4)));
 typedef float vf_unaligned __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
@@ -159,14 +160,15 @@ EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
   // table, at n's last four bits, with n added to its exponent. At the lower limit it is infinity, and what r
   // adds is not negative.
   const vf magic = splat(786432.0f);  // 1.5 * 2^19: adding it rounds to a multiple of 1/16, here downwards
-  const vf log2e = splat(-1.44269504088896341f), one = splat(1.0f);
+  const vf minus_log2e = splat(-1.44269504088896341f), one = splat(1.0f);
   vu t[kN];
   vf power[kN], r[kN], series[kN];
   each<kN>([&](int i) { x[i] = clamp(x[i], -88.7284f, 87.0f); });
   each<kN>([&](int i) {
-    t[i] = (vu)_mm512_fmadd_round_ps(x[i], log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    t[i] = (vu)_mm512_fmadd_round_ps(x[i], minus_log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   });
-  each<kN>([&](int i) { r[i] = _mm512_fmsub_ps(x[i], log2e, (vf)t[i] - magic); });  // the product unrounded
+  each<kN>(
+      [&](int i) { r[i] = _mm512_fmsub_ps(x[i], minus_log2e, (vf)t[i] - magic); });  // the product unrounded
   each<kN>([&](int i) {
     power[i] = (vf)((vu)_mm512_permutexvar_epi32((__m512i)t[i], _mm512_load_si512(kExp2)) + (t[i] << 19));
   });
