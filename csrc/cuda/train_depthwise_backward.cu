@@ -72,8 +72,8 @@ struct Backward {
   // Vectors in shared memory: the taps; scale, shift and mean, p, q and r, gate and bias of the output;
   // scale, shift, mean and rstd of the input.
   static constexpr int kOutput = kTaps, kInput = kTaps + 8, kVectors = kTaps + 12;
-  // That a multiprocessor has registers for. Before sm_90 ptxas loads the taps of all rows of a window ahead,
-  // and with fewer registers it spills.
+  // That a multiprocessor has registers for. Before sm_90 ptxas wants 225 and more for a large window, and
+  // spills what it cannot have.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kMinBlocks = kKernel > 3 && kStride == 1 ? 2 : 3;
 #else
