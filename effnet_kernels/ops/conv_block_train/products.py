@@ -1,14 +1,15 @@
 """Convolutions in training that are not depthwise: torch's own matrix products and convolutions.
 
 They get a copy of their input that is normalised, activated and gated, and give back the gradient of that copy. What a
-native backend adds are passes over maps and the depthwise convolution, which takes its input as it is kept.
+native backend adds are passes over maps and the depthwise convolution, which takes its input as it is kept. Products of
+bfloat16 run in float32 on a processor that has no instructions for them (widened.py).
 """
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import reference
+from effnet_kernels.ops.conv_block_train import reference, widened
 from effnet_kernels.ops.conv_block_train.layers import Gone, Layer, Source, Through
 
 
@@ -30,9 +31,9 @@ class Products(reference.Reference):
         if layer.pointwise:
             assert layer.weight is not None
             raw = empty_nhwc(a, layer.weight.shape[0], *a.shape[2:])
-            torch.mm(_rows(a), layer.weight.flatten(1).t(), out=_rows(raw))
+            _multiply(_rows(a), layer.weight.flatten(1).t(), _rows(raw))
         else:
-            raw = reference.convolve(a, layer)
+            raw = (widened if widened.pays(a) else reference).convolve(a, layer)
         return raw, self.statistics(raw) if statistics else None
 
     def conv_backward(self, through: Through) -> Gone:
@@ -45,13 +46,13 @@ class Products(reference.Reference):
         dy = self.raw_gradient(through.gradient, through.coefficients)
         a = self.apply(source, None) if through.weight and source is not None else None
         if not layer.pointwise:
-            return reference.convolve_backward(dy, a, through)
+            return (widened if widened.pays(dy) else reference).convolve_backward(dy, a, through)
         da, dweight, rows = None, None, _rows(dy)
         if a is not None:
-            dweight = torch.mm(rows.t(), _rows(a)).view(layer.weight.shape)
+            dweight = _multiply_over_rows(rows, _rows(a)).view(layer.weight.shape)
         if through.below:
             da = empty_nhwc(dy, *size[1:])
-            torch.mm(rows, layer.weight.flatten(1), out=_rows(da))
+            _multiply(rows, layer.weight.flatten(1), _rows(da))
         return Gone(da, dweight)
 
     def _ungated(self, source: Source) -> Source:
@@ -67,3 +68,14 @@ def _depthwise(layer: Layer, channels: int) -> bool:
 def _rows(x: Tensor) -> Tensor:
     """A dense channels-last map as a matrix of [pixels, channels]."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if widened.pays(a):
+        widened.multiply(a, b, out)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _multiply_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    return widened.multiply_over_rows(a, b) if widened.pays(a) else torch.mm(a.t(), b)
