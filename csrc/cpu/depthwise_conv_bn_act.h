@@ -16,13 +16,13 @@ struct Depthwise {
   int act;
   Packed weights;  // panels of [KH * KW][width]
   Affine affine;
+  // Strips of output rows: parallel work for one image where there are few slices, and the first level of
+  // the channel sums. They depend on the shape alone, so the sums do not depend on the thread count.
+  int64_t strips = max64(1, min64(div_up(16, slices()), oh / 8));
 
   int64_t slices() const { return weights.panels(); }
   int64_t cols(int64_t slice) const { return weights.cols(slice); }
-  // Strips of output rows: parallel work for one image where there are few slices, and the first level of
-  // the channel sums. They depend on the shape alone, so the sums do not depend on the thread count.
-  int64_t strips() const { return max64(1, min64(div_up(16, slices()), oh / 8)); }
-  int64_t strip_begin(int64_t strip) const { return oh * strip / strips(); }
+  int64_t strip_begin(int64_t strip) const { return oh * strip / strips; }
   // Into how many pieces of neighbouring strips to cut the slices for this many threads. Pieces even out the
   // threads' shares, but the rows that two of them see are brought twice.
   int64_t pieces(int64_t threads) const {
@@ -30,7 +30,7 @@ struct Depthwise {
       return div_up(slices() * n, threads) * (div_up(oh, n) * window.stride_h + kh - window.stride_h);
     };
     int64_t best = 1;
-    for (int64_t n = 2; n <= strips(); ++n)
+    for (int64_t n = 2; n <= strips; ++n)
       if (cost(n) < cost(best)) best = n;
     return best;
   }
@@ -208,7 +208,7 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
 // run(fill, target, finish) for that slice.
 template <class Make>
 static void depthwise_image(const Depthwise& d, const Pool& pool, float* mean, const Make& make) {
-  const int64_t slices = d.slices(), strips = d.strips(), padded = slices * kSlice;
+  const int64_t slices = d.slices(), strips = d.strips, padded = slices * kSlice;
   Scratch scratch;
   float* sums = scratch.take(strips * padded);
   const auto run_strips = [&](int64_t slice, int64_t begin, int64_t end) {

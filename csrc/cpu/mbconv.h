@@ -2,7 +2,8 @@
 //
 // The expanded map is never whole: a channel slice of it exists as the KH rows that the depthwise window
 // sees, in L1 or L2. The depthwise output of one image is kept, in slices, because SE needs all of it before
-// the first product with the gate. The gate goes into the smaller operand of the projection.
+// the first product with the gate. The gate goes into the smaller operand of the projection. Without SE large
+// maps are done in bands of rows, each from x to y, whose depthwise output stays in L2.
 #pragma once
 
 #include "depthwise_conv_bn_act.h"
@@ -25,49 +26,100 @@ static inline void scale_panel(const float* panel, int64_t k, int64_t cols, cons
       store(to + (i * cols + j) * kWidth, load(panel + (i * cols + j) * kWidth) * gate[i]);
 }
 
+// A channel slice of the depthwise output: calls run(fill, target, finish), as depthwise_image has it. rows:
+// x in words, for the expand GEMM, where there is one. The panel of slice `next` is fetched ahead.
+template <class T, class Run, class Target>
+static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, const float* rows, int64_t slice,
+                         int64_t next, const Run& run, const Target& target) {
+  const int64_t in = p.x.size[1], w = m.depthwise.w, cols = m.depthwise.cols(slice);
+  const auto finish = [](int64_t, const float*) {};
+  if (!p.expand.source.data) {
+    run([&](int64_t iy, int64_t n, const Ring& ring) { copy_rows(x, w, in, slice, cols, iy, n, ring); },
+        target, finish);
+    return;
+  }
+  const int64_t k = words<T>(in), width = cols * kWidth;
+  const Taps taps{1, 0, k, k};
+  TileSetup<T> setup(taps);
+  const float *panel = m.expand.panel(slice), *ahead = m.expand.next(next);
+  const float *scale = m.expand_affine.scale + slice * kSlice,
+              *shift = m.expand_affine.shift + slice * kSlice;
+  Scratch scratch;
+  float* line = scratch.take(rows_at_once(w) * w * kSlice);
+  const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
+    const float* a = rows + iy * w * k;
+    int64_t number = 0;
+    for_each_tile(n * w, setup, [&](int64_t begin, int64_t count) {
+      run_tile<T>(count, cols, a + begin * k, k, taps, panel, scale, shift, line + begin * width, width,
+                  iy == 0 ? ahead_of(ahead, number++, k) : nullptr);
+    });
+    activate_rows(p.act, line, n, w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
+  };
+  run(fill, target, finish);
+}
+
+// Into how many bands of rows to cut an image, or 1: as many as keep the depthwise output of one in L2, the
+// same number for every thread. The rows that two bands see are expanded twice: at most a third of a band.
+static inline int64_t bands_of(const MBConvParams& p, const Depthwise& d, int64_t threads) {
+  constexpr int64_t kBand = 96 * 1024;  // floats
+  const int64_t needed = div_up(d.slices() * kSlice * d.oh * d.ow, kBand);
+  if (p.se.w_reduce.data || needed == 1) return 1;
+  const int64_t seen_twice = max64(0, d.kh - d.window.stride_h);
+  const int64_t most = min64(d.oh, d.oh * d.window.stride_h / max64(1, 3 * seen_twice));
+  return max64(1, min64(div_up(needed, threads), most / threads) * threads);
+}
+
+// One image without SE, band by band.
+template <class T>
+static void mbconv_bands(const MBConvParams& p, const MBConv& m, const T* x, const float* rows,
+                         const Store<T>& store_to, int64_t bands, const Pool& pool) {
+  Depthwise d = m.depthwise;
+  d.strips = bands;
+  const int64_t slices = d.slices();
+  parallel(pool, bands, [&](int64_t band) {
+    const int64_t top = d.strip_begin(band), pixels = (d.strip_begin(band + 1) - top) * d.ow;
+    Scratch scratch;
+    float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
+    float* sums = scratch.take(slices * kSlice);          // nobody asks for them
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      float* of_slice = mid + slice * pixels * kSlice;
+      expand_slice(
+          p, m, x, rows, slice, slice + 1,
+          [&](const auto& fill, const auto& target, const auto& finish) {
+            depthwise_strips(d, slice, band, band + 1, sums, 0, fill, target, finish);
+          },
+          [&](int64_t oy) { return of_slice + (oy - top) * d.ow * kSlice; });
+      if (kPairs<T>) to_operand<T>(of_slice, pixels, min64(kSlice, d.channels - slice * kSlice), nullptr);
+    }
+    const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
+    for (int64_t panel = 0; panel < m.project.panels(); ++panel)
+      multiply(mid, kSlice, taps, pixels, m.project, m.project.panel(panel), panel, m.project_affine,
+               store_to, top * d.ow);
+  });
+}
+
 template <class T>
 static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, const Pool& pool) {
   const Depthwise& d = m.depthwise;
   const int64_t in = p.x.size[1], out = m.project.n, pixels = d.oh * d.ow, slices = d.slices();
   const T* x = at<const T>(p.x, image);
+  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
   const Pool alone;
   Scratch scratch;
-  float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
-  float* mean = scratch.take(slices * kSlice);
-  float* gate = scratch.take(slices * kSlice);
 
   const float* rows = nullptr;  // x in words, for the expand GEMM
   if (p.expand.source.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
+  if (const int64_t bands = bands_of(p, d, pool.threads); bands > 1) {
+    mbconv_bands(p, m, x, rows, store_to, bands, pool);
+    return;
+  }
 
+  float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
+  float* mean = scratch.take(slices * kSlice);
+  float* gate = scratch.take(slices * kSlice);
   depthwise_image(d, pool, p.se.w_reduce.data ? mean : nullptr, [&](int64_t slice, const auto& run) {
-    const int64_t cols = d.cols(slice);
-    const auto target = [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; };
-    const auto finish = [](int64_t, const float*) {};
-    if (!p.expand.source.data) {
-      run([&](int64_t iy, int64_t n, const Ring& ring) { copy_rows(x, d.w, in, slice, cols, iy, n, ring); },
-          target, finish);
-      return;
-    }
-    const int64_t k = words<T>(in);
-    const Taps taps{1, 0, k, k};
-    TileSetup<T> setup(taps);
-    const float* panel = m.expand.panel(slice);
-    const float *scale = m.expand_affine.scale + slice * kSlice,
-                *shift = m.expand_affine.shift + slice * kSlice;
-    const float* next = m.expand.next(slice + pool.threads);
-    Scratch line_scratch;
-    float* line = line_scratch.take(rows_at_once(d.w) * d.w * kSlice);
-    const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
-      const float* a = rows + iy * d.w * k;
-      const int64_t width = cols * kWidth;
-      int64_t number = 0;
-      for_each_tile(n * d.w, setup, [&](int64_t begin, int64_t count) {
-        run_tile<T>(count, cols, a + begin * k, k, taps, panel, scale, shift, line + begin * width, width,
-                    iy == 0 ? ahead_of(next, number++, k) : nullptr);
-      });
-      activate_rows(p.act, line, n, d.w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
-    };
-    run(fill, target, finish);
+    expand_slice(p, m, x, rows, slice, slice + pool.threads, run,
+                 [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; });
   });
 
   const float* weights = m.project.data;
@@ -94,7 +146,6 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   }
 
   const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
-  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
   const int64_t panels = m.project.panels();
   const int64_t blocks = div_up(pixels, kPixelBlock);
   parallel(pool, blocks * panels, [&](int64_t i) {

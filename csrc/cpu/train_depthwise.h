@@ -41,7 +41,7 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
     const T* x = at<const T>(p.x.raw, image);
     T* y = at<T>(p.y, image);
     Scratch own;
-    float *row = own.take(d.ow * kSlice), *sums = own.take(d.strips() * padded);
+    float *row = own.take(d.ow * kSlice), *sums = own.take(d.strips * padded);
     Moments moments[kVectors];
     const auto finish = [&](int64_t oy, float* from) {
       for (int64_t j = 0; j < view.cols; ++j) {
@@ -74,7 +74,7 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
                         load_first(x + (y * d.w + i) * channels + c, view.left(j)) * v.scale + v.shift));
         }
       };
-      depthwise_strips(d, slice, 0, d.strips(), sums, padded, fill, [&](int64_t) { return row; }, finish);
+      depthwise_strips(d, slice, 0, d.strips, sums, padded, fill, [&](int64_t) { return row; }, finish);
     });
     for (int64_t j = 0; j < view.cols; ++j) {
       float* to = partial + image * 3 * padded + view.first + j * kWidth;

@@ -7,6 +7,7 @@ from tests.guarded import Copies, death, guarded
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
 from tests.ops.inputs import build, sample
 
+BANDS = MBConv(1, (40, 39), cin=17, mid=65, cout=33, reduced=None)  # larger than one band of rows
 each_side = pytest.mark.parametrize("at_end", [False, True], ids=["front", "back"])
 
 
@@ -24,7 +25,8 @@ def assert_within(case: Case, dtype: torch.dtype, backend: str, at_end: bool) ->
 @each_side
 @torch.inference_mode()
 def test_grid(kind, dtype, at_end, cpu_backend):
-    jobs = ((str(case), lambda case=case: assert_within(case, dtype, cpu_backend, at_end)) for case in hostile(kind))
+    cases = (*hostile(kind), BANDS) if kind is MBConv else hostile(kind)
+    jobs = ((str(case), lambda case=case: assert_within(case, dtype, cpu_backend, at_end)) for case in cases)
     assert death(jobs) is None
 
 

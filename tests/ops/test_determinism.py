@@ -18,6 +18,7 @@ CASES: dict[str, Case] = {
     "fused_mbconv": Fused(3, (56, 56), cin=24, mid=96, cout=24, residual=True),
     "fused_mbconv-stem": Fused(3, (112, 112), cin=3, mid=32, cout=None, stride=(2, 2), padding="tf"),
     "mbconv": MBConv(3, (28, 28), cin=40, mid=240, cout=40, kernel=(5, 5), reduced=10, residual=True),
+    "mbconv-bands": MBConv(3, (56, 55), cin=24, mid=144, cout=24, kernel=(5, 5), reduced=None, residual=True),
     "mbconv-separable": MBConv(3, (56, 56), cin=32, mid=None, cout=16, reduced=8),
 }
 
