@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if torch.cuda.is_available():
     # Without it torch refuses matrix products under deterministic algorithms, which `poison` turns on.
@@ -14,6 +15,10 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from tests.models import BACKENDS
+
+# The same examples on every run; a machine may be slow, and fixtures may serve all examples of a test.
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("tests")
 
 
 @pytest.fixture(params=BACKENDS)

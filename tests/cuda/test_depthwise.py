@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
@@ -81,7 +81,7 @@ def test_real_shapes(case):
     oracle.check(native(build(case, torch.bfloat16)), "cuda")
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12)
 @given(data=st.data())
 @torch.no_grad()
 def test_any_shape(data):

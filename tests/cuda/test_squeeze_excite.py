@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
@@ -52,7 +52,7 @@ def test_real_shapes(case):
     oracle.check(native(build(case, torch.bfloat16)), "cuda")
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20)
 @given(data=st.data())
 @torch.no_grad()
 def test_any_shape(data):

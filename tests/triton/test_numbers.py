@@ -7,7 +7,7 @@ kernels, so every third of its cases has to do.
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels.ops.activations import ACTIVATIONS
@@ -41,7 +41,7 @@ TILED = [
     Squeeze(1, (3, 3), c=700, reduced=150),
     MBConv(2, (9, 18), cin=8, mid=48, cout=8, residual=True),
 ]
-SMALL = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SMALL = settings(max_examples=6)
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES)
