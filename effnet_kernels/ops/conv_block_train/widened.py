@@ -31,23 +31,23 @@ def _has_instructions() -> bool:
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b``; ``a`` has a row per pixel."""
     b = b.float()
-    for a_strip, out_strip in _strips(a, out):
-        out_strip.copy_(torch.mm(a_strip.float(), b))
+    for strip in _strips(a, out):
+        out[strip] = torch.mm(a[strip].float(), b)
 
 
 def multiply_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b``; both have a row per pixel."""
     out = a.new_zeros((a.shape[1], b.shape[1]), dtype=torch.float32)
-    for a_strip, b_strip in _strips(a, b):
-        out.addmm_(a_strip.float().t(), b_strip.float())
+    for strip in _strips(a, b):
+        out.addmm_(a[strip].float().t(), b[strip].float())
     return out.to(a.dtype)
 
 
 def convolve(a: Tensor, layer: Layer) -> Tensor:
     """``reference.convolve``."""
     out, layer = empty_nhwc(a, *layer.output_size(a.shape)[1:]), _float32(layer)
-    for a_strip, out_strip in _strips(a, out):
-        out_strip.copy_(reference.convolve(a_strip.float(), layer))
+    for strip in _strips(a, out):
+        out[strip] = reference.convolve(a[strip].float(), layer)
     return out
 
 
@@ -55,16 +55,18 @@ def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
     """``reference.convolve_backward``."""
     size, layer = through.size, _float32(through.layer)
     assert layer.weight is not None
-    da = empty_nhwc(dy, *size[1:])
-    dweight = torch.zeros_like(layer.weight, memory_format=torch.contiguous_format)
-    for dy_strip, a_strip, da_strip in _strips(dy, da if a is None else a, da):
-        part = through._replace(layer=layer, size=dy_strip.shape[:1] + size[1:])
-        gone = reference.convolve_backward(dy_strip.float(), None if a is None else a_strip.float(), part)
-        if isinstance(gone.into, Tensor):
-            da_strip.copy_(gone.into)
-        if gone.weight is not None:
+    da = empty_nhwc(dy, *size[1:]) if through.below else None
+    dweight = None if a is None else torch.zeros_like(layer.weight, memory_format=torch.contiguous_format)
+    for strip in _strips(dy, a, da):
+        part = through._replace(layer=layer, size=dy[strip].shape[:1] + size[1:])
+        gone = reference.convolve_backward(dy[strip].float(), None if a is None else a[strip].float(), part)
+        if da is not None:
+            assert isinstance(gone.into, Tensor)
+            da[strip] = gone.into
+        if dweight is not None:
+            assert gone.weight is not None
             dweight += gone.weight
-    return Gone(da if through.below else None, None if a is None else dweight.to(dy.dtype))
+    return Gone(da, None if dweight is None else dweight.to(dy.dtype))
 
 
 def _float32(layer: Layer) -> Layer:
@@ -72,8 +74,9 @@ def _float32(layer: Layer) -> Layer:
     return layer._replace(weight=layer.weight.float())
 
 
-def _strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of tensors of the same length, side by side: as many rows or images as ``STRIP`` allows, one at least."""
-    length = tensors[0].shape[0]
-    values = max(1, sum(x.numel() for x in tensors))
-    return zip(*(x.split(max(1, STRIP * length // values)) for x in tensors), strict=True)
+def _strips(*tensors: Tensor | None) -> Iterator[slice]:
+    """Slices of tensors of the same length: as many rows or images as ``STRIP`` allows, one at least."""
+    there = [x for x in tensors if x is not None]
+    length, values = there[0].shape[0], sum(x.numel() for x in there)
+    step = max(1, STRIP * length // max(1, values))
+    return (slice(i, i + step) for i in range(0, length, step))
