@@ -6,15 +6,9 @@ import torch.nn.functional as F
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
-from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build
+from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build, skip_jumps
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def skip_jumps(case: Case, dtype: torch.dtype) -> None:
-    """A derivative that jumps has no neighbourhood: which side a value is rounded to is luck, stock's and ours."""
-    if dtype != torch.float32 and {case.act, case.last_act} & {"relu", "relu6", "hardswish"}:
-        pytest.skip("the derivative jumps within the rounding of a 16-bit map")
 
 
 @each_case
