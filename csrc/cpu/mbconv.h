@@ -74,13 +74,13 @@ template <class T>
 static void mbconv_bands(const MBConvParams& p, const MBConv& m, const T* x, const float* rows,
                          const Store<T>& store_to, int64_t bands, const Pool& pool) {
   Depthwise d = m.depthwise;
-  d.strips = bands;
+  d.strips = bands;  // nobody asks for their sums, so they may depend on the threads
   const int64_t slices = d.slices();
   parallel(pool, bands, [&](int64_t band) {
     const int64_t top = d.strip_begin(band), pixels = (d.strip_begin(band + 1) - top) * d.ow;
     Scratch scratch;
     float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
-    float* sums = scratch.take(slices * kSlice);          // nobody asks for them
+    float* sums = scratch.take(slices * kSlice);
     for (int64_t slice = 0; slice < slices; ++slice) {
       float* of_slice = mid + slice * pixels * kSlice;
       expand_slice(
