@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.backends import backends
+from tests.ops.oracle import stock_error
 
 # The reference and, where it is built, the native library; both run every test of modules and patching.
 BACKENDS = ["reference", *(["cpu"] if backends()["cpu"][0] else [])]
@@ -92,6 +93,12 @@ def in_double(model: nn.Module, x: Tensor) -> Tensor:
 def rms(error: Tensor) -> float:
     """Root mean square."""
     return error.double().square().mean().sqrt().item()
+
+
+def assert_as_accurate(y: Tensor, stock: Tensor, exact: Tensor) -> None:
+    """At most twice stock's error and two units in the last place, as root mean squares."""
+    allowed = 2 * rms(stock_error(stock, exact)) + 2 * torch.finfo(y.dtype).eps * rms(exact)
+    assert rms(y - exact) <= allowed, f"error {rms(y - exact):.3g}, allowed {allowed:.3g}"
 
 
 def in_two_threads(work: Callable[[int], object]) -> None:

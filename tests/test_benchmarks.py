@@ -93,6 +93,15 @@ def test_agreement_is_twice_stocks_error_and_never_nan():
     assert not agreement(torch.ones(3), stock, exact).ok
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_agreement_with_stock_that_is_not_finite_is_a_few_units(value):
+    exact, stock = torch.ones(4, dtype=torch.float64), torch.tensor([1.0, value, 1.0, 1.0])
+    eps = torch.finfo(torch.float32).eps
+    assert agreement(torch.full((4,), 1.0 + 4 * eps), stock, exact).ok
+    assert not agreement(torch.full((4,), 1.0 + 5 * eps), stock, exact).ok
+    assert not agreement(stock, stock, exact).ok
+
+
 def test_turns_are_shared_out_evenly():
     calls = {"a": 0, "b": 0}
 

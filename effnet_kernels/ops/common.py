@@ -46,9 +46,18 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def convolve(x: Tensor, weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0)) -> Tensor:
+    """The convolution of the references, padded by (top, bottom, left, right); computed and returned in ``wide``.
+
+    Libraries' own 16-bit convolutions define nothing: oneDNN's on AMX take a NaN to pixels whose window it is not in.
+    """
+    top, bottom, left, right = padding
+    x = F.pad(x, (left, right, top, bottom)) if any(padding) else x
+    return F.conv2d(wide(x), wide(weight), stride=list(stride), groups=x.shape[1] // weight.shape[1])
+
+
 def batch_norm_act(y: Tensor, bn: Sequence[Tensor], eps: float, act: str) -> Tensor:
-    """act(bn(y)) from running statistics, evaluated and returned in ``wide`` precision."""
-    y = wide(y)
+    """act(bn(y)) of a ``wide`` map, from running statistics."""
     gamma, beta, mean, var = (t.to(y.dtype) for t in bn)
     return FUNCTIONS[act](F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from tests.models import images, in_double, randomize, rms
+from tests.models import assert_as_accurate, images, in_double, randomize
 
 
 def timm_blocks():
@@ -85,9 +85,7 @@ def test_eval_equals_timm(ours, theirs, kwargs, se, size, dtype, backend):
     x = images(2, 12, kwargs["in_chs"])[:, :, : size[0], : size[1]].to(dtype)
     exact = in_double(stock, x)
     with torch.no_grad(), ek.use_backend(backend):
-        error = rms(mine(x) - exact)
-        allowed = 2 * rms(stock(x) - exact) + 2 * torch.finfo(x.dtype).eps * rms(exact)
-    assert error <= allowed
+        assert_as_accurate(mine(x), stock(x), exact)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "kwargs", "se"), CASES, ids=IDS)
@@ -115,8 +113,7 @@ def test_depthwise_conv_bn_act(backend):
         stock = module.bn(module.conv(x))
         with ek.use_backend(backend):
             y = module(x)
-    ulp = torch.finfo(x.dtype).eps * rms(exact)
-    assert rms(y - exact) <= 2 * rms(stock - exact) + 2 * ulp
+    assert_as_accurate(y, stock, exact)
     assert module.train()(x).shape == (2, 10, 6, 6)
 
 

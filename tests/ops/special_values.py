@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from effnet_kernels import functional as F
 from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
@@ -14,21 +16,37 @@ from tests.ops.inputs import Problem
 each_value = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 
 
+class LostConvolutions(TorchDispatchMode):
+    """A library whose convolutions of 16 bits are NaN everywhere, as oneDNN's are in places on some processors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            for t in tree_leaves(result):
+                if t is not None and t.dtype in (torch.bfloat16, torch.float16):
+                    t.fill_(math.nan)
+        return result
+
+
 def unit_bn(c: int, beta: float = 0.0) -> BatchNorm:
     """Batch normalisation that only adds ``beta``."""
     return BatchNorm(torch.ones(c), torch.full((c,), beta), torch.zeros(c), torch.ones(c), 1e-30)
 
 
 def check_value(problem: Problem, value: float, backend: str) -> None:
-    """In one pixel of one channel of the last image: what it does not reach stays finite, and right."""
-    clean = problem.call(backend)
+    """In one pixel of one channel of the last image: where it goes is said by the reference in float64."""
+
+    def outputs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(problem.call(backend), problem.call("reference", torch.float64), strict=True))
+
+    clean = outputs()
     problem.x[-1, 1, 2, 2] = value
-    for name, got, before, expected in zip(
-        problem.outputs, problem.call(backend), clean, oracle.stock(problem.x, problem.steps), strict=True
-    ):
-        assert torch.equal(got.isnan(), expected.isnan()), f"{name}: NaN in other places than stock"
-        assert torch.equal(got.isinf(), expected.isinf()), f"{name}: inf in other places than stock"
-        assert torch.equal(got[0], before[0]), f"{name}: the other image changed"
+    for name, (before, exact_before), (got, exact) in zip(problem.outputs, clean, outputs(), strict=True):
+        rounded, same = exact.to(got.dtype), exact == exact_before
+        assert torch.equal(got.isnan(), rounded.isnan()), f"{name}: NaN in other places than the reference"
+        assert torch.equal(got.isinf(), rounded.isinf()), f"{name}: inf in other places than the reference"
+        assert torch.equal(got[same], before[same]), f"{name}: changed where the value does not reach"
+        assert same[0].all(), f"{name}: the other image"
         assert not torch.equal(got[-1], before[-1]), f"{name}: the value made no difference"
 
 
@@ -41,13 +59,15 @@ def check_activation(act: str, dtype: torch.dtype, backend: str, step: int = 1) 
     x, weight, bn = for_backend((z.view(1, 1, 1, -1), torch.ones(1, 1, 1, 1, dtype=dtype), unit_bn(1)), backend)
     got = F.pointwise_conv_bn_act(x, weight, bn, act, backend=backend).cpu().flatten()
     exact = oracle.ACTIVATION[act](z.double())
-    stock = oracle.ACTIVATION[act](z)
-    assert torch.equal(got.isnan(), stock.isnan())
-    assert torch.equal(got.isinf(), stock.isinf())
+    rounded, finite = exact.to(dtype), exact.isfinite()
+    assert torch.equal(got.isnan(), rounded.isnan())
+    assert torch.equal(got.isinf(), rounded.isinf())
+    z, got, exact = z[finite], got[finite], exact[finite]
     # Element by element: twice stock's error, four roundings of the result, and subnormals may be flushed.
     finfo = torch.finfo(dtype)
-    allowed = 2 * (stock.double() - exact).abs() + 2 * finfo.eps * exact.abs() + finfo.tiny
-    wrong = (got.double() - exact).abs() > allowed  # False where NaN
+    stock = oracle.stock_error(oracle.ACTIVATION[act](z), exact)
+    allowed = 2 * stock + 2 * finfo.eps * exact.abs() + finfo.tiny
+    wrong = (got.double() - exact).abs() > allowed
     assert not wrong.any(), f"act({z[wrong][0]}) = {got[wrong][0]}, {exact[wrong][0]}"
 
 

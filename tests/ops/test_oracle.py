@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.ops import oracle
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
 from tests.ops.inputs import SAMPLES, build, cast, sample
+from tests.ops.special_values import LostConvolutions, check_value, each_value
 
 
 @pytest.mark.parametrize("kind", [Pointwise, Depthwise, Squeeze, Fused, MBConv], ids=lambda kind: kind.__name__)
@@ -43,6 +45,62 @@ def test_a_wrong_element_is_rejected(name, dtype):
         wrong[index] = torch.nan
         with pytest.raises(AssertionError, match=r"1 of .* not finite"):
             oracle.assert_close("y", wrong, expected.exact, expected.allowed)
+
+
+MAPS = [name for name in SAMPLES if "gate" not in name]
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_convolutions_of_16_bits_define_nothing(name, dtype):
+    """What is right, what may be off and what the reference gives are the same without them."""
+    problem, same = sample(name, dtype), sample(name, dtype)
+    with LostConvolutions():
+        assert F.conv2d(torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)).isnan().all()
+        oracle.check(problem, "reference")
+    for a, b in zip(problem.expected, same.expected, strict=True):
+        assert torch.equal(a.exact, b.exact)
+        assert torch.equal(a.allowed, b.allowed)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_value
+@torch.no_grad()
+def test_where_stock_is_not_finite_the_derived_noise_alone_is_allowed(name, dtype, value, monkeypatch):
+    problem, stock = sample(name, dtype), oracle.stock
+
+    def lost(x, steps):
+        outputs = stock(x, steps)
+        for y in outputs:
+            y[(-1,) * y.dim()] = value
+        return outputs
+
+    monkeypatch.setattr(oracle, "stock", lost)
+    sigma = oracle.noise(problem.x.double(), cast(problem.steps, torch.float64), dtype)
+    for expected, s in zip(problem.expected, sigma, strict=True):
+        assert torch.equal(expected.allowed, 3 * oracle.per_channel(s) + torch.finfo(dtype).tiny)
+    oracle.check(problem, "reference")
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_value
+@torch.no_grad()
+def test_where_a_value_goes_is_not_asked_of_stock(name, dtype, value):
+    with LostConvolutions():
+        check_value(sample(name, dtype), value, "reference")
+
+
+def test_one_element_of_stock_that_is_not_finite_takes_all_its_error():
+    exact = torch.ones(2, 3, dtype=torch.float64)
+    stock, sigma = exact.bfloat16() + 0.5, torch.full_like(exact, 1e-3)
+    tiny = torch.finfo(torch.bfloat16).tiny
+    assert torch.equal(oracle.tolerance(exact, stock, sigma, torch.bfloat16), 1 + 3 * sigma[0] + tiny)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        stock[0, 1] = value
+        assert torch.equal(oracle.tolerance(exact, stock, sigma, torch.bfloat16), 3 * sigma[0] + tiny)
 
 
 def test_wrong_layouts_are_rejected():

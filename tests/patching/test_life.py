@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from tests.models import BACKENDS, in_double, in_two_threads, rms, timm_model
+from tests.models import BACKENDS, assert_as_accurate, in_double, in_two_threads, rms, timm_model
 from tests.patching.conftest import NAMES, build
 
 
 def assert_accurate(stock: nn.Module, y: Tensor, x: Tensor) -> None:
     """y is what ``stock`` gives for x, with at most twice its error."""
-    exact = in_double(stock, x)
     with torch.no_grad():
-        allowed = 2 * rms(stock(x) - exact) + 2 * torch.finfo(y.dtype).eps * rms(exact)
-    assert rms(y - exact) <= allowed
+        assert_as_accurate(y, stock(x), in_double(stock, x))
 
 
 def test_state_is_kept(model, x, backend):
@@ -208,8 +206,7 @@ def test_conversions_after_patching(model, x, change):
         stock = stock_model(cx)
         y = convert(ek.patch(model), x)[0](cx)
     assert y.dtype == stock.dtype
-    ulp = torch.finfo(y.dtype).eps * rms(exact)
-    assert rms(y - exact) <= 2 * rms(stock - exact) + 2 * ulp
+    assert_as_accurate(y, stock, exact)
 
 
 def test_autocast(model, x, backend):
@@ -218,8 +215,7 @@ def test_autocast(model, x, backend):
         stock = model(x)
         y = ek.patch(model, backend=backend)(x)
     assert y.dtype == stock.dtype == torch.bfloat16
-    ulp = torch.finfo(y.dtype).eps * rms(exact)
-    assert rms(y.double() - exact) <= 2 * rms(stock.double() - exact) + 2 * ulp
+    assert_as_accurate(y, stock, exact)
 
 
 def test_two_threads_use_one_model(model, x, backend):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
+from tests.ops.special_values import LostConvolutions
 from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build, skip_jumps
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -144,6 +145,13 @@ def test_statistics_far_from_zero(offset, backend):
     _, statistics = batch_norm_act(x, bn, backend=backend)
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(statistics.double(), torch.stack([mean, var]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", [Case(se=True), Case(kinds="fp", widths=(5, 18, 7), se=True)], ids=str)
+def test_convolutions_of_16_bits_define_nothing(case):
+    """The reference is as accurate without them."""
+    with LostConvolutions():
+        assert_as_accurate(build(case, torch.bfloat16), torch.bfloat16, torch.float32, "reference")
 
 
 def test_large_activations_in_half_precision():

@@ -34,6 +34,10 @@ class Layer(NamedTuple):
         w = self.weight
         return w is not None and w.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0, 0, 0)
 
+    def wide(self) -> "Layer":
+        """With the weight in ``wide`` precision."""
+        return self if self.weight is None else self._replace(weight=wide(self.weight))
+
     def groups(self, channels: int) -> int:
         """Groups of the convolution over this many input channels."""
         return 1 if self.weight is None or self.weight.shape[1] == channels else channels

@@ -14,10 +14,10 @@ from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, No
 
 
 class Reference:
-    """``block.Kernels``, one expression each."""
+    """``block.Kernels``, one expression each; convolutions are computed in ``wide`` precision, as ``common.convolve``."""
 
     def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        raw = convolve(self.apply(source, None), layer)
+        raw = convolve(wide(self.apply(source, None)), layer.wide()).to(source.raw.dtype)
         return raw, self.statistics(raw) if statistics else None
 
     def statistics(self, raw: Tensor) -> Tensor:
@@ -64,7 +64,9 @@ class Reference:
     def conv_backward(self, through: Through) -> Gone:
         dy = self.raw_gradient(through.gradient, through.coefficients)
         a = self.apply(through.source, None) if through.weight and through.source is not None else None
-        return convolve_backward(dy, a, through)
+        gone = convolve_backward(wide(dy), None if a is None else wide(a), through._replace(layer=through.layer.wide()))
+        assert not isinstance(gone.into, Gradient)
+        return Gone(*(None if grad is None else grad.to(dy.dtype) for grad in gone[:2]))
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         p, q, r = columns(coefficients)

@@ -45,7 +45,7 @@ def multiply_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 def convolve(a: Tensor, layer: Layer) -> Tensor:
     """``reference.convolve``."""
-    out, layer = empty_nhwc(a, *layer.output_size(a.shape)[1:]), _float32(layer)
+    out, layer = empty_nhwc(a, *layer.output_size(a.shape)[1:]), layer.wide()
     for strip in _strips(a, out):
         out[strip] = reference.convolve(a[strip].float(), layer)
     return out
@@ -53,7 +53,7 @@ def convolve(a: Tensor, layer: Layer) -> Tensor:
 
 def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
     """``reference.convolve_backward``."""
-    size, layer = through.size, _float32(through.layer)
+    size, layer = through.size, through.layer.wide()
     assert layer.weight is not None
     da = empty_nhwc(dy, *size[1:]) if through.below else None
     dweight = None if a is None else torch.zeros_like(layer.weight, memory_format=torch.contiguous_format)
@@ -67,11 +67,6 @@ def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
             assert gone.weight is not None
             dweight += gone.weight
     return Gone(da, None if dweight is None else dweight.to(dy.dtype))
-
-
-def _float32(layer: Layer) -> Layer:
-    assert layer.weight is not None
-    return layer._replace(weight=layer.weight.float())
 
 
 def _strips(*tensors: Tensor | None) -> Iterator[slice]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.backends import Problem
-from effnet_kernels.ops.common import batch_norm_act, to_nhwc
+from effnet_kernels.ops.common import batch_norm_act, convolve, to_nhwc
 
 
 def supports(problem: Problem) -> tuple[bool, str]:
@@ -23,8 +22,6 @@ def run(
     act: str,
     with_mean: bool,
 ) -> tuple[Tensor, Tensor]:  # [N, C, OH, OW] and the means [N, C] in fp32, or [0]
-    top, bottom, left, right = padding
-    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=list(stride), groups=x.shape[1])
-    y = batch_norm_act(y, bn, eps, act)
+    y = batch_norm_act(convolve(x, weight, stride, padding), bn, eps, act)
     mean = y.mean((2, 3)) if with_mean else y.new_empty(0)
     return to_nhwc(y.to(x.dtype)), mean

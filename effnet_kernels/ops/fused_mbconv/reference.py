@@ -5,11 +5,10 @@ Without the projection this is a plain convolution with BN and activation: the s
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.backends import Problem
-from effnet_kernels.ops.common import batch_norm_act, to_nhwc
+from effnet_kernels.ops.common import batch_norm_act, convolve, to_nhwc
 
 
 def supports(problem: Problem) -> tuple[bool, str]:
@@ -29,11 +28,9 @@ def run(
     project_eps: float,
     residual: bool,  # add x at the end
 ) -> Tensor:  # [N, C_out or C_mid, OH, OW]
-    top, bottom, left, right = padding
-    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=list(stride))
-    y = batch_norm_act(y, bn, eps, act)
+    y = batch_norm_act(convolve(x, weight, stride, padding), bn, eps, act)
     if project_weight is not None:
-        y = batch_norm_act(F.conv2d(y.to(x.dtype), project_weight), project_bn, project_eps, "identity")
+        y = batch_norm_act(convolve(y.to(x.dtype), project_weight), project_bn, project_eps, "identity")
     if residual:
         y = y + x
     return to_nhwc(y.to(x.dtype))

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.backends import Problem
-from effnet_kernels.ops.common import batch_norm_act, to_nhwc
+from effnet_kernels.ops.common import batch_norm_act, convolve, to_nhwc
 
 
 def supports(problem: Problem) -> tuple[bool, str]:
@@ -25,7 +24,7 @@ def run(
 ) -> Tensor:  # [N, C_out, H, W], or [N, C_out] when pooled
     if gate is not None:
         x = x * gate[:, :, None, None].to(x.dtype)
-    y = batch_norm_act(F.conv2d(x, weight), bn, eps, act)
+    y = batch_norm_act(convolve(x, weight), bn, eps, act)
     if residual is not None:
         y = y + residual
     if pool:
