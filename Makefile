@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test sanitize bench gpu report build lint format coverage-table kernels prediction wheel clean help
+.PHONY: demo test sanitize bench gpu report build lint format coverage-table kernels prediction wheel clean help FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -30,11 +30,16 @@ $(VENV)/.requirements: constraints.txt pyproject.toml
 	@$(PIP) install --constraint constraints.txt torch setuptools wheel
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP)
+# A library that does not build is an error, and so is one that the tests do not find. Only CUDA's may be missing: without nvcc.
+REQUIRE := EFFNET_KERNELS_REQUIRE_NATIVE=1
+
+# The stamp lists the libraries that were built: they are built anew when one is gone.
+$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP) $(if $(filter-out $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-)),FORCE)
 	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
-	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@rm -f $@
+	@$(REQUIRE) $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(BIN)/effnet-kernels info
-	@touch $@
+	@ls effnet_kernels/*.so > $@
 
 build: $(VENV)/.installed  ## install the package and build its native code
 
@@ -43,12 +48,12 @@ demo: build  ## run stock and patched models on a photograph; writes out/
 
 test: build  ## run the whole test suite
 	@echo "==> tests, $(TEST_PROCESSES) processes"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
 $(SANITIZED): $(VENV)/.requirements setup.py tests/sanitizers/faults.cpp $(CPU)
 	@echo "==> CPU library with sanitizers: minutes"
-	@EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+	@$(REQUIRE) EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
 
 sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated kernels under AddressSanitizer
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
@@ -84,7 +89,7 @@ prediction: build  ## regenerate the predicted GPU times in docs/performance.md
 	@$(BIN)/python docs/gpu_prediction.py
 
 wheel: build  ## build the source distribution and the wheel into dist/
-	@TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation
+	@$(REQUIRE) TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info effnet_kernels/*.so

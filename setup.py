@@ -1,7 +1,8 @@
 """Builds the native libraries. Everything else about the package is in pyproject.toml.
 
 They use PyTorch's stable ABI, so one library serves every torch >= 2.11 and every Python, and the wheel is
-tagged accordingly. A missing compiler or missing headers cost the backend, never the package.
+tagged accordingly. For `pip install` a library that cannot be built costs its backend, never the package; for
+`make`, which sets EFFNET_KERNELS_REQUIRE_NATIVE, it is an error. A library of an earlier build never outlives a build.
 """
 
 import os
@@ -53,6 +54,13 @@ CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0a 12.0+PTX"
 CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
 
 
+REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "0") != "0"
+
+
+class NoCuda(RuntimeError):
+    """No CUDA compiler, or no GPU, that the library could be built with or for: no fault of a build."""
+
+
 def torch_flags() -> tuple[list[str], list[str]]:
     """Compiler and linker flags for the stable ABI of torch 2.11."""
     import torch
@@ -64,23 +72,33 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
 
 def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc)."""
+    """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc).
+
+    Raises:
+        NoCuda: there is none of CUDA 12.4 or later.
+        RuntimeError: there is one that does not work.
+    """
     candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     on_path = shutil.which("nvcc")
     candidates += [Path(on_path)] if on_path else []
     candidates += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc"), reverse=True)
-    refusals = []
-    for nvcc in candidates:
+    old, broken = [], []
+    for nvcc in filter(Path.exists, candidates):
         try:  # it may be a script, or broken: ask
             version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as error:
-            refusals.append(f"{nvcc}: {error}")
+            broken.append(f"{nvcc}: {error}")
             continue
         found = re.search(r"release (\d+)\.(\d+)", version)
-        if found and (int(found[1]), int(found[2])) >= (12, 4):
+        if found is None:
+            broken.append(f"{nvcc} --version does not say its release")
+        elif (int(found[1]), int(found[2])) >= (12, 4):
             return nvcc
-        refusals.append(f"{nvcc} is not of CUDA 12.4 or later")
-    raise RuntimeError("no CUDA compiler: " + ("; ".join(refusals) or "nvcc is neither in CUDA_HOME nor in PATH"))
+        else:
+            old.append(f"{nvcc} is of CUDA {found[1]}.{found[2]}, 12.4 is the oldest that will do")
+    if broken:
+        raise RuntimeError("; ".join(broken))
+    raise NoCuda("; ".join(old) or "nvcc is neither in CUDA_HOME nor in PATH")
 
 
 def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
@@ -111,7 +129,7 @@ def architecture_flags() -> list[str]:
         if found[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
-        raise RuntimeError("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
+        raise NoCuda("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
     return flags
 
 
@@ -119,11 +137,24 @@ class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
+    def run(self) -> None:
+        for ext in self.extensions:  # what fails to build, or is not tried, leaves nothing of an earlier build
+            for library in self.places(ext):
+                library.unlink(missing_ok=True)
+        super().run()
+
+    def places(self, ext: Extension) -> list[Path]:
+        """Where the library will be: in the build folder, and beside the sources for an editable install."""
+        name = self.get_ext_filename(ext.name)
+        return [Path(self.build_lib, name), *([Path(name)] if self.inplace else [])]
+
     def build_extension(self, ext: Extension) -> None:
         build = self.build_cuda if ext.name.endswith("_cuda") else self.build_cpu
         try:
             build(ext)
         except Exception as error:  # the package works without its compiled backends
+            if REQUIRED and not isinstance(error, NoCuda):
+                raise
             self.warn(f"{ext.name} was not built, its backend will be missing: {error}")
 
     def build_cpu(self, ext: Extension) -> None:
@@ -200,11 +231,8 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         # Editable installs copy what was built; a library that was not built is not there to copy.
-        self.extensions = [ext for ext in self.extensions if os.path.exists(self.get_ext_fullpath_built(ext))]
+        self.extensions = [ext for ext in self.extensions if self.places(ext)[0].exists()]
         super().copy_extensions_to_source()
-
-    def get_ext_fullpath_built(self, ext: Extension) -> str:
-        return os.path.join(self.build_lib, self.get_ext_filename(ext.name))
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -212,10 +240,11 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
-        Extension(f"effnet_kernels._native_{backend}", sources=[])
-        for backend in (("cpu",) if SANITIZED else ("cpu", "cuda"))
-    ],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(f"effnet_kernels._native_{backend}", sources=[])
+            for backend in (("cpu",) if SANITIZED else ("cpu", "cuda"))
+        ],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

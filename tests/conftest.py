@@ -1,4 +1,8 @@
-"""Fixtures shared by the tests of modules and patching; Triton's interpreter, or a GPU made ready for tests."""
+"""Fixtures shared by the tests of modules and patching; Triton's interpreter, or a GPU made ready for tests.
+
+``EFFNET_KERNELS_REQUIRE_NATIVE=1``, as in ``make test``, makes a missing native library an error: without it the tests
+of that library are skipped.
+"""
 
 import os
 
@@ -14,11 +18,28 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+from effnet_kernels import native
 from tests.models import BACKENDS
 
 # The same examples on every run; a machine may be slow, and fixtures may serve all examples of a test.
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("tests")
+
+
+def pytest_configure() -> None:
+    if os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "0") == "0":
+        return
+    available, reason = native.cpu_available()
+    if not available:
+        raise pytest.UsageError(f"the CPU library is required: {reason}")
+    if not native._CUDA_LIBRARY.exists():
+        from setup import NoCuda, architecture_flags, find_nvcc
+
+        try:
+            nvcc, _ = find_nvcc(), architecture_flags()
+        except NoCuda:
+            return
+        raise pytest.UsageError(f"the CUDA library is required, for there is {nvcc}: `touch setup.py`, `make build`")
 
 
 @pytest.fixture(params=BACKENDS)

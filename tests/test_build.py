@@ -1,0 +1,222 @@
+"""A library that does not build is an error for ``make`` and costs ``pip install`` its backend; none outlives a build."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("setup.py", "pyproject.toml", "Makefile", "MANIFEST.in", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE")
+PLANTED = 'static int planted = "no number";\n'
+LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
+
+# Stand for a compiler that finds no fault, and for nvcc.
+COMPILER = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = -o ] && echo new > "$2"; shift; done
+exit 0
+"""
+NVCC = """#!/bin/sh
+case "$*" in
+*--version*) {version};;
+*--dryrun*) echo '#$ TOP={toolkit}' >&2;;
+*) {compile};;
+esac
+"""
+
+
+class Tree:
+    """A copy of the sources, with libraries of an earlier build in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "tree"
+        self.bin = root / "bin"
+        self.bin.mkdir()
+        without = shutil.ignore_patterns("*.so", "__pycache__")
+        for folder in ("csrc", "effnet_kernels"):
+            shutil.copytree(ROOT / folder, self.root / folder, ignore=without)
+        for name in FILES:
+            shutil.copy(ROOT / name, self.root)
+        self.built = self.root / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        (self.built / "effnet_kernels").mkdir(parents=True)
+        for name in LIBRARIES:
+            (self.built / "effnet_kernels" / name).write_text("stale\n")
+            (self.root / "effnet_kernels" / name).write_text("stale\n")
+        self.environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+        for name in ("CUDA_HOME", "CUDA_PATH", "MAKEFLAGS", "EFFNET_KERNELS_REQUIRE_NATIVE"):
+            self.environment.pop(name, None)
+        self.nvcc(version="echo release 11.8")
+
+    def script(self, name: str, text: str) -> str:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return str(path)
+
+    def nvcc(self, version: str = "echo release 13.0", compile: str = "exec faultless \"$@\"") -> None:
+        """What ``nvcc`` on PATH does when it is asked for its version, and to compile."""
+        toolkit = self.bin / "toolkit"
+        (toolkit / "lib64").mkdir(parents=True, exist_ok=True)
+        (toolkit / "lib64" / "libcudart_static.a").touch()
+        self.script("nvcc", NVCC.format(version=version, compile=compile, toolkit=toolkit))
+
+    def faultless(self) -> None:
+        """From here on the C++ compiler takes everything, at once."""
+        compiler = self.script("faultless", COMPILER)
+        self.environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler)
+
+    def plant(self, file: str) -> None:
+        source = self.root / "csrc" / file
+        source.write_text(PLANTED + source.read_text())
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.root, env=self.environment | environment, text=True, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def build(self, required: bool) -> subprocess.CompletedProcess[str]:
+        """As an editable install does it."""
+        command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-lib", str(self.built))
+        return self.run(*command, EFFNET_KERNELS_REQUIRE_NATIVE=str(int(required)))
+
+    def wheel(self) -> list[str]:
+        """The libraries in a wheel."""
+        result = self.run(sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist")
+        assert result.returncode == 0, result.stdout
+        (path,) = (self.root / "dist").glob("*.whl")
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".so")]
+            assert all(archive.read(name) == b"new\n" for name in names)
+        return sorted(Path(name).name for name in names)
+
+    def libraries(self) -> list[str]:
+        """Those beside the sources, all of this build."""
+        paths = sorted((self.root / "effnet_kernels").glob("*.so"))
+        assert all(path.read_text() == "new\n" for path in paths)
+        return [path.name for path in paths]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["bindings_cpu.cpp", "cpu/common.h"])
+def test_an_error_in_cpp_is_an_error_where_the_library_is_required(tree, file):
+    tree.plant(file)
+    result = tree.build(required=True)
+    assert result.returncode != 0
+    assert "planted" in result.stdout
+    assert tree.libraries() == []
+
+
+def test_an_error_in_cpp_costs_an_install_its_backend(tree):
+    tree.plant("cpu/common.h")
+    result = tree.build(required=False)
+    assert result.returncode == 0, result.stdout
+    assert "_native_cpu was not built, its backend will be missing" in result.stdout
+    assert tree.libraries() == []
+
+
+def test_a_wheel_has_the_libraries_of_its_own_build_only(tree):
+    tree.faultless()
+    assert tree.wheel() == ["_native_cpu.so"]
+    shutil.rmtree(tree.root / "dist")
+    tree.script("faultless", "#!/bin/sh\nexit 1\n")
+    assert tree.wheel() == []
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize(
+    "fault", [{"compile": "echo planted >&2; exit 1"}, {"version": "exit 1"}, {"version": "echo nothing"}], ids=str
+)
+def test_an_error_in_cuda(tree, required, fault):
+    tree.faultless()
+    tree.nvcc(**fault)
+    result = tree.build(required)
+    assert (result.returncode != 0) == required, result.stdout
+    assert "nvcc" in result.stdout
+    assert "_native_cuda.so" not in tree.libraries()
+    if not required:
+        assert tree.libraries() == ["_native_cpu.so"]
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_without_a_cuda_compiler_there_is_nothing_to_require(tree, required):
+    """One that is too old counts as none, and so does one that finds no GPU to compile for."""
+    tree.faultless()
+    result = tree.build(required)
+    assert result.returncode == 0, result.stdout
+    assert "nvcc is of CUDA 11.8" in result.stdout
+    assert tree.libraries() == ["_native_cpu.so"]
+    tree.nvcc()
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "7.5"
+    result = tree.build(required)
+    assert result.returncode == 0, result.stdout
+    assert tree.libraries() == ["_native_cpu.so"]
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_both_libraries_are_built_anew(tree, required):
+    tree.faultless()
+    tree.nvcc()
+    result = tree.build(required)
+    assert result.returncode == 0, result.stdout
+    assert tree.libraries() == [*LIBRARIES]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+def test_make(tree):
+    """In an environment of its own that sees the packages of this one."""
+    environment = tree.root / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    Path(packages, "outer.pth").write_text(sysconfig.get_path("purelib"))
+    tree.faultless()
+    good = tree.environment
+    assert tree.run("make", "build").returncode == 0
+    assert tree.libraries() == ["_native_cpu.so"]
+    assert tree.run("make", "--question", "build").returncode == 0, "nothing has changed"
+
+    (tree.root / "effnet_kernels" / "_native_cpu.so").unlink()
+    assert tree.run("make", "--question", "build").returncode == 1, "a library is gone"
+    assert tree.run("make", "build").returncode == 0
+    assert tree.libraries() == ["_native_cpu.so"]
+
+    tree.environment = {name: value for name, value in good.items() if "faultless" not in value}
+    tree.plant("cpu/common.h")
+    for _ in range(2):
+        result = tree.run("make", "test")
+        assert result.returncode != 0
+        assert "planted" in result.stdout
+        assert "==> tests" not in result.stdout
+        assert tree.libraries() == []
+
+
+def start_tests(tree: Tree, missing: str) -> subprocess.CompletedProcess[str]:
+    """Collect some tests as ``make test`` does, where a library is not there."""
+    (tree.bin / "without.py").write_text(
+        f"from pathlib import Path; from effnet_kernels import native; native.{missing} = Path('/nowhere/native.so')"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "without", "tests/test_native.py"]
+    return subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, check=False,
+        env=tree.environment | {"EFFNET_KERNELS_REQUIRE_NATIVE": "1", "PYTHONPATH": str(tree.bin)},
+    )  # fmt: skip
+
+
+def test_the_tests_do_not_start_without_the_library_that_they_are_for(tree):
+    result = start_tests(tree, "_CPU_LIBRARY")
+    assert (result.returncode, "the CPU library is required" in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
+    result = start_tests(tree, "_CUDA_LIBRARY")
+    assert result.returncode == 0, result.stderr  # nvcc is too old
+    tree.nvcc()
+    result = start_tests(tree, "_CUDA_LIBRARY")
+    assert (result.returncode, "the CUDA library is required" in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
