@@ -5,6 +5,7 @@ of that library are skipped.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 from effnet_kernels import native
+from effnet_kernels.benchmarking.environment import cpu_model, versions
 from tests.models import BACKENDS
+from tests.processor import EMULATED, NATIVE
 
 # The same examples on every run; a machine may be slow, and fixtures may serve all examples of a test.
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -40,6 +43,17 @@ def pytest_configure() -> None:
         except NoCuda:
             return
         raise pytest.UsageError(f"the CUDA library is required, for there is {nvcc}: `touch setup.py`, `make build`")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Last of all: what the tests ran on."""
+    yield
+    there = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    natively, emulated = (", ".join(sets) or "none" for sets in (NATIVE, EMULATED))
+    terminalreporter.write_line(f"processor: {cpu_model()}")
+    terminalreporter.write_line(f"instruction sets of the CPU kernels: {natively} natively; {emulated} emulated")
+    terminalreporter.write_line(f"versions: {there}")
 
 
 @pytest.fixture(params=BACKENDS)

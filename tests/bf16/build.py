@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.emulation.build import CXX, ROOT, compiler_version, digest, make, one_builder
 
+SETS = ("avx512_bf16", "amx")
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "bf16"
 # As setup.py, but fast to compile: what is asked here is not speed.

@@ -1,4 +1,4 @@
-"""The tests of the ops on the two builds that multiply bfloat16, with the instructions emulated.
+"""The tests of the ops on the builds that multiply bfloat16, with the instructions that the processor lacks emulated.
 
 They run in a process of their own: a process has one CPU library, and here it is the emulated one.
 """
@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.bf16 import build
+from tests.processor import LACKING
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +27,7 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", LACKING)
 def test_ops(isa):
     command = [
         sys.executable,

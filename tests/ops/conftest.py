@@ -10,17 +10,7 @@ from effnet_kernels import native
 from effnet_kernels.backends import backends
 from tests.ops.cases import Case
 from tests.ops.inputs import Problem, build
-
-
-def _runs(isa: str) -> bool:
-    try:
-        native.set_instruction_set(isa)
-    except ValueError:
-        return False
-    finally:
-        native.set_instruction_set("auto")
-    return True
-
+from tests.processor import NATIVE
 
 # One entry per build of the kernels that runs here: (id, backend, instruction set). Triton and CUDA have their own,
 # smaller grids in tests/triton and tests/cuda: their tensors may be on a GPU, and on the CPU they are a thousand times
@@ -29,7 +19,7 @@ VARIANTS = [
     (name if name != "cpu" else f"cpu-{isa}", name, isa)
     for name, (available, _) in backends().items()
     if available and name not in ("triton", "cuda")
-    for isa in (filter(_runs, native.INSTRUCTION_SETS[1:]) if name == "cpu" else ("",))
+    for isa in (NATIVE if name == "cpu" else ("",))
 ]
 
 
