@@ -56,5 +56,7 @@ def library() -> Path:
     return link("emulated_cpu", jobs, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
 
 
-def single_instructions() -> Path:
-    return link("single_instructions", [(HERE / "single_instructions.cpp", [*EMULATED, "-DEMULATE_AMX"])], [])
+def single_instructions(emulated: bool) -> Path:
+    """The instructions as functions; those of the processor are AVX-512 BF16 alone."""
+    flags = [*EMULATED, "-DEMULATE_AMX"] if emulated else [*AVX512, "-mavx512bf16"]
+    return link("single_instructions", [(HERE / "single_instructions.cpp", flags)], [])

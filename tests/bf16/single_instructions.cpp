@@ -1,15 +1,9 @@
-// The emulated instructions one by one, for test_instructions.py.
-#include "instructions.h"
+// The instructions one by one, for test_instructions.py: emulated, or those of AVX-512 BF16 as the processor has
+// them.
+#include <immintrin.h>
 
-namespace {
-
-struct alignas(64) Config {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-}  // namespace
+#include <cstdint>
+#include <cstring>
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -25,11 +19,16 @@ void vcvtneps2bf16(const float* from, uint16_t* to) {
   std::memcpy(to, &result, sizeof(result));
 }
 
+#if defined(EMULATE_AMX)
 // sum[rows][columns] += a[rows][depth] * b[depth][b_columns], all in 32-bit words, 16 to a row of memory.
 // Everything of the result register, 16 rows of 16, comes back.
 void tdpbf16ps(float* sum, const uint32_t* a, const uint32_t* b, int rows, int depth, int columns,
                int b_columns) {
-  Config config;
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
   const int shapes[4][2] = {{rows, columns}, {rows, depth}, {depth, b_columns}, {16, 16}};
   for (int i = 0; i < 4; ++i) {
     config.rows[i] = static_cast<uint8_t>(shapes[i][0]);
@@ -49,4 +48,5 @@ void zero_a_released_tile() {
   _tile_release();
   _tile_zero(0);
 }
+#endif
 }

@@ -1,4 +1,7 @@
-"""The emulated instructions against exact arithmetic: a model in integers, rounded by the rules of the manual."""
+"""The emulated instructions against exact arithmetic: a model in integers, rounded by the rules of the manual.
+
+Where the processor has AVX-512 BF16 its own instructions are held against the same model.
+"""
 
 import ctypes
 import functools
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.bf16 import build
+from tests.processor import NATIVE
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
@@ -20,8 +24,13 @@ SMALLEST_NORMAL = 1 << UNIT - 126
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build.single_instructions()))
+def library(emulated: bool = True) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build.single_instructions(emulated)))
+
+
+@pytest.fixture(params=["emulated", *(["the processor's"] if "avx512_bf16" in NATIVE else [])])
+def instructions(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return library(request.param == "emulated")
 
 
 def rounded(exact: int) -> int:
@@ -69,7 +78,7 @@ SCALES = {"near one": (4, 0), "around the smallest normal number": (4, -63), "be
 
 
 @pytest.mark.parametrize(("exponents", "shift"), SCALES.values(), ids=SCALES)
-def test_vdpbf16ps(exponents, shift):
+def test_vdpbf16ps(exponents, shift, instructions):
     generator = torch.Generator().manual_seed(0)
     other_order = 0
     for _ in range(60):
@@ -79,20 +88,20 @@ def test_vdpbf16ps(exponents, shift):
         for t, a_low, a_high, b_low, b_high in zip(total.tolist(), *halves(a), *halves(b), strict=True):
             expected.append(value(multiply_add(multiply_add(number(t), a_high, b_high), a_low, b_low)))
             other_order += expected[-1] != value(multiply_add(multiply_add(number(t), a_low, b_low), a_high, b_high))
-        library().vdpbf16ps(*(ctypes.c_void_p(x.data_ptr()) for x in (total, a, b)))
+        instructions.vdpbf16ps(*(ctypes.c_void_p(x.data_ptr()) for x in (total, a, b)))
         assert total.tolist() == expected
     if shift == 0:
         assert other_order > 0, "these operands cannot tell the order of the two products"
 
 
-def test_vcvtneps2bf16():
+def test_vcvtneps2bf16(instructions):
     """All that the top 17 bits can be, with nothing, a little and nearly everything below them."""
     top = torch.arange(2**17, dtype=torch.int64) << 15
     bits = torch.stack([top + below for below in (0, 1, 2**15 - 1)]).flatten()
     values = (bits - (bits >= 2**31).long() * 2**32).int().view(torch.float32).clone()
     got = torch.empty(len(values), dtype=torch.bfloat16)
     for i in range(0, len(values), 16):
-        library().vcvtneps2bf16(ctypes.c_void_p(values.data_ptr() + 4 * i), ctypes.c_void_p(got.data_ptr() + 2 * i))
+        instructions.vcvtneps2bf16(ctypes.c_void_p(values.data_ptr() + 4 * i), ctypes.c_void_p(got.data_ptr() + 2 * i))
     flushed = torch.where(values.abs() < torch.finfo(torch.float32).tiny, values * 0, values)
     expected = flushed.bfloat16()
     same = got.view(torch.int16) == expected.view(torch.int16)
