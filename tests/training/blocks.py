@@ -7,7 +7,8 @@ have, as a root mean square over its tensor,
     error  <=  2 * error of the stock layers at the same dtype  +  3 * (u + 2^-24 * sqrt(L)) * size of the gradient
 
 The second term is what any implementation may have where stock is right by luck: maps are rounded to their dtype on
-the way, and the rounding errors of a float32 sum of L terms are a random walk.
+the way, and the rounding errors of a float32 sum of L terms are a random walk. Stock's convolutions are those of
+``tests.ops.oracle``: computed in float32 and rounded.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise*.cu. All others are the reference's."""
+"""The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise*.cu. All others are the reference's, with
+torch's own convolutions in the dtype of the map.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +9,8 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
+from effnet_kernels.ops.conv_block_train import reference
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Source, Through
-from effnet_kernels.ops.conv_block_train.reference import Reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES, supports
 
 __all__ = ["Native", "run", "supports"]
@@ -17,7 +19,7 @@ _forward = torch.ops.effnet_kernels_cuda.train_depthwise.default
 _backward = torch.ops.effnet_kernels_cuda.train_depthwise_backward.default
 
 
-class Native(Reference):
+class Native(reference.Reference):
     """``block.Kernels``: depthwise convolutions read maps as they are kept."""
 
     def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
@@ -33,6 +35,12 @@ class Native(Reference):
             layer.weight.contiguous(), layer.stride, layer.padding,
         )  # fmt: skip
         return raw, measured
+
+    def convolve(self, a: Tensor, layer: Layer) -> Tensor:
+        return reference.convolve(a, layer)
+
+    def convolve_backward(self, dy: Tensor, a: Tensor | None, through: Through) -> Gone:
+        return reference.convolve_backward(dy, a, through)
 
     def conv_backward(self, through: Through) -> Gone:
         """As ``block.Kernels``; other windows than the compiled ones, and gated inputs, are the reference's."""

@@ -17,8 +17,11 @@ class Reference:
     """``block.Kernels``, one expression each; convolutions are computed in ``wide`` precision, as ``common.convolve``."""
 
     def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        raw = convolve(wide(self.apply(source, None)), layer.wide()).to(source.raw.dtype)
+        raw = self.convolve(self.apply(source, None), layer)
         return raw, self.statistics(raw) if statistics else None
+
+    def convolve(self, a: Tensor, layer: Layer) -> Tensor:
+        return convolve(wide(a), layer.wide()).to(a.dtype)
 
     def statistics(self, raw: Tensor) -> Tensor:
         var, mean = torch.var_mean(wide(raw), (0, 2, 3), correction=0)
@@ -64,6 +67,9 @@ class Reference:
     def conv_backward(self, through: Through) -> Gone:
         dy = self.raw_gradient(through.gradient, through.coefficients)
         a = self.apply(through.source, None) if through.weight and through.source is not None else None
+        return self.convolve_backward(dy, a, through)
+
+    def convolve_backward(self, dy: Tensor, a: Tensor | None, through: Through) -> Gone:
         gone = convolve_backward(wide(dy), None if a is None else wide(a), through._replace(layer=through.layer.wide()))
         assert not isinstance(gone.into, Gradient)
         return Gone(*(None if grad is None else grad.to(dy.dtype) for grad in gone[:2]))
