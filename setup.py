@@ -57,7 +57,7 @@ CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--e
 REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "0") != "0"
 
 
-class NoCuda(RuntimeError):
+class NoCudaError(RuntimeError):
     """No CUDA compiler, or no GPU, that the library could be built with or for: no fault of a build."""
 
 
@@ -75,7 +75,7 @@ def find_nvcc() -> Path:
     """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc).
 
     Raises:
-        NoCuda: there is none of CUDA 12.4 or later.
+        NoCudaError: there is none of CUDA 12.4 or later.
         RuntimeError: there is one that does not work.
     """
     candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
@@ -98,7 +98,7 @@ def find_nvcc() -> Path:
             old.append(f"{nvcc} is of CUDA {found[1]}.{found[2]}, 12.4 is the oldest that will do")
     if broken:
         raise RuntimeError("; ".join(broken))
-    raise NoCuda("; ".join(old) or "nvcc is neither in CUDA_HOME nor in PATH")
+    raise NoCudaError("; ".join(old) or "nvcc is neither in CUDA_HOME nor in PATH")
 
 
 def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
@@ -129,7 +129,7 @@ def architecture_flags() -> list[str]:
         if found[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
-        raise NoCuda("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
+        raise NoCudaError("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
     return flags
 
 
@@ -153,7 +153,7 @@ class BuildNative(build_ext):
         try:
             build(ext)
         except Exception as error:  # the package works without its compiled backends
-            if REQUIRED and not isinstance(error, NoCuda):
+            if REQUIRED and not isinstance(error, NoCudaError):
                 raise
             self.warn(f"{ext.name} was not built, its backend will be missing: {error}")
 

@@ -36,11 +36,11 @@ def pytest_configure() -> None:
     if not available:
         raise pytest.UsageError(f"the CPU library is required: {reason}")
     if not native._CUDA_LIBRARY.exists():
-        from setup import NoCuda, architecture_flags, find_nvcc
+        from setup import NoCudaError, architecture_flags, find_nvcc
 
         try:
             nvcc, _ = find_nvcc(), architecture_flags()
-        except NoCuda:
+        except NoCudaError:
             return
         raise pytest.UsageError(f"the CUDA library is required, for there is {nvcc}: `touch setup.py`, `make build`")
 

@@ -1,4 +1,4 @@
-"""A library that does not build is an error for ``make`` and costs ``pip install`` its backend; none outlives a build."""
+"""A library that does not build is an error for ``make``, and costs ``pip install`` its backend. None is left over."""
 
 import importlib.util
 import os
@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("setup.py", "pyproject.toml", "Makefile", "MANIFEST.in", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE")
+FILES = [
+    "setup.py",
+    "pyproject.toml",
+    "Makefile",
+    "MANIFEST.in",
+    "constraints.txt",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+]
 PLANTED = 'static int planted = "no number";\n'
 LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
@@ -58,7 +67,7 @@ class Tree:
         path.chmod(0o755)
         return str(path)
 
-    def nvcc(self, version: str = "echo release 13.0", compile: str = "exec faultless \"$@\"") -> None:
+    def nvcc(self, version: str = "echo release 13.0", compile: str = 'exec faultless "$@"') -> None:
         """What ``nvcc`` on PATH does when it is asked for its version, and to compile."""
         toolkit = self.bin / "toolkit"
         (toolkit / "lib64").mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,9 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def convolve(x: Tensor, weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0)) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0, 0, 0)
+) -> Tensor:
     """The convolution of the references, padded by (top, bottom, left, right); computed and returned in ``wide``.
 
     Libraries' own 16-bit convolutions define nothing: oneDNN's on AMX take a NaN to pixels whose window it is not in.

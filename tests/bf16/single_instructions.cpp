@@ -1,5 +1,5 @@
-// The instructions one by one, for test_instructions.py: emulated, or those of AVX-512 BF16 as the processor has
-// them.
+// The instructions one by one, for test_instructions.py: emulated, or those of AVX-512 BF16 as the processor
+// has them.
 #include <immintrin.h>
 
 #include <cstdint>

@@ -14,7 +14,7 @@ from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, No
 
 
 class Reference:
-    """``block.Kernels``, one expression each; convolutions are computed in ``wide`` precision, as ``common.convolve``."""
+    """``block.Kernels``, one expression each; convolutions are ``wide``, as those of all references."""
 
     def conv(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
         raw = self.convolve(self.apply(source, None), layer)
@@ -72,7 +72,7 @@ class Reference:
     def convolve_backward(self, dy: Tensor, a: Tensor | None, through: Through) -> Gone:
         gone = convolve_backward(wide(dy), None if a is None else wide(a), through._replace(layer=through.layer.wide()))
         assert not isinstance(gone.into, Gradient)
-        return Gone(*(None if grad is None else grad.to(dy.dtype) for grad in gone[:2]))
+        return Gone(*(None if grad is None else grad.to(dy.dtype) for grad in (gone.into, gone.weight)))
 
     def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
         p, q, r = columns(coefficients)
