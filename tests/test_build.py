@@ -1,6 +1,6 @@
 """A library that does not build is an error for ``make``, and costs ``pip install`` its backend. None is left over."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -181,7 +181,7 @@ def test_both_libraries_are_built_anew(tree, required):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+@pytest.mark.skipif(not [*importlib.metadata.Distribution.discover(name="pip")], reason="pip is not installed")
 def test_make(tree):
     """In an environment of its own that sees the packages of this one."""
     environment = tree.root / ".venv"
