@@ -30,11 +30,13 @@ $(VENV)/.requirements: constraints.txt pyproject.toml
 	@$(PIP) install --constraint constraints.txt torch setuptools wheel
 	@touch $@
 
-# A library that does not build is an error, and so is one that the tests do not find. Only CUDA's may be missing: without nvcc.
+# A library that does not build is an error, and so is one that the tests do not find. Only CUDA's may be missing: where
+# there is no nvcc.
 REQUIRE := EFFNET_KERNELS_REQUIRE_NATIVE=1
 
 # The stamp lists the libraries that were built: they are built anew when one is gone.
-$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP) $(if $(filter-out $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-)),FORCE)
+GONE := $(filter-out $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-))
+$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP) $(if $(GONE),FORCE)
 	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
 	@rm -f $@
 	@$(REQUIRE) $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'

@@ -138,23 +138,26 @@ class BuildNative(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def run(self) -> None:
-        for ext in self.extensions:  # what fails to build, or is not tried, leaves nothing of an earlier build
-            for library in self.places(ext):
-                library.unlink(missing_ok=True)
+        for ext in self.extensions:
+            self.forget(ext, beside_sources=bool(self.inplace))
         super().run()
 
-    def places(self, ext: Extension) -> list[Path]:
-        """Where the library will be: in the build folder, and beside the sources for an editable install."""
+    def forget(self, ext: Extension, beside_sources: bool) -> None:
+        """Remove the library of an earlier build: from the build folder, and where an editable install has it."""
         name = self.get_ext_filename(ext.name)
-        return [Path(self.build_lib, name), *([Path(name)] if self.inplace else [])]
+        Path(self.build_lib, name).unlink(missing_ok=True)
+        if beside_sources:
+            Path(name).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         build = self.build_cuda if ext.name.endswith("_cuda") else self.build_cpu
         try:
             build(ext)
         except Exception as error:  # the package works without its compiled backends
-            if REQUIRED and not isinstance(error, NoCudaError):
-                raise
+            if not isinstance(error, NoCudaError):
+                self.forget(ext, beside_sources=not SANITIZED)
+                if REQUIRED:
+                    raise
             self.warn(f"{ext.name} was not built, its backend will be missing: {error}")
 
     def build_cpu(self, ext: Extension) -> None:
@@ -231,7 +234,8 @@ class BuildNative(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         # Editable installs copy what was built; a library that was not built is not there to copy.
-        self.extensions = [ext for ext in self.extensions if self.places(ext)[0].exists()]
+        built = Path(self.build_lib)
+        self.extensions = [ext for ext in self.extensions if (built / self.get_ext_filename(ext.name)).exists()]
         super().copy_extensions_to_source()
 
 

@@ -139,6 +139,7 @@ def test_a_wheel_has_the_libraries_of_its_own_build_only(tree):
     shutil.rmtree(tree.root / "dist")
     tree.script("faultless", "#!/bin/sh\nexit 1\n")
     assert tree.wheel() == []
+    assert not (tree.root / "effnet_kernels" / "_native_cpu.so").exists()  # it is not of these sources
 
 
 @pytest.mark.parametrize("required", [True, False])
