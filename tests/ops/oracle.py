@@ -9,11 +9,14 @@ Every op is described as a chain of steps. Three things read a chain:
 
 What is right is the float64 reference alone. ``stock`` only says how far from it one may be, and says nothing where
 it is not finite. Its convolutions are computed in float32 at least and rounded, for those of 16 bits are not right in
-every processor's library.
+every processor's library: ``measuring`` does the same for whole models.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +75,29 @@ def convolve(x: Tensor, weight: Tensor, step: Conv) -> Tensor:
     return conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=step.stride, groups=groups)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
-    """``F.conv2d``, its sums in float32 at least and rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.conv2d(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), **how).to(x.dtype)
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *args: Any,
+    function: Callable[..., Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """``F.conv2d``, under autocast too: its sums in float32 at least, by ``function`` or torch's, and rounded once."""
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weight, bias = (None if t is None else t.to(dtype).to(wide) for t in (x, weight, bias))
+    with torch.autocast(device, enabled=False):
+        return (function or F.conv2d)(x, weight, bias, *args, **kwargs).to(dtype)
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Where the convolutions of stock modules are ``conv2d``."""
+    with mock.patch.object(F, "conv2d", functools.partial(conv2d, function=F.conv2d)):
+        yield
 
 
 def stock(x: Tensor, steps: Sequence[Step]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.ops import oracle
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
 from tests.ops.inputs import SAMPLES, build, cast, sample
-from tests.ops.special_values import LostConvolutions, check_value, each_value
+from tests.ops.special_values import check_value, each_value, lost_convolutions
 
 
 @pytest.mark.parametrize("kind", [Pointwise, Depthwise, Squeeze, Fused, MBConv], ids=lambda kind: kind.__name__)
@@ -56,7 +56,7 @@ MAPS = [name for name in SAMPLES if "gate" not in name]
 def test_convolutions_of_16_bits_define_nothing(name, dtype):
     """What is right, what may be off and what the reference gives are the same without them."""
     problem, same = sample(name, dtype), sample(name, dtype)
-    with LostConvolutions():
+    with lost_convolutions():
         assert F.conv2d(torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)).isnan().all()
         oracle.check(problem, "reference")
     for a, b in zip(problem.expected, same.expected, strict=True):
@@ -89,7 +89,7 @@ def test_where_stock_is_not_finite_the_derived_noise_alone_is_allowed(name, dtyp
 @each_value
 @torch.no_grad()
 def test_where_a_value_goes_is_not_asked_of_stock(name, dtype, value):
-    with LostConvolutions():
+    with lost_convolutions():
         check_value(sample(name, dtype), value, "reference")
 
 

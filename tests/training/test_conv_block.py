@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
-from tests.ops.special_values import LostConvolutions
+from tests.ops.special_values import lost_convolutions
 from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build, skip_jumps
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -150,7 +150,7 @@ def test_statistics_far_from_zero(offset, backend):
 @pytest.mark.parametrize("case", [Case(se=True), Case(kinds="fp", widths=(5, 18, 7), se=True)], ids=str)
 def test_convolutions_of_16_bits_define_nothing(case):
     """The reference is as accurate without them."""
-    with LostConvolutions():
+    with lost_convolutions():
         assert_as_accurate(build(case, torch.bfloat16), torch.bfloat16, torch.float32, "reference")
 
 
