@@ -96,7 +96,10 @@ def rms(error: Tensor) -> float:
 
 
 def assert_as_accurate(y: Tensor, stock: Tensor, exact: Tensor) -> None:
-    """At most twice stock's error and two units in the last place, as root mean squares."""
+    """At most twice stock's error and two units in the last place, as root mean squares.
+
+    In 16 bits ``stock`` is what stock modules give ``measuring``.
+    """
     allowed = 2 * rms(stock_error(stock, exact)) + 2 * torch.finfo(y.dtype).eps * rms(exact)
     assert rms(y - exact) <= allowed, f"error {rms(y - exact):.3g}, allowed {allowed:.3g}"
 

@@ -9,6 +9,7 @@ from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from tests.models import calibrate, images, randomize
 from tests.ops.cases import DTYPES
 from tests.ops.device import DEVICE
+from tests.ops.oracle import measuring
 
 # The blocks of B0 and of V2, narrow.
 B0 = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c12_se0.25"]
@@ -52,7 +53,8 @@ def agrees(model: nn.Module, backend: str, dtype: torch.dtype = torch.float32) -
     model = calibrate(randomize(model), images(4, 48)).to(DEVICE, dtype)
     x = images(2, 25).to(DEVICE, dtype)
     with torch.inference_mode():
-        exact, stock = exact_output(model, x), model(x)
+        with measuring():
+            exact, stock = exact_output(model, x), model(x)
         patched = ek.patch(model, backend=backend)
         assert not ek.report(patched).skipped
         return agreement(patched(x), stock, exact).ok

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.benchmarking import UserError, contenders, timing
+from effnet_kernels.benchmarking.agreement import measure
 
 # Gradients against float64: ours at most so many times stock's error, as a root mean square over all of them.
 ALLOWED = 2.0
@@ -142,7 +143,7 @@ def compare(
     """
     exact = Step(copy.deepcopy(stock).double(), x.double(), None).gradients()
     scale = _rms(exact)
-    allowed = ALLOWED * _rms(Step(stock, x, amp).gradients() - exact) + 1e-6 * scale
+    allowed = ALLOWED * measure(_rms(Step(stock, x, amp).gradients() - exact)) + 1e-6 * scale
     torch._dynamo.reset()  # as in ``contenders.compare``
     results: dict[str, dict[str, Any]] = {}
     calls: dict[str, timing.Call] = {}

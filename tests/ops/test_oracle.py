@@ -1,9 +1,12 @@
 """The judge itself: the references are the stock layers, and wrong answers are rejected."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.models import assert_as_accurate
 from tests.ops import oracle
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
 from tests.ops.inputs import SAMPLES, build, cast, sample
@@ -101,6 +104,26 @@ def test_one_element_of_stock_that_is_not_finite_takes_all_its_error():
     for value in (torch.nan, torch.inf, -torch.inf):
         stock[0, 1] = value
         assert torch.equal(oracle.tolerance(exact, stock, sigma, torch.bfloat16), 3 * sigma[0] + tiny)
+
+
+def test_models_are_measured_without_convolutions_of_16_bits():
+    """Nor does what is not finite in stock allow anything."""
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv2d(5, 7, 3, padding=1), torch.randn(1, 5, 8, 8)
+    exact = conv.double()(x.double()).detach()
+    conv.float()
+    with lost_convolutions(), torch.no_grad():
+        for module, given in ((copy.deepcopy(conv).bfloat16(), x.bfloat16()), (conv, x)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=module is conv):
+                assert module(given).isnan().all()
+                with oracle.measuring():
+                    stock = module(given)
+            assert stock.dtype == torch.bfloat16
+            assert_as_accurate(stock, stock, exact)
+            with pytest.raises(AssertionError, match="allowed"):
+                assert_as_accurate(stock + 1, stock, exact)
+            with pytest.raises(AssertionError, match="allowed"):
+                assert_as_accurate(stock + 1, stock.fill_(torch.nan), exact)
 
 
 def test_wrong_layouts_are_rejected():

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import effnet_kernels as ek
 from tests.models import BACKENDS, assert_as_accurate, in_double, in_two_threads, rms, timm_model
+from tests.ops.oracle import measuring
 from tests.patching.conftest import NAMES, build
 
 
 def assert_accurate(stock: nn.Module, y: Tensor, x: Tensor) -> None:
     """y is what ``stock`` gives for x, with at most twice its error."""
-    with torch.no_grad():
+    with torch.no_grad(), measuring():
         assert_as_accurate(y, stock(x), in_double(stock, x))
 
 
@@ -203,7 +204,8 @@ def test_conversions_after_patching(model, x, change):
 
     with torch.no_grad():
         stock_model, cx = convert(copy.deepcopy(model), x)
-        stock = stock_model(cx)
+        with measuring():
+            stock = stock_model(cx)
         y = convert(ek.patch(model), x)[0](cx)
     assert y.dtype == stock.dtype
     assert_as_accurate(y, stock, exact)
@@ -212,7 +214,8 @@ def test_conversions_after_patching(model, x, change):
 def test_autocast(model, x, backend):
     exact = in_double(model, x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        stock = model(x)
+        with measuring():
+            stock = model(x)
         y = ek.patch(model, backend=backend)(x)
     assert y.dtype == stock.dtype == torch.bfloat16
     assert_as_accurate(y, stock, exact)

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,21 +28,47 @@ def test_a_step_is_timed_and_its_memory_counted():
         assert result["saved"] == 2 * maps + x.numel() * 4 + 2 * 4 * 8
 
 
+class Wrong(nn.Module):
+    """The same output, another gradient."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = copy.deepcopy(inner)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y + 1e-3 * (y - y.detach())
+
+
 def test_wrong_gradients_are_not_timed():
-    class Wrong(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = copy.deepcopy(inner)
-
-        def forward(self, x):
-            y = self.inner(x)
-            return y + 1e-3 * (y - y.detach())  # the same output, another gradient
-
     x = torch.randn(2, 3, 10, 10)
     results = training.compare(block(), x, NAMES, fused=lambda stock, _: Wrong(stock), seconds=0.01)
     assert "median" in results[contenders.STOCK]
     assert "allowed" in results[NAMES[-1]]["wrong"]
     assert "median" not in results[NAMES[-1]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_stock_that_is_not_finite_allows_nothing(value, monkeypatch):
+    """A few roundings are left: enough for a contender that is right, not for a wrong one."""
+    gradients, first = training.Step.gradients, []
+
+    def lost(step):
+        """float64 first, then stock."""
+        result = gradients(step)
+        first.append(step)
+        if len(first) == 2:
+            result[0] = value
+        return result
+
+    monkeypatch.setattr(training.Step, "gradients", lost)
+    x = torch.randn(2, 3, 10, 10)
+    ours = NAMES[-1:]
+    results = training.compare(block(), x, ours, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
+    assert "median" in results[ours[0]], results
+    first.clear()
+    results = training.compare(block(), x, ours, fused=lambda stock, _: Wrong(stock), seconds=0.01)
+    assert "allowed" in results[ours[0]]["wrong"]
 
 
 def test_the_module_is_left_as_it_was():
