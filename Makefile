@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPU := $(filter-out csrc/cuda/% %_cuda.cpp,$(CPP))
 TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One thread in each test process, or their thread pools fight over the cores.
@@ -34,14 +33,20 @@ $(VENV)/.requirements: constraints.txt pyproject.toml
 # there is no nvcc.
 REQUIRE := EFFNET_KERNELS_REQUIRE_NATIVE=1
 
-# The stamp lists the libraries that were built: they are built anew when one is gone.
-GONE := $(filter-out $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-))
-$(VENV)/.installed: $(VENV)/.requirements setup.py $(CPP) $(if $(GONE),FORCE)
+# What libraries are built from: names and contents of the sources, as they were when make began, and what CUDA's depends
+# on. Stamps keep it, for times of files tell neither of a file that is gone nor of one that came with an older time.
+STATE := $(firstword $(shell { sha256sum setup.py $(sort $(CPP)); echo "$(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST)"; \
+	command -v nvcc; ls $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc; } 2>&- | sha256sum))
+GONE := $(filter-out $(STATE) $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-))
+changed = $(if $(filter $(STATE),$(shell cat $(1) 2>&-)),,FORCE)
+LOAD := import sys, torch; [torch.ops.load_library(library) for library in sys.argv[1:]]
+
+$(VENV)/.installed: $(VENV)/.requirements $(call changed,$(VENV)/.installed) $(if $(GONE),FORCE)
 	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
-	@rm -f $@
 	@$(REQUIRE) $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -c "$(LOAD)" effnet_kernels/*.so
 	@$(BIN)/effnet-kernels info
-	@ls effnet_kernels/*.so > $@
+	@echo $(STATE) effnet_kernels/*.so > $@
 
 build: $(VENV)/.installed  ## install the package and build its native code
 
@@ -53,9 +58,10 @@ test: build  ## run the whole test suite
 	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
-$(SANITIZED): $(VENV)/.requirements setup.py tests/sanitizers/faults.cpp $(CPU)
+$(SANITIZED): $(VENV)/.requirements tests/sanitizers/faults.cpp $(call changed,build/sanitized/.state)
 	@echo "==> CPU library with sanitizers: minutes"
 	@$(REQUIRE) EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
+	@echo $(STATE) > build/sanitized/.state
 
 sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated kernels under AddressSanitizer
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)

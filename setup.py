@@ -54,7 +54,7 @@ CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0a 12.0+PTX"
 CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"]
 
 
-REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "0") != "0"
+REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") not in ("", "0")
 
 
 class NoCudaError(RuntimeError):

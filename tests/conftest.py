@@ -5,6 +5,8 @@ of that library are skipped.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -29,20 +31,31 @@ settings.register_profile("tests", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("tests")
 
 
-def pytest_configure() -> None:
-    if os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "0") == "0":
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") in ("", "0") or hasattr(config, "workerinput"):
         return
     available, reason = native.cpu_available()
     if not available:
         raise pytest.UsageError(f"the CPU library is required: {reason}")
-    if not native._CUDA_LIBRARY.exists():
-        from setup import NoCudaError, architecture_flags, find_nvcc
+    fault = cuda_fault()
+    if fault is not None:
+        raise pytest.UsageError(f"the CUDA library is required: {fault}")
 
-        try:
-            nvcc, _ = find_nvcc(), architecture_flags()
-        except NoCudaError:
-            return
-        raise pytest.UsageError(f"the CUDA library is required, for there is {nvcc}: `touch setup.py`, `make build`")
+
+def cuda_fault() -> str | None:
+    """What is wrong with the CUDA library, GPU or not; nothing is if it is missing where there is no nvcc."""
+    if native._CUDA_LIBRARY.exists():  # in a process of its own: here the emulation may register the same ops
+        code = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+        command = [sys.executable, "-c", code, str(native._CUDA_LIBRARY)]
+        loaded = subprocess.run(command, capture_output=True, text=True, check=False)
+        return None if loaded.returncode == 0 else loaded.stderr.strip().splitlines()[-1]
+    from setup import NoCudaError, architecture_flags, find_nvcc
+
+    try:
+        nvcc, _ = find_nvcc(), architecture_flags()
+    except NoCudaError:
+        return None
+    return f"there is {nvcc}, but the library was not built (see `make build`)"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,5 +1,6 @@
 """A library that does not build is an error for ``make``, and costs ``pip install`` its backend. None is left over."""
 
+import filecmp
 import importlib.metadata
 import os
 import shutil
@@ -11,24 +12,25 @@ from pathlib import Path
 
 import pytest
 
+from effnet_kernels import native
+from tests.conftest import cuda_fault
+
+pytestmark = pytest.mark.skipif(not native._CPU_LIBRARY.exists(), reason="the CPU library is not built")
+
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [
-    "setup.py",
-    "pyproject.toml",
-    "Makefile",
-    "MANIFEST.in",
-    "constraints.txt",
-    "README.md",
-    "CHANGELOG.md",
-    "LICENSE",
-]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md"]
 PLANTED = 'static int planted = "no number";\n'
 LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
-# Stand for a compiler that finds no fault, and for nvcc.
+# Stand for a compiler that finds no fault and links to this package's CPU library, and for nvcc.
 COMPILER = """#!/bin/sh
-while [ $# -gt 1 ]; do [ "$1" = -o ] && echo new > "$2"; shift; done
-exit 0
+while [ $# -gt 1 ]; do
+  case "$1 $2" in
+  "-o "*.so) cp {library} "$2";;
+  "-o "*) echo object > "$2";;
+  esac
+  shift
+done
 """
 NVCC = """#!/bin/sh
 case "$*" in
@@ -40,15 +42,27 @@ esac
 
 
 class Tree:
-    """A copy of the sources, with libraries of an earlier build in it."""
+    """A copy of the sources, with libraries of an earlier build in it, and an environment.
+
+    That sees the packages of this one, but has no CUDA compiler in it.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root / "tree"
         self.bin = root / "bin"
         self.bin.mkdir()
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.root / ".venv"], check=True)
+        self.python = self.root / ".venv" / "bin" / "python"
+        packages = sysconfig.get_path("purelib", vars={"base": str(self.root / ".venv")})
+        Path(packages, "outer.pth").write_text(sysconfig.get_path("purelib"))
         without = shutil.ignore_patterns("*.so", "__pycache__")
         for folder in ("csrc", "effnet_kernels"):
             shutil.copytree(ROOT / folder, self.root / folder, ignore=without)
+        tests = self.root / "tests"
+        tests.mkdir()
+        (tests / "test_environment.py").write_text(
+            "import os\n\n\ndef test_it():\n    assert os.environ['EFFNET_KERNELS_REQUIRE_NATIVE'] == '1'\n"
+        )
         for name in FILES:
             shutil.copy(ROOT / name, self.root)
         self.built = self.root / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -74,9 +88,9 @@ class Tree:
         (toolkit / "lib64" / "libcudart_static.a").touch()
         self.script("nvcc", NVCC.format(version=version, compile=compile, toolkit=toolkit))
 
-    def faultless(self) -> None:
-        """From here on the C++ compiler takes everything, at once."""
-        compiler = self.script("faultless", COMPILER)
+    def faultless(self, library: Path = native._CPU_LIBRARY) -> None:
+        """From here on the C++ compiler takes everything, at once, and makes this library of it."""
+        compiler = self.script("faultless", COMPILER.format(library=library))
         self.environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler)
 
     def plant(self, file: str) -> None:
@@ -91,23 +105,27 @@ class Tree:
 
     def build(self, required: bool) -> subprocess.CompletedProcess[str]:
         """As an editable install does it."""
-        command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-lib", str(self.built))
+        command = (str(self.python), "setup.py", "-q", "build_ext", "--inplace", "--build-lib", str(self.built))
         return self.run(*command, EFFNET_KERNELS_REQUIRE_NATIVE=str(int(required)))
 
     def wheel(self) -> list[str]:
         """The libraries in a wheel."""
-        result = self.run(sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist")
+        result = self.run(str(self.python), "setup.py", "-q", "bdist_wheel", "--dist-dir", "dist")
         assert result.returncode == 0, result.stdout
         (path,) = (self.root / "dist").glob("*.whl")
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".so")]
-            assert all(archive.read(name) == b"new\n" for name in names)
+            assert all(archive.read(name) == native._CPU_LIBRARY.read_bytes() for name in names)
         return sorted(Path(name).name for name in names)
+
+    def changed(self) -> bool:
+        """Whether ``make`` would build."""
+        return self.run("make", "--question", "build").returncode != 0
 
     def libraries(self) -> list[str]:
         """Those beside the sources, all of this build."""
         paths = sorted((self.root / "effnet_kernels").glob("*.so"))
-        assert all(path.read_text() == "new\n" for path in paths)
+        assert all(filecmp.cmp(path, native._CPU_LIBRARY, shallow=False) for path in paths)
         return [path.name for path in paths]
 
 
@@ -181,52 +199,88 @@ def test_both_libraries_are_built_anew(tree, required):
     assert tree.libraries() == [*LIBRARIES]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.skipif(not [*importlib.metadata.Distribution.discover(name="pip")], reason="pip is not installed")
-def test_make(tree):
-    """In an environment of its own that sees the packages of this one."""
-    environment = tree.root / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
-    Path(packages, "outer.pth").write_text(sysconfig.get_path("purelib"))
+@pytest.fixture
+def made(tree):
+    """After a first ``make build``."""
     tree.faultless()
-    good = tree.environment
-    assert tree.run("make", "build").returncode == 0
+    result = tree.run("make", "build")
+    assert result.returncode == 0, result.stdout
     assert tree.libraries() == ["_native_cpu.so"]
-    assert tree.run("make", "--question", "build").returncode == 0, "nothing has changed"
-
-    (tree.root / "effnet_kernels" / "_native_cpu.so").unlink()
-    assert tree.run("make", "--question", "build").returncode == 1, "a library is gone"
-    assert tree.run("make", "build").returncode == 0
-    assert tree.libraries() == ["_native_cpu.so"]
-
-    tree.environment = {name: value for name, value in good.items() if "faultless" not in value}
-    tree.plant("cpu/common.h")
-    for _ in range(2):
-        result = tree.run("make", "test")
-        assert result.returncode != 0
-        assert "planted" in result.stdout
-        assert "==> tests" not in result.stdout
-        assert tree.libraries() == []
+    assert not tree.changed()
+    return tree
 
 
-def start_tests(tree: Tree, missing: str) -> subprocess.CompletedProcess[str]:
-    """Collect some tests as ``make test`` does, where a library is not there."""
-    (tree.bin / "without.py").write_text(
-        f"from pathlib import Path; from effnet_kernels import native; native.{missing} = Path('/nowhere/native.so')"
+with_make = pytest.mark.skipif(
+    shutil.which("make") is None or not [*importlib.metadata.Distribution.discover(name="pip")],
+    reason="make or pip is not installed",
+)
+
+
+@with_make
+def test_make_notices_every_change_of_the_sources(made):
+    source = made.root / "csrc" / "cpu" / "scratch.cpp"
+    before, times = source.read_text(), source.stat()
+    (made.root / "effnet_kernels" / "_native_cpu.so").rename(made.root / "moved")
+    assert made.changed(), "a library is gone"
+    (made.root / "moved").rename(made.root / "effnet_kernels" / "_native_cpu.so")
+    source.write_text(before + "\n")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert made.changed(), "a file has come with its older time"
+    source.write_text(before)
+    source.rename(source.with_name("scratch2.cpp"))
+    assert made.changed(), "a file has another name"
+    source.with_name("scratch2.cpp").rename(source)
+    made.environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
+    assert made.changed(), "another GPU is meant"
+    made.environment["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+    assert not made.changed()
+
+
+@with_make
+def test_make_with_an_error_in_cpp(made):
+    good = made.environment
+    assert made.run("make", "test").returncode == 0
+    made.environment = {name: value for name, value in good.items() if "faultless" not in value}
+    made.plant("cpu/common.h")
+    result = made.run("make", "test")
+    assert result.returncode != 0
+    assert "planted" in result.stdout
+    assert "==> tests" not in result.stdout
+    assert made.libraries() == []
+    assert made.changed()
+
+
+@with_make
+def test_make_with_a_library_that_does_not_load(tree):
+    (tree.bin / "broken.so").write_text("not a library")
+    tree.faultless(tree.bin / "broken.so")
+    result = tree.run("make", "build")
+    assert result.returncode != 0
+    assert "Could not load this library" in result.stdout
+    assert tree.changed()
+
+
+def test_the_tests_do_not_start_without_the_cpu_library(tmp_path):
+    (tmp_path / "without.py").write_text(
+        "from pathlib import Path; from effnet_kernels import native; native._CPU_LIBRARY = Path('/nowhere/native.so')"
     )
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "without", "tests/test_native.py"]
-    return subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, check=False,
-        env=tree.environment | {"EFFNET_KERNELS_REQUIRE_NATIVE": "1", "PYTHONPATH": str(tree.bin)},
-    )  # fmt: skip
-
-
-def test_the_tests_do_not_start_without_the_library_that_they_are_for(tree):
-    result = start_tests(tree, "_CPU_LIBRARY")
+    environment = os.environ | {"EFFNET_KERNELS_REQUIRE_NATIVE": "1", "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, env=environment)
     assert (result.returncode, "the CPU library is required" in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
-    result = start_tests(tree, "_CUDA_LIBRARY")
-    assert result.returncode == 0, result.stderr  # nvcc is too old
+
+
+def test_what_is_wrong_with_the_cuda_library(tree, monkeypatch):
+    """What keeps the tests from starting."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tree.bin))  # where wheels of CUDA would be
+    monkeypatch.setattr(os, "environ", tree.environment)
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", tree.bin / "native.so")
+    assert cuda_fault() is None, "no nvcc that is new enough"
     tree.nvcc()
-    result = start_tests(tree, "_CUDA_LIBRARY")
-    assert (result.returncode, "the CUDA library is required" in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
+    assert "the library was not built" in cuda_fault()
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "7.5"
+    assert cuda_fault() is None, "no GPU to build it for"
+    (tree.bin / "native.so").write_text("not a library")
+    assert "native.so" in cuda_fault()
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", native._CPU_LIBRARY)
+    assert cuda_fault() is None, "it loads"
