@@ -5,6 +5,7 @@ tagged accordingly. For `pip install` a library that cannot be built costs its b
 `make`, which sets EFFNET_KERNELS_REQUIRE_NATIVE, it is an error. A library of an earlier build never outlives a build.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -63,9 +64,10 @@ class NoCudaError(RuntimeError):
 
 def torch_flags() -> tuple[list[str], list[str]]:
     """Compiler and linker flags for the stable ABI of torch 2.11."""
-    import torch
-
-    root = Path(torch.__file__).parent
+    torch = importlib.util.find_spec("torch")  # found, not imported, which would take longer than much of a build
+    if torch is None or torch.origin is None:
+        raise RuntimeError("torch is not installed: pip install torch, then --no-build-isolation")
+    root = Path(torch.origin).parent
     compile_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     # torch is loaded first, always: no run path is needed.
     return compile_flags, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

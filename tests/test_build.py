@@ -91,7 +91,8 @@ class Tree:
     def faultless(self, library: Path = native._CPU_LIBRARY) -> None:
         """From here on the C++ compiler takes everything, at once, and makes this library of it."""
         compiler = self.script("faultless", COMPILER.format(library=library))
-        self.environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler)
+        compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler)
+        self.environment = self.environment | compilers
 
     def plant(self, file: str) -> None:
         source = self.root / "csrc" / file
@@ -199,17 +200,6 @@ def test_both_libraries_are_built_anew(tree, required):
     assert tree.libraries() == [*LIBRARIES]
 
 
-@pytest.fixture
-def made(tree):
-    """After a first ``make build``."""
-    tree.faultless()
-    result = tree.run("make", "build")
-    assert result.returncode == 0, result.stdout
-    assert tree.libraries() == ["_native_cpu.so"]
-    assert not tree.changed()
-    return tree
-
-
 with_make = pytest.mark.skipif(
     shutil.which("make") is None or not [*importlib.metadata.Distribution.discover(name="pip")],
     reason="make or pip is not installed",
@@ -217,37 +207,39 @@ with_make = pytest.mark.skipif(
 
 
 @with_make
-def test_make_notices_every_change_of_the_sources(made):
-    source = made.root / "csrc" / "cpu" / "scratch.cpp"
+def test_make_notices_every_change_and_every_error(tree):
+    good = tree.environment
+    tree.faultless()
+    result = tree.run("make", "test")
+    assert result.returncode == 0, result.stdout
+    assert tree.libraries() == ["_native_cpu.so"]
+    assert not tree.changed()
+
+    source, library = tree.root / "csrc" / "cpu" / "scratch.cpp", tree.root / "effnet_kernels" / "_native_cpu.so"
     before, times = source.read_text(), source.stat()
-    (made.root / "effnet_kernels" / "_native_cpu.so").rename(made.root / "moved")
-    assert made.changed(), "a library is gone"
-    (made.root / "moved").rename(made.root / "effnet_kernels" / "_native_cpu.so")
+    library.rename(tree.root / "moved")
+    assert tree.changed(), "a library is gone"
+    (tree.root / "moved").rename(library)
     source.write_text(before + "\n")
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert made.changed(), "a file has come with its older time"
+    assert tree.changed(), "a file has come with its older time"
     source.write_text(before)
     source.rename(source.with_name("scratch2.cpp"))
-    assert made.changed(), "a file has another name"
+    assert tree.changed(), "a file has another name"
     source.with_name("scratch2.cpp").rename(source)
-    made.environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
-    assert made.changed(), "another GPU is meant"
-    made.environment["TORCH_CUDA_ARCH_LIST"] = "9.0a"
-    assert not made.changed()
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
+    assert tree.changed(), "another GPU is meant"
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+    assert not tree.changed()
 
-
-@with_make
-def test_make_with_an_error_in_cpp(made):
-    good = made.environment
-    assert made.run("make", "test").returncode == 0
-    made.environment = {name: value for name, value in good.items() if "faultless" not in value}
-    made.plant("cpu/common.h")
-    result = made.run("make", "test")
+    tree.environment = good
+    tree.plant("cpu/common.h")
+    result = tree.run("make", "test")
     assert result.returncode != 0
     assert "planted" in result.stdout
     assert "==> tests" not in result.stdout
-    assert made.libraries() == []
-    assert made.changed()
+    assert tree.libraries() == []
+    assert tree.changed()
 
 
 @with_make
