@@ -55,7 +55,7 @@ demo: build  ## run stock and patched models on a photograph; writes out/
 
 test: build  ## run the whole test suite
 	@echo "==> tests, $(TEST_PROCESSES) processes"
-	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
 $(SANITIZED): $(VENV)/.requirements tests/sanitizers/faults.cpp $(call changed,build/sanitized/.state)

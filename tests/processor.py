@@ -15,5 +15,5 @@ def _runs(isa: str) -> bool:
 
 
 NATIVE = [isa for isa in native.INSTRUCTION_SETS[1:] if native.cpu_available()[0] and _runs(isa)]
-LACKING = [isa for isa in build.SETS if isa not in NATIVE]
+LACKING = [isa for isa in build.MACROS if isa not in NATIVE]
 EMULATED = LACKING if build.unavailable() is None else []

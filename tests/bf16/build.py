@@ -1,12 +1,13 @@
 """Compiles the CPU library with emulated AVX-512 BF16 and AMX (instructions.h), once per state of the sources."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.emulation.build import CXX, ROOT, compiler_version, digest, make, one_builder
 
-SETS = ("avx512_bf16", "amx")
+MACROS = {"avx512_bf16": [], "amx": ["-DEMULATE_AMX"]}
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "bf16"
 # As setup.py, but fast to compile: what is asked here is not speed.
@@ -39,24 +40,23 @@ def link(name: str, jobs: list[tuple[Path, list[str]]], flags: list[str]) -> Pat
         )
 
 
-def library() -> Path:
-    """The CPU library, to take the place of ``native._CPU_LIBRARY``; without the kernels for training."""
+def library(sets: Sequence[str]) -> Path:
+    """The CPU library of these instruction sets, to take the place of ``native._CPU_LIBRARY``; without training."""
     import torch
 
     root = Path(torch.__file__).parent
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     cpu = ROOT / "csrc" / "cpu"
     jobs = [
-        (cpu / "kernels.cpp", EMULATED),
-        (cpu / "kernels.cpp", [*EMULATED, "-DEMULATE_AMX"]),
+        *((cpu / "kernels.cpp", [*EMULATED, *MACROS[isa]]) for isa in sets),
         (ROOT / "csrc" / "bindings_cpu.cpp", torch_flags),
         (cpu / "scratch.cpp", []),
-        (HERE / "instruction_sets.cpp", []),
+        (HERE / "instruction_sets.cpp", [f"-DEMULATED_{isa.upper()}" for isa in sets]),
     ]
     return link("emulated_cpu", jobs, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
 
 
 def single_instructions(emulated: bool) -> Path:
     """The instructions as functions; those of the processor are AVX-512 BF16 alone."""
-    flags = [*EMULATED, "-DEMULATE_AMX"] if emulated else [*AVX512, "-mavx512bf16"]
+    flags = [*EMULATED, *MACROS["amx"]] if emulated else [*AVX512, "-mavx512bf16"]
     return link("single_instructions", [(HERE / "single_instructions.cpp", flags)], [])
