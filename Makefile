@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPU := $(filter-out csrc/cuda/% %_cuda.cpp,$(CPP))
 TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # One thread in each test process, or their thread pools fight over the cores.
@@ -33,15 +34,17 @@ $(VENV)/.requirements: constraints.txt pyproject.toml
 # there is no nvcc.
 REQUIRE := EFFNET_KERNELS_REQUIRE_NATIVE=1
 
-# What libraries are built from: names and contents of the sources, as they were when make began, and what CUDA's depends
-# on. Stamps keep it, for times of files tell neither of a file that is gone nor of one that came with an older time.
-STATE := $(firstword $(shell { sha256sum setup.py $(sort $(CPP)); echo "$(CUDA_HOME) $(TORCH_CUDA_ARCH_LIST)"; \
-	command -v nvcc; ls $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc; } 2>&- | sha256sum))
+# What a library is built from: names and contents of the sources, as they were when make began, and whatever else decides.
+# A stamp keeps it, for times of files tell neither of a file that is gone nor of one that came with an older time.
+digest = $(firstword $(shell { sha256sum setup.py $(sort $(1)); echo "$(2)"; } | sha256sum))
+changed = $(if $(filter $(1),$(shell cat $(2) 2>&-)),,FORCE)
+
+NVCC := $(shell command -v nvcc) $(wildcard $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc)
+STATE := $(call digest,$(CPP),$(CUDA_HOME) $(CUDA_PATH) $(NVCC) $(TORCH_CUDA_ARCH_LIST))
 GONE := $(filter-out $(STATE) $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-))
-changed = $(if $(filter $(STATE),$(shell cat $(1) 2>&-)),,FORCE)
 LOAD := import sys, torch; [torch.ops.load_library(library) for library in sys.argv[1:]]
 
-$(VENV)/.installed: $(VENV)/.requirements $(call changed,$(VENV)/.installed) $(if $(GONE),FORCE)
+$(VENV)/.installed: $(VENV)/.requirements $(call changed,$(STATE),$(VENV)/.installed) $(if $(GONE),FORCE)
 	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
 	@$(REQUIRE) $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -c "$(LOAD)" effnet_kernels/*.so
@@ -58,10 +61,11 @@ test: build  ## run the whole test suite
 	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
-$(SANITIZED): $(VENV)/.requirements tests/sanitizers/faults.cpp $(call changed,build/sanitized/.state)
+SANITIZED_STATE := $(call digest,$(CPU) tests/sanitizers/faults.cpp)
+$(SANITIZED): $(VENV)/.requirements $(call changed,$(SANITIZED_STATE),build/sanitized/.state)
 	@echo "==> CPU library with sanitizers: minutes"
 	@$(REQUIRE) EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
-	@echo $(STATE) > build/sanitized/.state
+	@echo $(SANITIZED_STATE) > build/sanitized/.state
 
 sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated kernels under AddressSanitizer
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
