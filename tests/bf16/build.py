@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.emulation.build import CXX, ROOT, compiler_version, digest, make, one_builder
 
+# What turns EMULATED into the build of an instruction set.
 MACROS = {"avx512_bf16": [], "amx": ["-DEMULATE_AMX"]}
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "bf16"
