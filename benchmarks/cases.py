@@ -1,13 +1,14 @@
 """What is measured, at every level: a title, the work, and how to measure all its contenders."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import stock
+from benchmarks import shapes, stock
 from benchmarks.shapes import Block, Op
 from effnet_kernels.benchmarking import contenders, training
 from effnet_kernels.benchmarking.models import create_model, noise
@@ -25,7 +26,7 @@ class Case(NamedTuple):
     make: Callable[[], tuple[nn.Module, Tensor]]  # the stock module and its input
     fused: Callable[[nn.Module, str], nn.Module] = contenders.patched
     amp: torch.dtype | None = None
-    bytes: int | None = None  # the least traffic
+    traffic: Callable[[], int] | None = None  # the least bytes that kernels like ours move
     count: int = 1  # so often in the network
     facts: tuple[tuple[str, Any], ...] = ()  # stand in the record as they are
 
@@ -34,24 +35,34 @@ class Case(NamedTuple):
         return self.level.startswith("training")
 
     def measure(
-        self, names: Sequence[str], seconds: float, guard: contenders.Guard = contextlib.nullcontext
+        self,
+        names: Sequence[str],
+        seconds: float,
+        guard: contenders.Guard = contextlib.nullcontext,
+        keep: contenders.Keep | None = None,
     ) -> Results:
         """``contenders.compare`` or ``training.compare`` of the contenders in ``names``."""
         module, x = self.make()
+        how: dict[str, Any] = {"fused": self.fused, "seconds": seconds, "guard": guard, "keep": keep}
         if self.trains:
-            return training.compare(module, x, names, amp=self.amp, fused=self.fused, seconds=seconds, guard=guard)
-        return contenders.compare(module, x, names, fused=self.fused, seconds=seconds, guard=guard)
+            return training.compare(module, x, names, amp=self.amp, **how)
+        return contenders.compare(module, x, names, **how)
 
-    def record(self, results: Results, bandwidth: float | None) -> dict[str, Any]:
-        """What is kept of the case; with ``bandwidth``, of a copy, also the share of it that was reached."""
-        for result in results.values():
-            if "samples" in result:
-                result["samples"] = len(result["samples"])
-            if bandwidth and self.bytes is not None and "median" in result:
-                result["bytes_per_second"] = self.bytes / result["median"]
-                result["share_of_copy"] = result["bytes_per_second"] / bandwidth
-        facts = {"batch": self.batch, "count": self.count, "bytes": self.bytes, **dict(self.facts)}
-        return {**facts, "contenders": results}
+    def entry(self) -> dict[str, Any]:
+        """The case in a record, nothing measured yet."""
+        least = None if self.traffic is None else self.traffic()
+        return {"batch": self.batch, "count": self.count, "bytes": least, **dict(self.facts), "contenders": {}}
+
+
+def put(entry: dict[str, Any], name: str, result: dict[str, Any], bandwidth: float | None) -> None:
+    """Record a contender's result; with ``bandwidth``, of a copy, also the share of it that was reached."""
+    kept = dict(result)
+    if "samples" in kept:
+        kept["samples"] = len(kept["samples"])
+    if bandwidth and entry["bytes"] is not None and "median" in kept:
+        kept["bytes_per_second"] = entry["bytes"] / kept["median"]
+        kept["share_of_copy"] = kept["bytes_per_second"] / bandwidth
+    entry["contenders"][name] = kept
 
 
 def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
@@ -61,7 +72,8 @@ def model_case(model: str, size: int, batch: int, dtype: str, device: str) -> Ca
         x = noise(batch, size, dtype=DTYPES[dtype], device=device)
         return create_model(model).to(device, DTYPES[dtype]), x
 
-    return Case("model", f"{model} @{size}, batch {batch}, {dtype}", batch, make)
+    traffic = functools.partial(shapes.network_bytes, model, size, batch, DTYPES[dtype].itemsize)
+    return Case("model", f"{model} @{size}, batch {batch}, {dtype}", batch, make, traffic=traffic)
 
 
 def sweep_case(model: str, size: int, batch: int, dtype: str, device: str) -> Case:
@@ -78,7 +90,8 @@ def block_case(model: str, block: Block, count: int, batch: int, dtype: str, dev
         return found.to(device, DTYPES[dtype]), _map(block, batch).to(device, DTYPES[dtype])
 
     title = f"{model} {block.path} {block}, batch {batch}, {dtype}"
-    return Case("block", title, batch, make, bytes=block.bytes(batch, DTYPES[dtype].itemsize), count=count)
+    traffic = functools.partial(block.bytes, batch, DTYPES[dtype].itemsize)
+    return Case("block", title, batch, make, traffic=traffic, count=count)
 
 
 def op_case(model: str, op: Op, count: int, batch: int, dtype: str, device: str) -> Case:
@@ -91,7 +104,8 @@ def op_case(model: str, op: Op, count: int, batch: int, dtype: str, device: str)
         return stock.OurOp(op, module, backend)
 
     title = f"{model} {op}, batch {batch}, {dtype}"
-    return Case("op", title, batch, make, fused, bytes=op.bytes(batch, DTYPES[dtype].itemsize), count=count)
+    traffic = functools.partial(op.bytes, batch, DTYPES[dtype].itemsize)
+    return Case("op", title, batch, make, fused, traffic=traffic, count=count)
 
 
 def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, device: str) -> Case:

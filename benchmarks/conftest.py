@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, put
 from benchmarks.files import file_name
 from benchmarks.shapes import DEFAULT_MODELS, MODELS
 from effnet_kernels.benchmarking import contenders, timing
@@ -118,7 +118,9 @@ class Suite:
             if DEVICE == "cuda":
                 # Caches flatter a CPU at these sizes; on a GPU the graph rotates past them (timing.Graph).
                 self.bandwidth = self.bandwidth or timing.copy_bandwidth()
-            cases[case.title] = case.record(results, self.bandwidth)
+            cases[case.title] = case.entry()
+            for name, result in results.items():
+                put(cases[case.title], name, result, self.bandwidth)
         result = cases[case.title]["contenders"][contender]
         assert "wrong" not in result, f"{case.title}: {contender} is wrong and was not timed: {result['wrong']}"
         if "failed" in result:

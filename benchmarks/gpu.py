@@ -1,19 +1,21 @@
-"""Everything that a GPU has to show, in one run: the kernels tested natively, then measured.
+"""Everything that a GPU has to show: the kernels tested natively, then measured.
 
-    python -m benchmarks.gpu [--budget SECONDS] [--only PART,PART]
+    python -m benchmarks.gpu [first|second] [--record FILE] [--keep FILE] [--commit NAME] [--kernels FILE]
 
 needs torch and Triton, timm for everything that has a model in it, pytest for the tests, and no network. Parts run in
 order of worth, each in a process of its own: one that fails, hangs or takes the GPU's context with it is recorded, and
-the run goes on. A contender that killed its process is left out and the case measured again. The record,
-``benchmarks/results/<GPU>.json``, is written after every measurement; a run at the same commit
-adds to it and tries again what failed.
-``python -m benchmarks.report`` makes tables of it, ``python -m benchmarks.dispatch`` the order of the backends.
+the run goes on. A contender that killed its process is left out and the case measured again. The record is written
+after every contender, and a run that finds one adds to it: what was measured stays, what failed is tried again. All
+processes end with this one, however it ends.
 
-``--device cpu`` runs all of it on something tiny, for tests. The GPU's settings are left alone.
+``first`` and ``second`` divide the work for a machine that is there for a quarter of an hour (docs/gpu.md); without
+them all of it is done. ``python -m benchmarks.report`` makes tables of the record, ``python -m benchmarks.dispatch``
+the order of the backends. ``--device cpu`` runs all of it on something tiny. The GPU's settings are left alone.
 """
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,113 +23,173 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.files import file_name
-from benchmarks.gpu_parts import PARTS, ROOT, scope_of
-from benchmarks.gpu_record import LIMIT, LOST, TAIL, OutOfTimeError, Record
+from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND, scope_of
+from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, cpu_model, describe, environment
 from effnet_kernels.benchmarking.tables import seconds as duration
 from effnet_kernels.benchmarking.tables import text_table
 
-LEAST = 10.0  # seconds below which no part is begun
+CALLS = {"first": (FIRST, 300.0), "second": (SECOND, 290.0)}  # parts, seconds
+COMPILED = {"none": (), "default": ("compiled",), "autotuned": ("compiled", "autotuned")}
+SPARE = 10.0  # seconds of the budget: Python starts before the clock does, and a page is printed behind it
+MODULES = ["benchmarks.gpu_parts", "timm", "triton"]  # imported once for all parts
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for all of it (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated, of %(default)s")
+    parser.add_argument("call", nargs="?", choices=CALLS, help="a half of the run; default: all of it")
+    parser.add_argument("--budget", type=float, help="seconds; default: 300 for the first call, 290 for the second")
+    parser.add_argument("--only", help=f"parts, comma-separated, of {','.join(PARTS)}")
+    parser.add_argument("--compiled", choices=COMPILED, default="autotuned", help="torch.compile (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", default=commit(), help="of the code, where git cannot tell")
     parser.add_argument("--record", type=Path, help="the JSON; default: benchmarks/results/<GPU>.json")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the process of one part
-    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="a second place for the record, read where --record is not there")
+    parser.add_argument("--kernels", type=Path, help="compiled Triton kernels, by python -m benchmarks.gpu_kernels")
+    parser.add_argument("--fresh", action="store_true", help="begin a new record in place of the one that is there")
     options = parser.parse_args(arguments)
-    if options.part:
-        return run_part(options.part, options.device, Record(options.record, options.until))
-    wanted = options.only.split(",")
+    calls = [CALLS[options.call]] if options.call else list(CALLS.values())
+    wanted = list(dict.fromkeys(part for parts, _ in calls for part in parts))
+    wanted = [part for part in wanted if part not in COMPILED["autotuned"] or part in COMPILED[options.compiled]]
+    wanted = options.only.split(",") if options.only else wanted
+    budget = options.budget or sum(seconds for _, seconds in calls)
+    until = time.time() + budget - min(SPARE, budget / 10)
     if unknown := [name for name in wanted if name not in PARTS]:
         parser.error(f"--only must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --device cpu shows that everything runs")
-    until = time.time() + options.budget
+    if options.commit is None:
+        parser.error("git cannot tell which code this is: --commit NAME")
+    # Inductor moves Triton's cache when it first compiles: what was packed and compiled before would be lost to it.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+
     device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_model()
-    file = options.record or ROOT / "benchmarks" / "results" / f"{file_name(device)}.json"
-    record = Record(file)
-    if record.content["environment"].get("commit") != options.commit:
-        file.unlink(missing_ok=True)  # measured on other code
-        record = Record(file)
-    record.content["environment"] |= environment(options.device) | {"commit": options.commit}
-    record.forget_failures()  # they are tried again, perhaps with more time
+    file = (options.record or ROOT / "benchmarks" / "results" / f"{file_name(device)}.json").absolute()
+    places = (file, options.keep and options.keep.absolute())
+    if options.fresh:
+        for place in filter(None, places):
+            place.unlink(missing_ok=True)
+    record = Record(*places)
+    found = record.content["environment"]
+    for what, here in (("device", device), ("commit", options.commit)):
+        if found.get(what, here) != here:
+            parser.error(f"{file} was measured on {what} {found[what]}, not {here}: another --record, or --fresh")
+    found |= environment(options.device) | {"commit": options.commit}
+    found["packed_kernels"] = str(options.kernels.absolute()) if options.kernels else None
+    record.content.pop("doing", None)  # of a run that was killed
     record.save()
-    if "copy_bytes_per_second" not in record.content["environment"] and "ceilings" not in wanted:
+    if "copy_bytes_per_second" not in found and "ceilings" not in wanted:
         wanted.insert(0, "ceilings")  # shares of it are recorded with every measurement
+    os.chdir(ROOT)  # for the imports of the processes
+    run = Run(options.device, places, until, budget)
     for name in (part for part in PARTS if part in wanted):
-        supervise(name, options.device, file, until, options.budget)
-    print(summary(Record(file).content))
+        run.supervise(name)
+    print(summary(Record(*places).content))
     return 0
 
 
-def supervise(name: str, device: str, file: Path, until: float, budget: float) -> None:
-    """Run a part in a process of its own until it ends, or cannot go on; record how it went."""
-    began = time.time()
-    end = min(until, began + PARTS[name][1] * budget)
-    print(f"{name} ({end - began:.0f} s at most)", flush=True)
-    record = Record(file)
-    record.content["parts"].pop(name, None)
-    record.save()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--device", device]
-    command += ["--record", str(file), "--until", str(end)]
-    while True:
-        if end - time.time() < min(LEAST, budget / 10):
-            status, errors = "no time left", ""
-            break
-        status, errors, died = attempt(command, end)
-        # What killed the process, or hung in it, is left out from now on.
-        last = (errors.strip().splitlines() or [""])[-1]
-        if not Record(file).blame(f"{status} {last}".strip(), 0.0 if died else LIMIT) or not died:
-            break
-    record = Record(file)
-    part = record.part(name, seconds=round(time.time() - began, 1))
-    if status != "done" or "status" not in part:
-        record.part(name, status=status, **({"errors": errors[-TAIL:]} if errors else {}))
-    print(f"  {record.content['parts'][name]['status']}, {part['seconds']} s", flush=True)
+class Run:
+    """The parts of one call."""
+
+    def __init__(self, device: str, places: tuple[Path, Path | None], until: float, budget: float) -> None:
+        self.device, self.places, self.until, self.budget = device, places, until, budget
+        self.start = "forkserver"
+        if device == "cuda" and attempt(torch.cuda.init, (), until)[0] != "done":
+            self.start = "spawn"  # some import has touched the GPU, and CUDA does not survive a fork
+
+    def supervise(self, name: str) -> None:
+        """Run a part in a process of its own until it ends, or cannot go on; record how it went."""
+        began = time.time()
+        end = min(self.until, began + PARTS[name].share * self.budget)
+        record = self.record(name)
+        record.content["parts"].pop(name, None)
+        record.forget_failures()
+        record.save()
+        status, errors = "no time left", ""
+        if end - time.time() >= PARTS[name].least:
+            print(f"{name} ({end - began:.0f} s at most)", flush=True)
+            died = True
+            while died:
+                status, errors, died = attempt(run_part, (name, self.device, self.places, end), end, self.start)
+                # What killed the process, or hung in it, is left out from now on.
+                last = (errors.strip().splitlines() or [""])[-1]
+                died = self.record(name).blame(f"{status} {last}".strip(), died) and died
+        record = self.record(name)
+        part = record.part(name, seconds=round(time.time() - began, 1))
+        if status != "done" or "status" not in part:
+            record.part(name, status=status, **({"errors": errors[-TAIL:]} if errors else {}))
+        print(f"{name}: {part['status']}, {part['seconds']} s", flush=True)
+
+    def record(self, name: str) -> Record:
+        return Record(*self.places, part=name)
 
 
-def attempt(command: list[str], end: float) -> tuple[str, str, bool]:
-    """How the process ended, what it said on stderr, and whether it died of what it was doing."""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
-        try:
-            code = process.wait(max(1.0, end - time.time()))
-            status = "done" if code == 0 else f"died with status {code}"
-            died = code == LOST or code < 0
-        except subprocess.TimeoutExpired:
-            status, died = "cut off", False
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # with all that it has started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.seek(0)
+def attempt(
+    target: Callable[..., None], arguments: tuple[Any, ...], end: float, start: str = "forkserver"
+) -> tuple[str, str, bool]:
+    """Call a function in another process: how it ended, what it said on stderr, and whether it died of its work.
+
+    ``start``: how processes are. A server that has imported everything and touched no GPU forks them; Python itself,
+    "spawn", takes seconds to import it anew.
+    """
+    context: Any = multiprocessing.get_context(start)
+    context.set_forkserver_preload(MODULES)
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        process = context.Process(target=_apart, args=(log.name, target, arguments))
+        process.start()
+        with _ending_with_us(process.pid):
+            process.join(max(1.0, end - time.time()))
+            code = process.exitcode
+        process.kill()  # had it no group of its own yet
+        process.join()
         errors = log.read()
-    return status, "" if status == "done" else errors, died
+    if code is None:
+        return "cut off", errors, False
+    return ("done", "", False) if code == 0 else (f"died with status {code}", errors, code == LOST or code < 0)
 
 
-def run_part(name: str, device: str, record: Record) -> int:
-    """The part's own process: 0 even where it failed, if that is recorded."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+def _apart(log: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 2)
+    target(*arguments)
+
+
+@contextlib.contextmanager
+def _ending_with_us(group: int) -> Iterator[None]:
+    """Kill a process group behind the ``with`` block, or when this process ends within it, by whatever signal."""
+    command = ["/bin/sh", "-c", 'read end; kill -9 -- "-$0"', str(group)]
+    # Nobody but us has the other end of its input.
+    watch = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        PARTS[name][0](record, scope_of(device))
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # with all that it has started
+            os.killpg(group, signal.SIGKILL)
+        watch.kill()
+        watch.wait()
+        watch.stdin.close()  # type: ignore[union-attr]
+
+
+def run_part(name: str, device: str, places: tuple[Path, Path | None], end: float) -> None:
+    """The part's own process, which fails by dying alone: all else is recorded."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    record = Record(*places, until=end, part=name)
+    try:
+        PARTS[name].run(record, scope_of(device))
         record.part(name, status="done")
     except OutOfTimeError:
         record.part(name, status="out of time")
     except Exception:
         record.part(name, status="failed", errors=traceback.format_exc()[-TAIL:])
-    return 0
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -174,11 +236,11 @@ def _detail(part: dict[str, Any]) -> str:
     if "passed" in part:
         counts = ", ".join(f"{part[kind]} {kind}" for kind in ("passed", "failed", "error", "skipped"))
         return "\n".join((counts, *(f"    {line[:110]}" for line in part["failures"][:12])))
-    if "memcheck" in part:
-        return "; ".join((*part["memcheck"], *part.get("racecheck", ())))
+    if "summary" in part:
+        return "; ".join(part["summary"])
     if "errors" in part:
         return (part["errors"].strip().splitlines() or [""])[-1][:150]
-    return part.get("reason", "")
+    return "; ".join(part[key] for key in ("packed", "reason") if part.get(key))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import torch
 
 import effnet_kernels
 from benchmarks import cases, dispatch, shapes
-from benchmarks.gpu_record import TAIL, Record
+from benchmarks.cases import Case
+from benchmarks.gpu_record import TAIL, OutOfTimeError, Record
 from benchmarks.shapes import Op
 from effnet_kernels import native, tuning
 from effnet_kernels.benchmarking import contenders, timing
@@ -23,6 +24,7 @@ from effnet_kernels.benchmarking.contenders import AUTOTUNED, CHANNELS_LAST, COM
 from effnet_kernels.benchmarking.models import create_model, noise
 
 ROOT = Path(__file__).resolve().parents[1]
+Network = tuple[str, int, int]  # model, size, batch
 
 
 class Scope(NamedTuple):
@@ -30,30 +32,66 @@ class Scope(NamedTuple):
 
     device: str
     dtype: str
-    flagship: tuple[str, int, int]  # model, size, batch
-    models: tuple[tuple[str, int, int], ...]
-    training: tuple[tuple[str, int, int], ...]
+    flagship: Network
+    models: tuple[Network, ...]
+    training: tuple[Network, ...]
     ops: tuple[Op, ...]
     batch: int  # of ops and blocks
     blocks: int  # of each kind
     eager: tuple[str, ...]
-    compiled: tuple[str, ...]
     backends: tuple[str, ...]
     trainers: tuple[str, ...]  # backends in training
     seconds: float  # for each contender of each case
     copy_bytes: int
     matrix: int
 
+    def flagship_case(self) -> Case:
+        return cases.model_case(*self.flagship, self.dtype, self.device)
 
-# B0's depthwise convolutions whose maps exceed an L2 of 50 MB at batch 128, then one of every other kind.
+    def model_cases(self) -> Iterator[Case]:
+        for network in self.models:
+            yield cases.model_case(*network, self.dtype, self.device)
+
+    def training_cases(self) -> Iterator[Case]:
+        for network in self.training:
+            yield cases.training_case(*network, self.dtype, self.device)
+
+    def op_cases(self) -> Iterator[Case]:
+        for op in self.ops:
+            model = "tf_efficientnetv2_s" if op.kind == "fused" and op.channels[0] > 3 else "efficientnet_b0"
+            yield cases.op_case(model, op, 1, self.batch, self.dtype, self.device)
+
+    def block_cases(self) -> Iterator[Case]:
+        """Those of the flagship and of a V2 that move the most bytes."""
+        flagship, size, _ = self.flagship
+        v2 = next((model for model in self.models if "v2" in model[0]), self.flagship)
+        for model, side in {flagship: size, v2[0]: v2[1]}.items():
+            found = shapes.blocks(model, side)
+            for block in shapes.largest(found, self.blocks):
+                yield cases.block_case(model, block, found[block], self.batch, self.dtype, self.device)
+
+    def compiled_cases(self) -> Iterator[Case]:
+        """Where torch.compile joins: the flagship, its training step, and the first of the other models."""
+        if self.device == "cpu":
+            yield next(self.op_cases())  # a network takes it a minute
+            return
+        yield self.flagship_case()
+        yield next(self.training_cases())
+        for network in self.models:
+            if network[2] > 8:
+                yield cases.model_case(*network, self.dtype, self.device)
+
+
+# B0's depthwise convolutions whose maps exceed an L2 of 50 MB at batch 128, one of every other kind, and the dearest
+# dense windows: B0's stem and two of V2-S.
 OPS = (
     *(Op("depthwise", (c, c), size, kernel, stride) for c, size, kernel, stride in (
         (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 5, 2), (240, 28, 5, 1), (480, 14, 3, 1),
         (672, 14, 5, 1),
     )),
+    Op("fused", (24, 24), 192, 3, 1), Op("fused", (48, 48), 96, 3, 1, 192), Op("fused", (3, 32), 224, 3, 2),
     Op("pointwise", (16, 96), 112), Op("pointwise", (144, 24), 56), Op("pointwise", (40, 240), 28),
     Op("pointwise", (192, 1152), 7), Op("squeeze_excite", (96, 4), 56), Op("squeeze_excite", (480, 20), 14),
-    Op("fused", (48, 48), 96, 3, 1, 192), Op("fused", (24, 24), 192, 3, 1, 24),
 )  # fmt: skip
 GPU = Scope(
     device="cuda",
@@ -61,19 +99,19 @@ GPU = Scope(
     flagship=("efficientnet_b0", 224, 128),
     models=(
         ("efficientnet_b0", 224, 1), ("tf_efficientnetv2_s", 384, 128), ("efficientnet_b4", 380, 128),
-        ("efficientnet_lite0", 224, 128), ("tf_efficientnet_b0", 224, 128), ("tf_efficientnetv2_m", 480, 64),
-        ("tf_efficientnetv2_l", 480, 64), ("efficientnet_b7", 600, 32), ("efficientnet_b0", 224, 8),
-        *((name, size, batch) for batch in (8, 1) for name, size in (
-            ("tf_efficientnetv2_s", 384), ("efficientnet_b4", 380), ("efficientnet_b7", 600),
+        ("efficientnet_lite0", 224, 128), ("efficientnet_b0", 224, 8),
+        *((name, size, batch) for batch in (1, 8) for name, size in (
+            ("tf_efficientnetv2_s", 384), ("efficientnet_b4", 380),
         )),
+        ("tf_efficientnet_b0", 224, 128), ("tf_efficientnetv2_m", 480, 64), ("efficientnet_b7", 600, 32),
+        ("tf_efficientnetv2_l", 480, 64), ("efficientnet_b7", 600, 1),
     ),
     training=(("efficientnet_b0", 224, 128), ("tf_efficientnetv2_s", 300, 64), ("efficientnet_b4", 380, 32)),
     ops=OPS,
     batch=128,
     blocks=4,
     eager=(STOCK, CHANNELS_LAST),
-    compiled=(COMPILED,),
-    backends=("triton", "cuda", "auto"),
+    backends=("triton", "cuda"),
     trainers=("triton",),
     seconds=0.5,
     copy_bytes=1 << 30,
@@ -85,13 +123,12 @@ SMOKE = GPU._replace(
     flagship=("test_efficientnet", 32, 2),
     models=(("test_efficientnet", 40, 1),),
     training=(("test_efficientnet", 96, 4),),  # smaller, and gradients are rounding errors
-    ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("pointwise", (16, 24), 8)),
+    ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("fused", (8, 8), 8, 3, 1)),
     batch=2,
     blocks=1,
     eager=(CHANNELS_LAST,),
-    compiled=(),
-    backends=("reference", "auto"),
-    trainers=("reference", "auto"),
+    backends=("cpu", "reference"),
+    trainers=("cpu", "reference"),
     seconds=0.01,
     copy_bytes=1 << 20,
     matrix=64,
@@ -102,19 +139,27 @@ def scope_of(device: str) -> Scope:
     return GPU if device == "cuda" else SMOKE
 
 
-def names(scope: Scope, *, autotuned: bool = False, backends: Sequence[str] | None = None) -> list[str]:
-    """The contenders: baselines, ours on those backends that there are, and last what may take minutes to compile."""
-    available = {"auto": (True, ""), **effnet_kernels.backends()}
-    wanted = scope.backends if backends is None else backends
-    compiled = [*scope.compiled, *([AUTOTUNED] if autotuned and scope.compiled else [])]
-    return [*scope.eager, *(ours(name) for name in wanted if available[name][0]), *compiled]
+def names(eager: Sequence[str], backends: Sequence[str]) -> list[str]:
+    """The contenders: baselines, and ours on those backends that there are."""
+    available = effnet_kernels.backends()
+    return [*eager, *(ours(name) for name in backends if available[name][0])]
 
 
 # ---- the code itself: built, right, clean -------------------------------------------------------------------
 
 
 def build(record: Record, scope: Scope) -> None:
-    """The CUDA library as it was brought along, or compiled here for this GPU where that one does not serve."""
+    """What was brought along: packed Triton kernels, and the CUDA library, compiled here where it does not serve."""
+    packed = record.content["environment"].get("packed_kernels")
+    if packed:
+        from effnet_kernels import precompile
+
+        began = time.time()
+        try:
+            found = f"{precompile.unpack(Path(packed))} kernels unpacked in {time.time() - began:.1f} s"
+        except ValueError as error:  # they are compiled when they are first used
+            found = str(error)
+        record.part("build", packed=found)
     available, reason = native.cuda_available() if scope.device == "cuda" else native.cpu_available()
     if not available and scope.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -141,15 +186,16 @@ def ceilings(record: Record, scope: Scope) -> None:
 def tests(record: Record, scope: Scope) -> None:
     """``pytest -m gpu``: the kernels natively. Without a GPU they are only collected."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-m", "gpu"]
-    command += ["tests/gpu", "tests/cuda", "tests/triton"]
+    # The tuner compiles hundreds of tiles one after the other, and its own tests run anywhere.
+    command += ["tests/gpu", "tests/cuda", "tests/triton", "--ignore", "tests/triton/test_tuner.py"]
     if scope.device == "cpu":
         command += ["--collect-only", "-q"]
     else:
         command += ["-v"]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(min(12, os.cpu_count() or 1))]  # most of the time goes into compiling
+            command += ["-n", str(min(14, os.cpu_count() or 1))]  # most of the time goes into compiling
         if importlib.util.find_spec("pytest_timeout"):
-            command += ["--timeout", "120"]  # a kernel that hangs
+            command += ["--timeout", "60"]  # a kernel that hangs
     output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     record.part("tests", **outcome(output))
 
@@ -164,65 +210,79 @@ def outcome(output: str) -> dict[str, Any]:
     return {**counts, "failures": ["".join(found) for found in failures][:100], "last_line": last}
 
 
-def sanitizers(record: Record, scope: Scope) -> None:
-    """compute-sanitizer over one small call of every CUDA kernel: memory, then races."""
+def memcheck(record: Record, scope: Scope) -> None:
+    """compute-sanitizer over one small call of every CUDA kernel: memory."""
+    _sanitize(record, scope, "memcheck")
+
+
+def racecheck(record: Record, scope: Scope) -> None:
+    """The same, races."""
+    _sanitize(record, scope, "racecheck")
+
+
+def _sanitize(record: Record, scope: Scope, check: str) -> None:
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     tool = shutil.which("compute-sanitizer") or shutil.which(home / "bin" / "compute-sanitizer")
     if tool is None or scope.device == "cpu":
-        record.part("sanitizers", reason="there is no compute-sanitizer" if tool is None else "there is no GPU")
+        record.part(check, reason="there is no compute-sanitizer" if tool is None else "there is no GPU")
         return
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
-        command += ["-p", "no:cacheprovider", "tests/gpu", "-k", "many_runs and cuda"]
-        # An allocation each, or a write beyond a tensor would land in another one of torch's block.
-        output = _run(record, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*|\d+ failed.*", output)
-        findings = [line for line in output.splitlines() if line.startswith("=========")]
-        record.part("sanitizers", **{check: summary, f"{check}_findings": findings[:40]})
+    command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    command += ["-p", "no:cacheprovider", "tests/gpu", "-k", "many_runs and cuda"]
+    # An allocation each, or a write beyond a tensor would land in another one of torch's block.
+    output = _run(record, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*|\d+ failed.*", output)
+    findings = [line for line in output.splitlines() if line.startswith("=========")]
+    record.part(check, summary=summary, findings=findings[:40])
 
 
 # ---- measurements -------------------------------------------------------------------------------------------
 
 
 def flagship(record: Record, scope: Scope) -> None:
-    """The headline: B0, a large batch, every contender."""
-    record.measure(
-        cases.model_case(*scope.flagship, scope.dtype, scope.device), names(scope, autotuned=True), scope.seconds
-    )
+    """The headline: B0, a large batch."""
+    record.measure(scope.flagship_case(), names(scope.eager, scope.backends), scope.seconds)
+
+
+def blocks(record: Record, scope: Scope) -> None:
+    """Whole blocks; the order of the backends for ``mbconv`` comes from them alone."""
+    _measure(record, scope, scope.block_cases(), names([CHANNELS_LAST], scope.backends))
 
 
 def ops(record: Record, scope: Scope) -> None:
     """Every kind of kernel beside the bandwidth of a copy."""
-    scope = scope._replace(eager=(CHANNELS_LAST,))
-    backends = [name for name in scope.backends if name != "auto"]
-    for op in scope.ops:
-        model = "tf_efficientnetv2_s" if op.kind == "fused" else "efficientnet_b0"
-        case = cases.op_case(model, op, 1, scope.batch, scope.dtype, scope.device)
-        record.measure(case, names(scope, backends=backends), scope.seconds)
+    _measure(record, scope, scope.op_cases(), names([CHANNELS_LAST], scope.backends))
 
 
 def models(record: Record, scope: Scope) -> None:
     """Whole networks, one forward pass."""
-    for model, size, batch in scope.models:
-        record.measure(cases.model_case(model, size, batch, scope.dtype, scope.device), names(scope), scope.seconds)
+    _measure(record, scope, scope.model_cases(), names(scope.eager, scope.backends))
 
 
 def training(record: Record, scope: Scope) -> None:
     """Training steps of whole networks: time and peak memory."""
-    wanted = names(scope, backends=scope.trainers)
-    for model, size, batch in scope.training:
-        record.measure(cases.training_case(model, size, batch, scope.dtype, scope.device), wanted, scope.seconds)
+    _measure(record, scope, scope.training_cases(), names(scope.eager, scope.trainers))
 
 
-def blocks(record: Record, scope: Scope) -> None:
-    """The blocks of the flagship and of a V2 that move the most bytes."""
-    flagship, size, _ = scope.flagship
-    v2 = next((model for model in scope.models if "v2" in model[0]), scope.flagship)
-    for model, side in {flagship: size, v2[0]: v2[1]}.items():
-        found = shapes.blocks(model, side)
-        for block in shapes.largest(found, scope.blocks):
-            case = cases.block_case(model, block, found[block], scope.batch, scope.dtype, scope.device)
-            record.measure(case, names(scope), scope.seconds)
+def compiled(record: Record, scope: Scope) -> None:
+    """torch.compile beside what was measured before."""
+    _measure(record, scope, scope.compiled_cases(), [COMPILED])
+
+
+def autotuned(record: Record, scope: Scope) -> None:
+    """The flagship once more, torch.compile measuring its own choices."""
+    _measure(record, scope, [next(scope.compiled_cases())], [AUTOTUNED])
+
+
+def _measure(record: Record, scope: Scope, wanted: Iterable[Case], contenders: Sequence[str]) -> None:
+    """A case for which there is no time does not keep smaller ones behind it from being measured."""
+    late = False
+    for case in wanted:
+        try:
+            record.measure(case, contenders, scope.seconds)
+        except OutOfTimeError:
+            late = True
+    if late:
+        raise OutOfTimeError
 
 
 def order(record: Record, scope: Scope) -> None:
@@ -253,27 +313,40 @@ def tune(record: Record, scope: Scope) -> None:
         record.part("tune", tiles=tiles)
 
 
-# By name: the function, and the largest share of the budget that it may take.
-PARTS: dict[str, tuple[Callable[[Record, Scope], None], float]] = {
-    "build": (build, 0.4),
-    "ceilings": (ceilings, 0.1),
-    "tests": (tests, 0.4),
-    "sanitizers": (sanitizers, 0.15),
-    "flagship": (flagship, 0.6),
-    "ops": (ops, 0.5),
-    "models": (models, 0.8),
-    "training": (training, 0.6),
-    "blocks": (blocks, 0.6),
-    "order": (order, 0.1),
-    "tune": (tune, 1.0),
+class Part(NamedTuple):
+    run: Callable[[Record, Scope], None]
+    share: float  # of the budget, at most
+    least: float = 10.0  # seconds; where fewer are left it is not begun
+
+
+PARTS = {
+    "build": Part(build, 0.4),
+    "ceilings": Part(ceilings, 0.1),
+    "tests": Part(tests, 0.45),
+    "flagship": Part(flagship, 0.3),
+    "blocks": Part(blocks, 0.3),
+    "ops": Part(ops, 0.4),
+    "order": Part(order, 0.1, 1.0),
+    "models": Part(models, 0.45),
+    "training": Part(training, 0.3),
+    "compiled": Part(compiled, 1.0, 30.0),
+    "autotuned": Part(autotuned, 1.0, 150.0),
+    "memcheck": Part(memcheck, 0.3, 30.0),
+    "racecheck": Part(racecheck, 1.0),
+    "tune": Part(tune, 1.0),
 }
+# Two calls are what a machine that is there for a quarter of an hour has time for.
+FIRST = ("build", "ceilings", "tests", "flagship", "blocks", "ops", "order")
+SECOND = ("build", "models", "training", "compiled", "autotuned", "memcheck")
 
 
 def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str:
-    """What a command prints until it ends or the part's time does."""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    """What a command prints until it ends or the part's time does; it is written beside the record as it comes."""
+    log = record.files[0].with_suffix(f".{record.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w+", errors="replace") as file:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT
+            [str(word) for word in command], cwd=ROOT, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT
         )
         try:
             process.wait(max(1.0, record.left() - 5))
@@ -283,7 +356,7 @@ def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str
                 process.wait(4)
             except subprocess.TimeoutExpired:
                 process.kill()
-            log.seek(0, os.SEEK_END)
-            log.write("\ncut off: out of time\n")
-        log.seek(0)
-        return log.read()
+            file.seek(0, os.SEEK_END)
+            file.write("\ncut off: out of time\n")
+        file.seek(0)
+        return file.read()

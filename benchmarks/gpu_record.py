@@ -1,5 +1,5 @@
-"""The record of a run of ``benchmarks.gpu``: one JSON, written after every measurement, so that a run that is cut
-off has lost nothing, and one that is started again goes on where it was.
+"""The record of a run of ``benchmarks.gpu``: one JSON, written after every contender, so that a run that is cut off
+has lost nothing, and one that is started again goes on where it was.
 """
 
 import contextlib
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, put
+from effnet_kernels.benchmarking.contenders import OURS
+from effnet_kernels.benchmarking.environment import clocks
 
 LOST = 70  # exit status of a process whose GPU context a kernel has destroyed
-LIMIT = 240.0  # seconds that a contender may take to compile and to prove itself
+LIMIT = 120.0  # seconds that a contender may take to compile and to prove itself
 TAIL = 1500  # characters of a traceback or of a tool's output
 
 
@@ -27,19 +29,30 @@ class OutOfTimeError(Exception):
 
 
 class Record:
-    """What has been measured. ``until`` (time.time()) ends the part that is being measured."""
+    """What has been measured.
 
-    def __init__(self, file: Path, until: float = float("inf")) -> None:
-        self.file, self.until = file, until
-        empty: dict[str, Any] = {"environment": {}, "parts": {}, "levels": {}, "lost": []}
-        self.content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else empty
+    Args:
+        file: the JSON.
+        keep: a second place for it. Where ``file`` is not there this one is read, and both are written.
+        until: ``time.time()`` at which the part ends that is being measured.
+        part: its name.
+    """
+
+    def __init__(self, file: Path, keep: Path | None = None, until: float = float("inf"), part: str = "") -> None:
+        self.files = [file] if keep is None else [file, keep]
+        self.until, self.name = until, part
+        found = next((place.read_text() for place in self.files if place.exists()), None)
+        empty: dict[str, Any] = {"environment": {}, "parts": {}, "levels": {}}
+        self.content: dict[str, Any] = json.loads(found) if found else empty
 
     def save(self) -> None:
         """Write everything; readers see the old file or the new one."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.file)
+        text = json.dumps(self.content, indent=1) + "\n"
+        for file in self.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(text)
+            partial.replace(file)
 
     def part(self, name: str, **entries: Any) -> dict[str, Any]:
         """What is known of a part, these entries added."""
@@ -53,71 +66,98 @@ class Record:
         return self.until - time.time()
 
     def measure(self, case: Case, names: Sequence[str], seconds: float) -> None:
-        """Measure the case unless the record has it; its failure is recorded, and the next case is measured.
+        """Measure the contenders of the case that the record does not have; a failure is recorded.
+
+        One that joins others measured before takes turns with the fastest of ours among them, whose time is recorded
+        with it (``beside``): a ratio between times of different minutes would be one of clocks, too.
 
         Raises:
             OutOfTimeError: there is no time for it.
         """
-        cases = self.content["levels"].setdefault(case.level, {})
-        if case.title in cases:
+        entry = self.content["levels"].setdefault(case.level, {}).setdefault(case.title, case.entry())
+        results: dict[str, dict[str, Any]] = entry["contenders"]
+        wanted = [name for name in names if name not in results or "alone" in results[name]]
+        if not wanted or "failed" in entry:
             return
-        if self.left() < seconds * len(names):
+        times = {
+            name: result["median"] for name, result in results.items() if name not in wanted and "median" in result
+        }
+        pace = min((name for name in times if name.startswith(OURS)), key=times.__getitem__, default=None)
+        racing = [*wanted, *([pace] if pace else [])]
+        if self.left() < seconds * len(racing):
             raise OutOfTimeError
-        lost = {entry["contender"]: entry["reason"] for entry in self.content["lost"] if entry["case"] == case.title}
-        self._doing(case.title, None)
         began = time.time()
-        if None in lost:
-            cases[case.title] = {**case.record({}, None), "failed": lost[None]}
-        else:
-            try:
-                guard = self._guard(case.title, 2 * seconds * len(names))
-                results = case.measure([name for name in names if name not in lost], seconds, guard)
-                results |= {name: {"failed": reason} for name, reason in lost.items() if name in names}
-                cases[case.title] = case.record(results, self.content["environment"].get("copy_bytes_per_second"))
-            except Exception:  # whatever it was, the next case may work
-                cases[case.title] = {**case.record({}, None), "failed": traceback.format_exc()[-TAIL:]}
-                exit_if_lost()
-        cases[case.title]["seconds"] = round(time.time() - began, 1)
-        self._doing(None, None)
-        print(f"  {case.level}: {case.title} ({cases[case.title]['seconds']} s)", flush=True)
+        bandwidth = self.content["environment"].get("copy_bytes_per_second")
+
+        def keep(name: str, result: dict[str, Any]) -> None:
+            if name in wanted:
+                failed = {"part": self.name} if "failed" in result else {}
+                put(entry, name, result | failed, bandwidth)
+                self._doing(case)
+
+        self._doing(case)
+        try:
+            guard = self._guard(case, 2 * seconds * len(racing))
+            measured = case.measure(racing, seconds, guard, keep)
+            for name in wanted:
+                if "median" in measured[name]:
+                    beside = {"beside": {pace: measured[pace]["median"]}} if pace and "median" in measured[pace] else {}
+                    put(entry, name, measured[name] | beside, bandwidth)
+            entry["clocks"] = clocks()
+        except Exception:  # whatever it was, the next case may work
+            entry |= {"failed": traceback.format_exc()[-TAIL:], "part": self.name}
+            exit_if_lost()
+        entry["seconds"] = round(entry.get("seconds", 0.0) + time.time() - began, 1)
+        self._doing(None)
+        print(f"  {case.level}: {case.title} ({time.time() - began:.1f} s)", flush=True)
         if torch.cuda.is_initialized():
             gc.collect()  # modules and their graphs refer to each other
             torch.cuda.empty_cache()
 
-    def blame(self, reason: str, after: float = 0.0) -> bool:
-        """Leave out of later attempts what a process that has ended was doing, for ``after`` seconds at least.
+    def blame(self, reason: str, died: bool) -> bool:
+        """Leave out of later attempts what a process that has ended was doing: what it died of, or hung in.
 
         Returns whether there was something.
         """
         doing = self.content.pop("doing", None)
-        found = bool(doing) and time.time() - doing["since"] >= after
+        found = bool(doing) and (died or time.time() >= doing["until"])
         if found:
-            self.content["lost"].append({**doing, "reason": reason})
+            entry = self.content["levels"][doing["level"]][doing["case"]]
+            failed = {"failed": reason, "part": self.name}
+            if doing["contender"] is None:
+                entry |= failed
+            else:
+                entry["contenders"][doing["contender"]] = failed
         self.save()
         return found
 
     def forget_failures(self) -> None:
-        """Drop the cases that were not measured with all their contenders."""
-        self.content["lost"] = []
+        """Let what failed in this part before be tried again; what was measured stays."""
         for cases in self.content["levels"].values():
-            for title, case in list(cases.items()):
-                if any("failed" in result for result in (case, *case["contenders"].values())):
-                    del cases[title]
+            for entry in cases.values():
+                for result in (entry, *entry["contenders"].values()):
+                    if result.get("part") == self.name:
+                        result.pop("failed", None)
+                        result.pop("part", None)
+                entry["contenders"] = {name: result for name, result in entry["contenders"].items() if result}
 
-    def _doing(self, case: str | None, contender: str | None) -> None:
-        self.content["doing"] = {"case": case, "contender": contender, "since": time.time()} if case else None
+    def _doing(self, case: Case | None, contender: str | None = None, limit: float = float("inf")) -> None:
+        """Note what is running, and for how many seconds it may: what does not even answer to an alarm hangs."""
+        doing = {"contender": contender, "until": time.time() + limit}
+        self.content["doing"] = case and {"level": case.level, "case": case.title, **doing}
         self.save()
 
-    def _guard(self, case: str, reserve: float) -> Any:
+    def _guard(self, case: Case, reserve: float) -> Any:
         """A ``contenders.Guard``: knows what is running, and leaves ``reserve`` seconds to time it."""
 
         @contextlib.contextmanager
         def guard(contender: str) -> Iterator[None]:
-            self._doing(case, contender)
             limit = max(1.0, min(LIMIT, self.left() - reserve))
+            self._doing(case, contender, limit)
 
             def expired(*_: Any) -> None:
-                raise TimeoutError(f"not ready after {limit:.0f} s")
+                why = "" if limit == LIMIT else ", and no time is left"
+                raise TimeoutError(f"not ready after {limit:.0f} s{why}")
 
             before = signal.signal(signal.SIGALRM, expired)
             signal.setitimer(signal.ITIMER_REAL, limit, 5.0)  # again, should a destructor have swallowed it
@@ -129,7 +169,7 @@ class Record:
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
-            self._doing(case, None)
+            self._doing(case)
 
         return guard
 

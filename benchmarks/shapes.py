@@ -3,6 +3,7 @@
 A model is built on the meta device and run once under hooks, so the list cannot drift from the network.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,7 +25,12 @@ MODELS = {
 }
 # Without options: the smallest of each family.
 DEFAULT_MODELS = ("efficientnet_b0", "tf_efficientnetv2_s")
-BLOCKS = {"InvertedResidual": "mbconv", "DepthwiseSeparableConv": "mbconv", "EdgeResidual": "fused_mbconv"}
+BLOCKS = {
+    "InvertedResidual": "mbconv",
+    "DepthwiseSeparableConv": "mbconv",
+    "EdgeResidual": "fused_mbconv",
+    "ConvBnAct": "fused_mbconv",  # without projection
+}
 
 
 class Op(NamedTuple):
@@ -35,7 +41,7 @@ class Op(NamedTuple):
     size: int  # of the input map
     kernel: int = 1
     stride: int = 1
-    mid: int = 0  # fused: expanded channels
+    mid: int = 0  # fused: expanded channels; without them it is a dense convolution alone
 
     def __str__(self) -> str:
         inner = f"-{self.mid}" if self.mid else ""
@@ -51,7 +57,7 @@ class Op(NamedTuple):
         if self.kind == "depthwise":
             weights = c_in * self.kernel**2
         elif self.kind == "fused":
-            weights = c_in * self.mid * self.kernel**2 + self.mid * c_out
+            weights = c_in * (self.mid or c_out) * self.kernel**2 + self.mid * c_out
         else:
             weights = c_in * c_out
         return element * (maps + weights)
@@ -80,7 +86,7 @@ def blocks(model: str, size: int | None = None) -> dict[Block, int]:
     """The distinct blocks of a timm model, first occurrence each, and how often the network has them."""
     seen: dict[tuple, list] = {}
     for path, block, x, y in _visit(model, size, tuple(BLOCKS)):
-        spatial = block.conv_exp if hasattr(block, "conv_exp") else block.conv_dw
+        spatial = next(getattr(block, name) for name in ("conv_exp", "conv_dw", "conv") if hasattr(block, name))
         found = Block(path, BLOCKS[type(block).__name__], (x[1], y[1]), x[2], spatial.kernel_size[0], spatial.stride[0])
         seen.setdefault((*found[1:], spatial.out_channels), []).append(found)
     return {same[0]: len(same) for same in seen.values()}
@@ -94,6 +100,9 @@ def ops(model: str, size: int | None = None) -> dict[Op, int]:
             conv = block.conv_exp
             found[Op("fused", (x[1], y[1]), x[2], conv.kernel_size[0], conv.stride[0], conv.out_channels)] += 1
             continue
+        if hasattr(block, "conv"):
+            found[Op("fused", (x[1], y[1]), x[2], block.conv.kernel_size[0], block.conv.stride[0])] += 1
+            continue
         conv = block.conv_dw
         out_size = y[2]
         if hasattr(block, "conv_pwl"):
@@ -104,6 +113,17 @@ def ops(model: str, size: int | None = None) -> dict[Op, int]:
         if hasattr(block.se, "conv_reduce"):
             found[Op("squeeze_excite", (conv.in_channels, block.se.conv_reduce.out_channels), out_size)] += 1
     return dict(found)
+
+
+def network_bytes(model: str, size: int, batch: int, element: int) -> int:
+    """The least traffic of one kernel per convolution, or per block of two dense ones: its maps once each.
+
+    Squeeze-and-excitation, which is folded into its neighbours, and weights are not counted.
+    """
+    visited = list(_visit(model, size, ("EdgeResidual", "Conv2d", "Conv2dSame")))
+    blocks = tuple(f"{path}." for path, module, *_ in visited if type(module).__name__ == "EdgeResidual")
+    maps = [shape for path, _, x, y in visited if not path.startswith(blocks) and x[2] > 1 for shape in (x, y)]
+    return batch * element * sum(math.prod(shape[1:]) for shape in maps)
 
 
 def largest(problems: dict, limit: int | None) -> list:

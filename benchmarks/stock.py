@@ -33,6 +33,9 @@ def stock_op(op: Op) -> nn.Module:
     elif op.kind == "depthwise":
         conv = nn.Conv2d(c_in, c_in, op.kernel, op.stride, op.kernel // 2, groups=c_in, bias=False)
         layers = [conv, nn.BatchNorm2d(c_in), nn.SiLU()]
+    elif not op.mid:
+        conv = nn.Conv2d(c_in, c_out, op.kernel, op.stride, op.kernel // 2, bias=False)
+        layers = [conv, nn.BatchNorm2d(c_out), nn.SiLU()]
     else:
         conv = nn.Conv2d(c_in, op.mid, op.kernel, op.stride, op.kernel // 2, bias=False)
         project = nn.Conv2d(op.mid, c_out, 1, bias=False)
@@ -63,7 +66,7 @@ class OurOp(nn.Module):
             return functional.pointwise_conv_bn_act(x, *first, backend=backend)
         if op.kind == "depthwise":
             return functional.depthwise_conv_bn_act(x, *first, stride=op.stride, backend=backend)[0]
-        project = functional.ConvBN(stock[3].weight, _batch_norm(stock[4]))
+        project = functional.ConvBN(stock[3].weight, _batch_norm(stock[4])) if op.mid else None
         return functional.fused_mbconv(x, first, project, stride=op.stride, backend=backend)
 
 

@@ -1,11 +1,15 @@
-"""``effnet-kernels info | verify | bench | tune | demo``, also ``python -m effnet_kernels``."""
+"""``effnet-kernels info | verify | bench | tune | pack | unpack | demo``, also ``python -m effnet_kernels``."""
 
 import argparse
 import copy
+import importlib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from effnet_kernels.backends import Problem, automatic, implementation, order_me
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
-from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise
+from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise, require
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -144,6 +148,41 @@ def tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def pack(options: argparse.Namespace) -> int:
+    """Compile the Triton kernels of models into one file, for a GPU that need not be here."""
+    precompile = _precompile()
+    major, _, minor = options.capability.partition(".")
+    architecture, generation = int(major) * 10 + int(minor), precompile.triton_common.generation_of(int(major))
+    launches = []
+    for model in options.model:
+        size = image_size(model, options.library)
+        for training in (False, True) if options.training else (False,):
+            launches += precompile.record_model(
+                model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
+            )
+    file = Path(options.out)
+    count = precompile.pack(file, launches, architecture, options.jobs, _progress)
+    print(f"{count} kernels for compute capability {options.capability}: {file}, {file.stat().st_size >> 10} KiB")
+    return 0
+
+
+def unpack(options: argparse.Namespace) -> int:
+    """Put packed kernels into Triton's cache, where the first call finds them: it compiles none."""
+    try:
+        count = _precompile().unpack(Path(options.file))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"{count} kernels unpacked")
+    return 0
+
+
+def _precompile() -> ModuleType:
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise UserError("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    require("triton", "triton")
+    return importlib.import_module("effnet_kernels.precompile")
+
+
 def demo(options: argparse.Namespace) -> int:
     """Stock and patched models on a photograph."""
     from effnet_kernels.benchmarking.demo import run
@@ -201,6 +240,12 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _capability(text: str) -> str:
+    if not re.fullmatch(r"([89]|1[0-9])\.[0-9]|7\.5", text):
+        raise argparse.ArgumentTypeError(f"must be a compute capability from 7.5 on, such as 9.0, got {text}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, help="the model's name in its library")
@@ -236,6 +281,16 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--size", type=_positive, help="side of the square input; default: the model's own")
     added.add_argument("--dtype", choices=DTYPES, default="float16")
     added.add_argument("--minutes", type=_positive_float, default=10.0, help="no kernel is begun after so long")
+    added = command(pack)
+    added.add_argument("--model", required=True, nargs="+", help="names in their library")
+    added.add_argument("--library", choices=LIBRARIES, default="timm")
+    added.add_argument("--dtype", choices=DTYPES, default="float16")
+    added.add_argument("--training", action="store_true", help="also the kernels of a training step under autocast")
+    added.add_argument("--capability", type=_capability, default="9.0", help="of the GPU (default: %(default)s)")
+    added.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="kernels compiled at a time")
+    added.add_argument("--out", metavar="FILE", required=True)
+    added = command(unpack)
+    added.add_argument("file")
     added = command(demo, machine, time)
     added.add_argument("--pretrained", action="store_true", help="fetch weights; without, they are seeded")
     added.add_argument("--image", metavar="FILE", help="a photograph of your own")

@@ -1,7 +1,4 @@
-"""Compiling Triton launches for GPUs that are not here, and reading from the machine code what they will need.
-
-A patched model runs on meta tensors with the enqueueing replaced by a list, so what is compiled is what would have
-been launched: the same tiles, flags and constants. It works on any machine, but not under TRITON_INTERPRET.
+"""Reading from the machine code of Triton launches what they will need; no GPU is needed for it (``precompile``).
 
     python -m effnet_kernels.benchmarking.ahead_of_time --models efficientnet_b0 --dtypes float16 --generations 90
 
@@ -11,80 +8,34 @@ there is, or lacks the instructions that it was written for.
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
-import importlib
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-import effnet_kernels as ek
-from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
+from effnet_kernels.precompile import OPS, Launch, compiled, compiling_for, distinct, record, record_model
 
-OPS = (
-    "depthwise_conv_bn_act",
-    "fused_mbconv",
-    "mbconv",
-    "pointwise_conv_bn_act",
-    "squeeze_excite",
-    "squeeze_excite_gate",
-)
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+__all__ = ["OPS", "Launch", "compile_launch", "complaints", "distinct", "record", "record_model", "specialisation"]
+
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes of shared memory a block may ask for. Tiles of column 80 also run on consumer GPUs, which have 99 KiB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Of one multiprocessor, the same for 8.0, 9.0 and 10.0: registers and warps. And shared memory, by generation.
 REGISTERS, WARPS = 65536, 64
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-
-
-class Launch(NamedTuple):
-    """One kernel launch, as ``triton_common.launch_kernel`` was asked for it."""
-
-    kernel: Any
-    programs: int
-    tensors: tuple[Tensor | None, ...]
-    sizes: tuple[int | float, ...]
-    constants: tuple[Any, ...]
-    config: triton_common.Config
-
-    @property
-    def op(self) -> str:
-        return self.kernel.fn.__module__.split(".")[-2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the map, where there is one."""
-        return min((t.dtype for t in self.tensors if t is not None), key=lambda dtype: dtype.itemsize)
-
-    def constant(self, name: str) -> Any:
-        return self.constants[self.kernel.arg_names.index(name) - len(self.tensors) - len(self.sizes)]
-
-    def tile(self) -> tuple[Any, ...]:
-        """What a row of the tables of configurations stands for; the gate has nothing to do with the dtype of maps."""
-        dtype = None if self.op == "squeeze_excite_gate" else self.dtype
-        return self.op, self.kernel.fn.__name__, dtype, self.config
-
-    def variant(self) -> tuple[Any, ...]:
-        """What the compiled code depends on."""
-        types = tuple(None if t is None else t.dtype for t in self.tensors)
-        return self.op, self.kernel.fn.__name__, types, self.constants, self.config
 
 
 class Resources(NamedTuple):
@@ -99,56 +50,6 @@ class Resources(NamedTuple):
     def count(self, pattern: str) -> int:
         """How many instructions have a mnemonic that begins with a match of this regular expression."""
         return sum(re.match(pattern, instruction) is not None for instruction in self.instructions)
-
-
-def record(call: Callable[[], Any], generation: int) -> list[Launch]:
-    """The launches of ``call``, an op's ``launch`` on meta tensors, on a GPU of this generation (80, 90, 100)."""
-    launches: list[Launch] = []
-
-    def enqueue(kernel: Any, programs: int, tensors: Any, sizes: Any, constants: Any, config: Any) -> None:
-        launches.append(Launch(kernel, programs, tuple(tensors), tuple(sizes), tuple(constants), config))
-
-    replacements = {
-        triton_common.launch_kernel: enqueue,
-        triton_common.config: lambda op, default, problem_class, device: default(*problem_class, generation),
-        triton_common.generation: lambda device: generation,
-    }
-    with _replaced(replacements):
-        call()
-    return launches
-
-
-@contextlib.contextmanager
-def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
-    """Put one function for another wherever the ops' modules name it."""
-    names = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
-    modules = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in names)]
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            for name, value in list(vars(module).items()):
-                if callable(value) and getattr(value, "__hash__", None) and value in replacements:
-                    stack.enter_context(mock.patch.object(module, name, replacements[value]))
-        yield
-
-
-def record_model(model: str, size: int, batch: int, dtype: torch.dtype, generation: int) -> list[Launch]:
-    """The launches of one forward of a patched timm model, channels-last; its classifier is not ours."""
-    import timm
-
-    with torch.device("meta"):
-        network = timm.create_model(model).eval().to(dtype).to(memory_format=torch.channels_last)
-        images = torch.empty(batch, 3, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    ek.patch(network)
-
-    def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-        return "triton", importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
-
-    with (
-        torch.inference_mode(),
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know "meta"
-        mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
-    ):
-        return record(lambda: network(images), generation)
 
 
 def specialisation(launch: Launch, generation: int) -> str:
@@ -166,25 +67,9 @@ def specialisation(launch: Launch, generation: int) -> str:
 
 def compile_launch(launch: Launch, generation: int) -> Resources:
     """Compile one launch for sm_80, sm_90a or sm_100a."""
-    arguments = (*launch.tensors, *launch.sizes, *launch.constants)
-    names = launch.kernel.arg_names
-    assert len(arguments) == len(names), f"{launch.kernel}: {len(arguments)} arguments for {names}"
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, arguments, strict=True)):
-        if i < len(launch.tensors) and value is not None:
-            signature[name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif len(launch.tensors) <= i < len(launch.tensors) + len(launch.sizes):
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        else:
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", generation, 32),
-        options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages},
-    )
-    return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps, generation)
+    with compiling_for(generation):
+        kernel = compiled(launch)
+    return _read(kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.num_warps, generation)
 
 
 def _read(cubin: bytes, shared: int, warps: int, generation: int) -> Resources:
@@ -248,11 +133,6 @@ def describe(launch: Launch) -> str:
         text += f" k{values['KH']} s{values['SH']}"
     options = ("GATE", "RESIDUAL", "POOL", "SUMS") if launch.op != "squeeze_excite_gate" else ()
     return text + "".join(f" {name.lower()}" for name in options if values.get(name))
-
-
-def distinct(launches: Sequence[Launch]) -> list[Launch]:
-    """One launch of each compiled variant, in order of appearance."""
-    return list({launch.variant(): launch for launch in reversed(launches)}.values())[::-1]
 
 
 # Between them these have every tile of all models below.

@@ -28,6 +28,8 @@ PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 # Entered, with the contender's name, around all that runs of a contender before it is timed.
 Guard = Callable[[str], contextlib.AbstractContextManager[Any]]
+# Told what is known of a contender as soon as it is: a reason why it has no time, or a single call's time (``alone``).
+Keep = Callable[[str, dict[str, Any]], None]
 
 
 def ours(backend: str) -> str:
@@ -87,6 +89,7 @@ def compare(
     seconds: float = 2.0,
     progress: Callable[[str], None] = lambda line: None,
     guard: Guard = contextlib.nullcontext,
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Check every contender against float64, then time those that agree, taking turns.
 
@@ -98,6 +101,7 @@ def compare(
         seconds: timed for about so long each.
         progress: told what is being done.
         guard: see ``Guard``; what it raises is the contender's failure.
+        keep: see ``Keep``; for those who may not come to the end.
 
     Returns:
         Per contender ``error`` (largest, against float64), ``median``, ``q1``, ``q3`` and ``samples`` in seconds; on a
@@ -107,35 +111,56 @@ def compare(
     torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
     with torch.inference_mode():
         exact, stock_output = exact_output(stock, x), stock(x)
-    results: dict[str, dict[str, Any]] = {}
-    calls: dict[str, timing.Call] = {}
-    pool = None
+    race = Race(x.device.type, guard, keep)
     for name in names:
         progress(f"checking {name}")
+
+        def prepare(name: str = name) -> tuple[timing.Call, dict[str, Any]]:
+            call = build(name, stock, x, fused, race.pool)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                output = call()
+            first = time.perf_counter() - start
+            if wrong := _wrong(name, output, stock_output, exact):
+                return call, {"wrong": wrong}
+            # A graph on a GPU has been through its first calls.
+            return call, {"error": max_error(output, exact)} | ({} if x.is_cuda else {"first": first})
+
+        race.enter(name, prepare)
+    progress(f"timing {len(race.calls)} contenders, about {seconds * len(race.calls):.0f} s")
+    return race.run(seconds)
+
+
+class Race:
+    """The contenders of one case: each proves itself, then those that are right are timed, taking turns."""
+
+    def __init__(self, device: str, guard: Guard, keep: Keep | None) -> None:
+        self.device, self.guard, self.keep = device, guard, keep
+        self.results: dict[str, dict[str, Any]] = {}
+        self.calls: dict[str, timing.Call] = {}
+        self.pool: Any = None  # of the last graph: the next one has no use for it at the same time
+
+    def enter(self, name: str, prepare: Callable[[], tuple[timing.Call, dict[str, Any]]]) -> None:
+        """``prepare`` gives the call and what is known of it."""
         try:
-            with guard(name):
-                call = build(name, stock, x, fused, pool)
-                start = time.perf_counter()
-                with torch.inference_mode():
-                    output = call()
-                first = time.perf_counter() - start
-                wrong = _wrong(name, output, stock_output, exact)
+            with self.guard(name):
+                call, result = prepare()
+                right = "wrong" not in result
+                alone = {"median": timing.once(call, self.device), "alone": True} if right and self.keep else {}
         except Exception as error:  # a contender that cannot run is a result, and the others go on
-            results[name] = {"failed": failure(error)}
-            continue
-        if wrong:
-            results[name] = {"wrong": wrong}
-            continue
-        results[name] = {"error": max_error(output, exact)}
-        if x.device.type == "cpu":  # a graph on a GPU has been through its first calls
-            results[name]["first"] = first
-        calls[name] = call
-        if isinstance(call, timing.Graph):
-            pool = call.pool  # the next ones have no use for it at the same time
-    progress(f"timing {len(calls)} contenders, about {seconds * len(calls):.0f} s")
-    for name, samples in timing.interleaved(calls, seconds=seconds, device=x.device.type).items():
-        results[name] |= {**timing.summary(samples), "samples": samples}
-    return results
+            right, alone, result = False, {}, {"failed": failure(error)}
+        self.results[name] = result
+        if self.keep:
+            self.keep(name, result | alone)
+        if right:
+            self.calls[name] = call
+            self.pool = getattr(call, "pool", self.pool)
+
+    def run(self, seconds: float) -> dict[str, dict[str, Any]]:
+        """All results, with times and samples of those that were right."""
+        for name, samples in timing.interleaved(self.calls, seconds=seconds, device=self.device).items():
+            self.results[name] |= {**timing.summary(samples), "samples": samples}
+        return self.results
 
 
 def failure(error: Exception) -> str:

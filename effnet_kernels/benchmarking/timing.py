@@ -46,6 +46,13 @@ def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, device: str 
     return samples
 
 
+@torch.inference_mode()
+def once(call: Call, device: str = "cpu") -> float:
+    """Seconds of a single call that an untimed one has gone before; of a ``Graph`` as in ``interleaved``."""
+    call()
+    return (_measure_cuda if device == "cuda" else _measure_cpu)(call, 1) / getattr(call, "calls", 1)
+
+
 def summary(samples: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")

@@ -123,6 +123,7 @@ def compare(
     fused: Callable[[nn.Module, str], nn.Module] = contenders.patched,
     seconds: float = 2.0,
     guard: contenders.Guard = contextlib.nullcontext,
+    keep: contenders.Keep | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Check every contender's gradients against float64, measure its memory, then time those that are right.
 
@@ -135,7 +136,7 @@ def compare(
         amp: autocast to this dtype.
         fused: makes our module from a stock one and a backend's name.
         seconds: timed for about so long each.
-        guard: see ``contenders.Guard``.
+        guard, keep: see ``contenders``.
 
     Returns:
         As ``contenders.compare``, with ``error`` of the gradients and, in bytes, ``saved`` for backward and the
@@ -145,33 +146,23 @@ def compare(
     scale = _rms(exact)
     allowed = ALLOWED * measure(_rms(Step(stock, x, amp).gradients() - exact)) + 1e-6 * scale
     torch._dynamo.reset()  # as in ``contenders.compare``
-    results: dict[str, dict[str, Any]] = {}
-    calls: dict[str, timing.Call] = {}
-    pool = None
+    race = contenders.Race(x.device.type, guard, keep)
     for name in names:
-        try:
-            with guard(name):
-                step = build(name, stock, x, amp, fused)
-                error = _rms(step.gradients() - exact)
-                step()
-                memory = {"saved": step.saved_bytes(), "peak": step.peak_bytes()}
-                call: timing.Call = step
-                right = error <= allowed or not name.startswith(contenders.OURS)
-                if right and x.is_cuda:
-                    step.optimizer.zero_grad(set_to_none=True)
-                    call = timing.Graph(step, step.x, pool)
-                    pool = call.pool
-        except Exception as failure:  # a contender that cannot run is a result, and the others go on
-            results[name] = {"failed": contenders.failure(failure)}
-            continue
-        if not right:
-            results[name] = {"wrong": f"error of the gradients {error:.3g}, allowed {allowed:.3g}"}
-            continue
-        results[name] = {"error": error / scale, **memory}
-        calls[name] = call
-    for name, samples in timing.interleaved(calls, seconds=seconds, device=x.device.type).items():
-        results[name] |= {**timing.summary(samples), "samples": samples}
-    return results
+
+        def prepare(name: str = name) -> tuple[timing.Call, dict[str, Any]]:
+            step = build(name, stock, x, amp, fused)
+            error = _rms(step.gradients() - exact)
+            if name.startswith(contenders.OURS) and not error <= allowed:
+                return step, {"wrong": f"error of the gradients {error:.3g}, allowed {allowed:.3g}"}
+            step()
+            result = {"error": error / scale, "saved": step.saved_bytes(), "peak": step.peak_bytes()}
+            if not x.is_cuda:
+                return step, result
+            step.optimizer.zero_grad(set_to_none=True)
+            return timing.Graph(step, step.x, race.pool), result
+
+        race.enter(name, prepare)
+    return race.run(seconds)
 
 
 def _rms(t: Tensor) -> float:

@@ -265,7 +265,11 @@ def generation(device: torch.device) -> int:
 
 @functools.cache
 def _generation(index: int | None) -> int:
-    major, _ = torch.cuda.get_device_capability(index)
+    return generation_of(torch.cuda.get_device_capability(index)[0])
+
+
+def generation_of(major: int) -> int:
+    """The column for GPUs of compute capability ``major``.x."""
     return {7: 75, 9: 90, 10: 100, 11: 100}.get(major, 80)
 
 

@@ -1,0 +1,316 @@
+"""Compiling the Triton kernels of a model for GPUs that are not here, and taking them to where the GPUs are.
+
+A patched model runs on meta tensors with the enqueueing replaced by a list, so what is compiled is what would have
+been launched: the same tiles, flags and constants, through Triton's own path. It works on any machine, but not under
+TRITON_INTERPRET.
+
+Triton finds a compiled kernel in its cache by a key that contains a hash of its own files, which differ from one
+version of Python to the next, and its cache names its files by absolute paths. So a cache that is copied to another
+machine serves nothing there. ``pack`` keeps of every kernel what the machines have in common; ``unpack`` lets the
+Triton that is there compute the key.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.cache import get_cache_manager
+
+import effnet_kernels as ek
+from effnet_kernels.backends import Problem
+from effnet_kernels.benchmarking.models import check_name
+from effnet_kernels.ops import triton_common
+
+OPS = (
+    "depthwise_conv_bn_act",
+    "fused_mbconv",
+    "mbconv",
+    "pointwise_conv_bn_act",
+    "squeeze_excite",
+    "squeeze_excite_gate",
+)
+
+
+class Launch(NamedTuple):
+    """One kernel launch, as ``triton_common.launch_kernel`` was asked for it."""
+
+    kernel: Any
+    programs: int
+    tensors: tuple[Tensor | None, ...]
+    sizes: tuple[int | float, ...]
+    constants: tuple[Any, ...]
+    config: triton_common.Config
+
+    @property
+    def op(self) -> str:
+        return self.kernel.fn.__module__.split(".")[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the map, where there is one."""
+        return min((t.dtype for t in self.tensors if t is not None), key=lambda dtype: dtype.itemsize)
+
+    def constant(self, name: str) -> Any:
+        return self.constants[self.kernel.arg_names.index(name) - len(self.tensors) - len(self.sizes)]
+
+    def tile(self) -> tuple[Any, ...]:
+        """What a row of the tables of configurations stands for; the gate has nothing to do with the dtype of maps."""
+        dtype = None if self.op == "squeeze_excite_gate" else self.dtype
+        return self.op, self.kernel.fn.__name__, dtype, self.config
+
+    def variant(self) -> tuple[Any, ...]:
+        """What the compiled code depends on."""
+        types = tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in self.tensors)
+        return self.op, self.kernel.fn.__name__, types, self.constants, self.config
+
+
+def record(call: Callable[[], Any], generation: int) -> list[Launch]:
+    """The launches of ``call``, an op's ``launch`` on meta tensors, on a GPU of this generation (80, 90, 100)."""
+    launches: list[Launch] = []
+
+    def enqueue(kernel: Any, programs: int, tensors: Any, sizes: Any, constants: Any, config: Any) -> None:
+        launches.append(Launch(kernel, programs, tuple(tensors), tuple(sizes), tuple(constants), config))
+
+    replacements = {
+        triton_common.launch_kernel: enqueue,
+        triton_common.config: lambda op, default, problem_class, device: default(*problem_class, generation),
+        triton_common.generation: lambda device: generation,
+    }
+    with _replaced(replacements):
+        call()
+    return launches
+
+
+@contextlib.contextmanager
+def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
+    """Put one function for another wherever the ops' modules name it."""
+    names = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
+    modules = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in names)]
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if callable(value) and getattr(value, "__hash__", None) and value in replacements:
+                    stack.enter_context(mock.patch.object(module, name, replacements[value]))
+        yield
+
+
+def record_model(
+    model: str,
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+    generation: int,
+    *,
+    library: str = "timm",
+    training: bool = False,
+) -> list[Launch]:
+    """The launches of a patched model, channels-last: of a forward, or of a training step under autocast to ``dtype``.
+
+    Raises:
+        UserError: the library is not installed or has no such model.
+    """
+    check_name(model, library)
+    with torch.device("meta"):
+        if library == "timm":
+            network = importlib.import_module("timm").create_model(model)
+        else:
+            network = importlib.import_module("torchvision.models").get_model(model, weights=None)
+        for module in network.modules():
+            # What autocast casts. Squeeze-and-excitation's convolutions, the only ones with a bias, go into our ops.
+            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.bias is None):
+                module.to(dtype)
+        network = network.train(training).to(None if training else dtype, memory_format=torch.channels_last)
+        images = torch.empty(batch, 3, size, size, dtype=dtype)
+    return record_module(ek.patch(network), images, generation)
+
+
+def record_module(module: nn.Module, x: Tensor, generation: int) -> list[Launch]:
+    """The launches of a module of ours on the meta device: of one forward, in training mode of backward, too."""
+    x = x.to(memory_format=torch.channels_last)
+
+    def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
+        return "triton", importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
+
+    def call() -> None:
+        y = module(x)
+        if module.training:
+            y.backward(torch.empty_like(y))
+
+    with (
+        torch.inference_mode(not module.training),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know "meta"
+        mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
+    ):
+        return record(call, generation)
+
+
+def distinct(launches: Sequence[Launch]) -> list[Launch]:
+    """One launch of each compiled variant, in order of appearance."""
+    return list({launch.variant(): launch for launch in reversed(launches)}.values())[::-1]
+
+
+class _Elsewhere:
+    """What compiling asks of a Triton driver, for a GPU that is not here."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.target.arch}"  # kernels keep their variants by device: these are none of a real one's
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(architecture: int) -> Iterator[None]:
+    """Let Triton compile for GPUs of compute capability ``architecture`` / 10, whatever is here."""
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Elsewhere(architecture))
+    try:
+        yield
+    finally:
+        driver._active = before  # ``reset_active`` would look for a GPU
+
+
+def compiled(launch: Launch) -> Any:
+    """Triton's compiled kernel, from its cache or compiled now; within ``compiling_for``."""
+    arguments = (*launch.tensors, *launch.sizes, *launch.constants)
+    return launch.kernel.warmup(
+        *arguments, grid=(1,), num_warps=launch.config.num_warps, num_stages=launch.config.num_stages
+    )
+
+
+# ---- one file of compiled kernels ----
+
+FORMAT = 1
+
+
+def pack(
+    file: Path,
+    launches: Sequence[Launch],
+    architecture: int,
+    jobs: int = 1,
+    progress: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Compile every variant among ``launches`` and write them to ``file``, a zip archive; returns how many.
+
+    Args:
+        architecture: ten times the compute capability: 90 for H100 and H200.
+        jobs: so many threads compile.
+        progress: told what is being done.
+
+    Raises:
+        RuntimeError: this version of Triton computes its keys in another way.
+    """
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    with compiling_for(architecture), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        wanted, variants = distinct(launches), []
+        for variant in pool.map(compiled, wanted):
+            variants.append(variant)
+            if len(variants) % 20 == 0:
+                progress(f"{len(variants)} of {len(wanted)} kernels")
+    kernels, cubins = [], {}
+    for launch, kernel in zip(wanted, variants, strict=True):
+        options = backend.parse_options(
+            {
+                "num_warps": launch.config.num_warps,
+                "num_stages": launch.config.num_stages,
+                "debug": knobs.runtime.debug,
+                "instrumentation_mode": knobs.compilation.instrumentation_mode,
+            }
+        )
+        source, hashed = kernel.src.hash(), options.hash()
+        if _key(source, hashed, backend) != kernel.hash:
+            raise RuntimeError(f"Triton {triton.__version__} has other keys than those that can be packed")
+        (metadata,) = (Path(path) for name, path in kernel.metadata_group.items() if name.endswith(".json"))
+        cubins[f"{kernel.hash}.cubin"] = kernel.asm["cubin"]
+        kernels.append(
+            {
+                "name": metadata.stem,
+                "source": source,
+                "options": hashed,
+                "cubin": f"{kernel.hash}.cubin",
+                "metadata": json.loads(metadata.read_text()),
+            }
+        )
+    manifest = {
+        "format": FORMAT,
+        "triton": triton.__version__,
+        "backend": backend.hash(),
+        "architecture": architecture,
+        "kernels": kernels,
+    }
+    partial = file.with_suffix(f".{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", json.dumps(manifest))
+        for name, cubin in cubins.items():
+            archive.writestr(name, cubin)
+    partial.replace(file)
+    return len(kernels)
+
+
+def unpack(file: Path) -> int:
+    """Put the kernels of a packed ``file`` into Triton's cache (TRITON_CACHE_DIR); returns how many there are.
+
+    Raises:
+        ValueError: it is no such file, or it was packed by another version of Triton or of ptxas.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            manifest = json.loads(archive.read("manifest.json"))
+            cubins = {name: archive.read(name) for name in archive.namelist() if name.endswith(".cubin")}
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a file of packed kernels: {error}") from error
+    backend = make_backend(GPUTarget("cuda", manifest["architecture"], 32))
+    for what, there, here in (
+        ("format", manifest["format"], FORMAT),
+        ("Triton", manifest["triton"], triton.__version__),
+        ("ptxas and architecture", manifest["backend"], backend.hash()),
+    ):
+        if there != here:
+            raise ValueError(f"{file} was packed with {what} {there}, here is {here}: pack it anew")
+    for kernel in manifest["kernels"]:
+        key = _key(kernel["source"], kernel["options"], backend)
+        cache = get_cache_manager(key)
+        name = kernel["name"]
+        files = {
+            f"{name}.cubin": cubins[kernel["cubin"]],
+            f"{name}.json": json.dumps(kernel["metadata"] | {"hash": key}),
+        }
+        if cache.get_group(f"{name}.json") is None:
+            group = {entry: cache.put(content, entry) for entry, content in files.items()}
+            cache.put_group(f"{name}.json", group)
+    return len(manifest["kernels"])
+
+
+def _key(source: str, options: str, backend: Any) -> str:
+    """The name of a compiled kernel in the cache of the Triton that is here, from the hashes of its parts."""
+    from triton.compiler.compiler import get_cache_invalidating_env_vars
+    from triton.runtime.cache import get_cache_key
+
+    parts = [SimpleNamespace(hash=functools.partial(str, hashed)) for hashed in (source, options)]
+    key = get_cache_key(parts[0], backend, parts[1], get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
