@@ -1,8 +1,8 @@
 """What ``effnet-kernels tune`` does: find the fastest tiles of the Triton kernels on this GPU.
 
 A patched model runs once, and every launch of its kernels is kept with its arguments. Each problem class (see
-``triton_common.config``) then goes downhill from the tile it has: the neighbours, one number doubled or halved, are
-measured on the launches of the class, and the fastest becomes the next tile, until none is faster by ``MARGIN``.
+``triton_common.config``) then goes downhill from the tile it has: the neighbours, one number doubled or halved, or a side
+and the warps together, are measured on the launches of the class, and the fastest becomes the next tile, until none is faster by ``MARGIN``.
 Neighbours that do not compile are passed over, and so are those whose results differ by more than a sum's order can.
 Classes that move the most data come first, so that a short budget is well spent.
 """
@@ -134,15 +134,14 @@ def _elements(launch: Launch) -> int:
 
 
 def neighbours(config: Config) -> list[Config]:
-    """The tiles one step away."""
-    found = []
+    """The tiles one step away. A side and the warps that share it may move together: alone, each can be a step uphill."""
+    warps, halved = config.num_warps * 2, config.num_warps // 2
+    found = [config._replace(num_warps=other) for other in (warps, halved)]
     for i, size in enumerate(config.block):
-        for other in (size * 2, size // 2):
-            if other:
-                found.append(config._replace(block=(*config.block[:i], other, *config.block[i + 1 :])))
-    for warps in (config.num_warps * 2, config.num_warps // 2):
-        if 1 <= warps <= MAX_WARPS:
-            found.append(config._replace(num_warps=warps))
+        for other, with_it in ((size * 2, warps), (size // 2, halved)):
+            wider = config._replace(block=(*config.block[:i], other, *config.block[i + 1 :]))
+            found += [wider, wider._replace(num_warps=with_it)]
+    found = [other for other in found if min(other.block) >= 1 and 1 <= other.num_warps <= MAX_WARPS]
     for stages in (config.num_stages + 1, config.num_stages - 1):
         if 1 <= stages <= MAX_STAGES:
             found.append(config._replace(num_stages=stages))

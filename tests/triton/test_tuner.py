@@ -97,9 +97,37 @@ def test_no_class_is_begun_after_the_time(model):
 
 @pytest.mark.parametrize("config", [Config((1, 16), 1, 1), Config((64, 128, 32), 8, 3)], ids=str)
 def test_neighbours_are_one_step_away(config):
-    for other in tuner.neighbours(config):
-        assert sum(a != b for a, b in zip((*config.block, *config[1:]), (*other.block, *other[1:]), strict=True)) == 1
+    found = tuner.neighbours(config)
+    assert len(set(found)) == len(found)
+    for other in found:
+        ratios = [a / b for a, b in zip(other.block, config.block, strict=True) if a != b]
+        warps = other.num_warps / config.num_warps
+        together = not ratios or warps in (1, *ratios)  # a side and its warps, in one direction
+        assert len(ratios) + (other.num_stages != config.num_stages) + (warps != 1 and not ratios) == 1
+        assert together
         assert min(*other.block, *other[1:]) >= 1
+
+
+def test_a_valley_that_only_two_numbers_together_reach(model):
+    """A clock by which a tile takes as long as the ratio of its rows to its warps is far from that of the start."""
+
+    def by_shape(calls):
+        for call in calls.values():
+            call()
+        return {
+            config: (1.0 if config.block[0] / config.num_warps == ratio else 9.0) / config.block[0] for config in calls
+        }
+
+    x = images(1, 6).to(DEVICE)
+    with torch.inference_mode():
+        (key,) = (key for key in tuner.record(model, x) if key[0] == "depthwise_conv_bn_act")
+        start = Config((2, 4, 16), 1, 1)
+        ratio = start.block[0] / start.num_warps
+        triton_common.chosen[key] = start
+        tuned = {each.op: each for each in tuner.tune(model, x, measure=by_shape)}["depthwise_conv_bn_act"]
+    assert tuned.before == start
+    assert tuned.after.num_warps == tuner.MAX_WARPS
+    assert tuned.after.block[0] == ratio * tuner.MAX_WARPS
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

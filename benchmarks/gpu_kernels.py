@@ -1,0 +1,55 @@
+"""Compile every Triton kernel that a run of ``benchmarks.gpu`` will launch, where there is no GPU, into one file.
+
+    python -m benchmarks.gpu_kernels [--out FILE] [--architecture 90]
+
+Compiling takes minutes that a rented GPU would wait for. ``python -m benchmarks.gpu --kernels FILE`` unpacks them.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import stock
+from benchmarks.cases import DTYPES
+from benchmarks.gpu_parts import GPU, ROOT, Scope
+from effnet_kernels import precompile
+from effnet_kernels.ops import triton_common
+from effnet_kernels.precompile import Launch
+
+FILE = ROOT / "build" / "gpu-kernels.zip"
+SIZE = 64  # nothing is specialised on sizes
+
+
+def launches(scope: Scope, generation: int) -> Iterator[Launch]:
+    """Those of all its models, training steps and ops; blocks are parts of models."""
+    dtype = DTYPES[scope.dtype]
+    for model in dict.fromkeys(name for name, _, _ in (scope.flagship, *scope.models)):
+        yield from precompile.record_model(model, SIZE, 2, dtype, generation)
+    for model, _, _ in scope.training:
+        yield from precompile.record_model(model, SIZE, 2, dtype, generation, training=True)
+    for op in scope.ops:
+        with torch.device("meta"):
+            ours = stock.OurOp(op, stock.stock_op(op).to(dtype), "triton").eval()
+            x = torch.empty(2, op.channels[0], SIZE, SIZE, dtype=dtype)
+        yield from precompile.record_module(ours.to(memory_format=torch.channels_last), x, generation)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--architecture", type=int, default=90, help="ten times the GPU's compute capability")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
+    options = parser.parse_args(arguments)
+    began = time.time()
+    found = list(launches(GPU, triton_common.generation_of(options.architecture // 10)))
+    count = precompile.pack(options.out, found, options.architecture, options.jobs, lambda line: print(line, flush=True))
+    size = options.out.stat().st_size >> 10
+    print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB")
+
+
+if __name__ == "__main__":
+    main()
