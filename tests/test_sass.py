@@ -77,6 +77,15 @@ def test_parts_of_nested_loops_without_the_slow_path():
     }
 
 
+def test_a_call_of_a_label_is_a_branch():
+    """So a loop is left on sm_80."""
+    branch, call = "/*0010*/              @!P0 BRA `(.L_x_9)", "/*0010*/     @!P0 CALL.REL.NOINC `(.L_x_9)"
+    assert branch in LISTING
+    before, after = sass.parts(LISTING), sass.parts(LISTING.replace(branch, call))
+    assert [part.loops for part in after] == [part.loops for part in before]
+    assert after[0].instructions == ("MOV", "CALL.REL.NOINC", "EXIT", "STG.E", "EXIT")
+
+
 def test_an_instruction_runs_once_per_trip_of_the_loops_around_it(monkeypatch):
     monkeypatch.setattr(aot, "trips", lambda launch, line: {OUTER: 3, INNER: 5}[line])
     resources = aot.Resources(32, 0, 0, 8, (), LISTING)

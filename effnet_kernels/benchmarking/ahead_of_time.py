@@ -145,7 +145,10 @@ def trips(launch: Launch, line: sass.Line) -> int:
 
 
 def executed(launch: Launch, resources: Resources) -> Counter[str]:
-    """How many instructions of each mnemonic a warp of this launch issues."""
+    """How many instructions of each mnemonic a warp of this launch issues.
+
+    Good for sm_90. ptxas gives some loops of other code the line of a statement inside, which is an error here.
+    """
     issued: Counter[str] = Counter()
     for part in sass.parts(resources.listing):
         times = math.prod(trips(launch, line) for line in part.loops)

@@ -97,8 +97,11 @@ def _blocks(lines: Iterable[str]) -> tuple[list[Block], Edges]:
                 edges[len(blocks)] = []
                 blocks.append(Block([], None, False))
             last = blocks[-1]
-            name = mnemonic.split(".")[0]
             last.instructions.append(mnemonic)
+            target = TARGET.search(operands)
+            if mnemonic == "CALL.REL.NOINC" and target:
+                mnemonic = "BRA"  # from a loop on sm_80: it never returns, a function's label begins otherwise
+            name = mnemonic.split(".")[0]
             blocks[-1] = last._replace(line=source, calls=last.calls or (name == "CALL" and not guard))
             begins = name in ("BRA", "EXIT", "RET")
             falls = not begins or bool(guard)
@@ -107,7 +110,6 @@ def _blocks(lines: Iterable[str]) -> tuple[list[Block], Edges]:
             if mnemonic == "BRA.DIV":
                 falls = True  # taken only by a warp whose lanes are apart; ours never are
             elif name == "BRA":
-                target = TARGET.search(operands)
                 if target is None or mnemonic not in ("BRA", "BRA.U"):
                     raise ValueError(f"where this branches to is not known: {text.strip()}")
                 branches.append((len(blocks) - 1, target[2]))
