@@ -6,6 +6,7 @@ Compiling takes minutes that a rented GPU would wait for. ``python -m benchmarks
 """
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     began = time.time()
     found = list(launches(GPU, triton_common.generation_of(options.architecture // 10)))
-    count = precompile.pack(options.out, found, options.architecture, options.jobs, lambda line: print(line, flush=True))
+    progress = functools.partial(print, flush=True)
+    count = precompile.pack(options.out, found, options.architecture, options.jobs, progress)
     size = options.out.stat().st_size >> 10
     print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB")
 

@@ -7,20 +7,15 @@ takes as long as the slowest of four things that are taken to overlap perfectly:
 """
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from effnet_kernels.benchmarking.ahead_of_time import (
-    Launch,
-    Resources,
-    compile_launch,
-    describe,
-    matrix_instruction,
-    record_model,
-)
+from effnet_kernels.benchmarking.ahead_of_time import Resources, compile_launch, describe, executed, matrix_instruction
+from effnet_kernels.precompile import Launch, record_model
 
 GENERATION = 90
 DTYPE = torch.float16
@@ -49,7 +44,8 @@ overlapped perfectly, and {launch:.0f} us for following another one:
 * *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
 * *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s;
 * *tensor*: the products with all padding of tiles, at {hgmma:.0f} TFLOP/s (HGMMA) or {hmma:.0f} (HMMA);
-* *issue*: instructions of the compiled code, loops of products counted once, at {issue:.2f} per ns.
+* *issue*: the instructions that warps issue, at {issue:.2f} per ns. Those of a loop count once per trip; slow paths of
+  divisions and square roots, for subnormal and huge values, are taken not to run.
 
 Tails of waves, latencies that too few warps leave open, and cache misses beyond this are left out: the truth is higher.
 *Moved* is the L2 traffic over the least that any implementation of the op must move; *floor* is that least from DRAM.
@@ -139,13 +135,29 @@ def _depthwise(launch: Launch, all_bytes: float) -> Work:
     return Work(all_bytes - partial, launch.programs * window + y.numel() * y.itemsize + partial, 0)
 
 
+def multiplied(issued: Counter[str]) -> int:
+    """Multiply-adds times two in the matrix instructions of a warp; the 64 rows of an HGMMA are those of four warps."""
+    total = 0
+    for mnemonic, times in issued.items():
+        if found := re.match(r"(?:HGMMA\.64x(\d+)x|HMMA\.16(8))(\d+)\.", mnemonic):
+            total += times * 2 * 16 * int(found[1] or found[2]) * int(found[3])
+    return total
+
+
 def predict(launch: Launch, resources: Resources) -> Prediction:
+    """Raises ValueError where the instructions counted do not make the op's products: trips were miscounted then."""
     todo = work(launch)
+    issued = executed(launch, resources)
+    warps = launch.programs * launch.config.num_warps
+    if warps * multiplied(issued) != todo.operations:
+        raise ValueError(
+            f"{describe(launch)}: {warps * multiplied(issued)} operations counted, {todo.operations} to do"
+        )
     times = {
         "DRAM": sum(t.numel() * t.itemsize for t in launch.tensors if t is not None) / DRAM,
         "L2": todo.l2 / L2,
         "tensor": todo.operations / TENSOR[matrix_instruction(launch, GENERATION) or "HMMA"],
-        "issue": launch.programs * launch.config.num_warps * len(resources.instructions) / ISSUE,
+        "issue": warps * issued.total() / ISSUE,
     }
     bound = max(times, key=lambda name: times[name])
     return Prediction(times[bound] + LAUNCH, bound, todo.minimum / DRAM, todo.l2 / todo.minimum)
@@ -171,7 +183,7 @@ def main() -> None:
             if variant not in compiled:
                 compiled[variant] = compile_launch(launch, GENERATION)
                 print(f"{model}: {describe(launch)}", flush=True)
-            key = (variant, launch.programs)
+            key = (variant, launch.programs, launch.sizes)
             same[key] += 1
             predicted[key] = launch, compiled[variant], predict(launch, compiled[variant])
         total = sum(count * predicted[key][2].seconds for key, count in same.items())

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("timm")
 
+from effnet_kernels import precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 
 FLOAT16 = torch.float16
@@ -45,11 +46,11 @@ def test_a_bfloat16_model_compiles_to_what_was_meant():
 
 
 @pytest.fixture(scope="module")
-def launches() -> list[aot.Launch]:
-    return aot.record_model("tf_efficientnetv2_s", 64, 2, FLOAT16, 90)
+def launches() -> list[precompile.Launch]:
+    return precompile.record_model("tf_efficientnetv2_s", 64, 2, FLOAT16, 90)
 
 
-def launch_of(launches: list[aot.Launch], op: str, **constants: object) -> aot.Launch:
+def launch_of(launches: list[precompile.Launch], op: str, **constants: object) -> precompile.Launch:
     return next(
         launch
         for launch in launches
@@ -59,7 +60,7 @@ def launch_of(launches: list[aot.Launch], op: str, **constants: object) -> aot.L
 
 def test_a_whole_model_is_recorded(launches):
     """V2-S: a stem, 10 fused blocks, 30 MBConv blocks of four launches each, a head."""
-    count = {op: sum(launch.op == op for launch in launches) for op in aot.OPS}
+    count = {op: sum(launch.op == op for launch in launches) for op in precompile.OPS}
     assert count == {
         "depthwise_conv_bn_act": 30,
         "fused_mbconv": 11,
@@ -86,10 +87,11 @@ def test_each_complaint_is_made(launches, op, constants, generation):
 
 COUNT_VARIANTS = """
 import torch
+from effnet_kernels import precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 
 def variants(size, batch):
-    launches = aot.record_model("efficientnet_b0", size, batch, torch.float16, 90)
+    launches = precompile.record_model("efficientnet_b0", size, batch, torch.float16, 90)
     return {aot.specialisation(launch, 90) for launch in launches}
 
 first = variants(224, 1)
@@ -105,12 +107,13 @@ def test_a_new_size_or_batch_compiles_nothing():
 
 def test_the_recorded_variants_are_those_that_triton_tells_apart():
     """``distinct``, by which the gate leaves out repetitions, has as many."""
-    launches = aot.record_model("efficientnet_b0", 224, 1, FLOAT16, 90)
-    assert (len(launches), len(aot.distinct(launches))) == (65, 39)
+    launches = precompile.record_model("efficientnet_b0", 224, 1, FLOAT16, 90)
+    assert (len(launches), len(precompile.distinct(launches))) == (65, 39)
 
 
 TRAINING_STEP = """
 import torch
+from effnet_kernels import precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train import block, triton
@@ -144,7 +147,7 @@ COMPILE_TRAINING = (
 for generation in (80, 90, 100):
     seen = set()
     for dtype, kernel, stride in ((torch.float16, 3, 2), (torch.float32, 5, 1)):
-        launches = aot.distinct(aot.record(lambda: step(dtype, kernel, stride), generation))
+        launches = precompile.distinct(precompile.record(lambda: step(dtype, kernel, stride), generation))
         for launch in launches:
             name = launch.kernel.fn.__name__
             if "depthwise" in launch.kernel.fn.__module__ or name not in seen:
@@ -171,7 +174,7 @@ COUNT_TRAINING = (
     TRAINING_STEP
     + """
 def variants(size, batch, kernel, stride):
-    launches = aot.record(lambda: step(torch.float16, kernel, stride, size, batch), 90)
+    launches = precompile.record(lambda: step(torch.float16, kernel, stride, size, batch), 90)
     return {aot.specialisation(launch, 90) for launch in launches}
 
 for window in ((3, 1), (5, 2)):

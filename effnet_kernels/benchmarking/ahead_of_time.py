@@ -9,14 +9,18 @@ there is, or lacks the instructions that it was written for.
 import argparse
 import concurrent.futures
 import functools
+import linecache
+import math
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,11 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from effnet_kernels.benchmarking import sass
 from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
-from effnet_kernels.precompile import OPS, Launch, compiled, compiling_for, distinct, record, record_model
-
-__all__ = ["OPS", "Launch", "compile_launch", "complaints", "distinct", "record", "record_model", "specialisation"]
+from effnet_kernels.ops.triton_common import cdiv
+from effnet_kernels.precompile import Launch, compiled, compiling_for, distinct, record_model
 
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes of shared memory a block may ask for. Tiles of column 80 also run on consumer GPUs, which have 99 KiB.
@@ -45,11 +49,62 @@ class Resources(NamedTuple):
     local: int  # bytes of spilled registers and arrays that found no register
     shared: int
     blocks: int  # that fit on one multiprocessor
-    instructions: tuple[str, ...]  # mnemonics in order
+    instructions: tuple[str, ...]  # mnemonics in order, all that stand in the code
+    listing: str = ""  # of the code and the lines of its source
 
     def count(self, pattern: str) -> int:
         """How many instructions have a mnemonic that begins with a match of this regular expression."""
         return sum(re.match(pattern, instruction) is not None for instruction in self.instructions)
+
+
+# How often each loop of the kernels runs, by its file and the beginning of its line, from a launch's arguments by name.
+TRIPS: dict[tuple[str, str], Callable[[dict[str, Any]], int]] = {
+    ("depthwise_conv_bn_act/triton.py", "for kw in range(KW):"): lambda a: a["KW"],
+    ("fused_mbconv/triton.py", "for k0 in range(0, KH * KW * C_IN, BLOCK_K):"): (
+        lambda a: cdiv(a["KH"] * a["KW"] * a["C_IN"], a["BLOCK_K"])
+    ),
+    ("fused_mbconv/triton.py", "for step in range(KH * KW * blocks):"): (
+        lambda a: a["KH"] * a["KW"] * cdiv(a["C_IN"], a["BLOCK_K"])
+    ),
+    ("fused_mbconv/triton.py", "for mid0 in range(0, C_MID, BLOCK_MID):"): lambda a: cdiv(a["C_MID"], a["BLOCK_MID"]),
+    ("pointwise_conv_bn_act/triton.py", "for k0 in range(0, C_IN, BLOCK_K):"): lambda a: cdiv(a["C_IN"], a["BLOCK_K"]),
+    ("pointwise_conv_bn_act/triton.py", "while first < end:"): (
+        lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]) if a["POOL"] else 1
+    ),
+    ("squeeze_excite_gate/triton.py", "for first in range(0, C, BLOCK_C):"): lambda a: cdiv(a["C"], a["BLOCK_C"]),
+    ("triton_common.py", "while first < tiles:"): lambda a: cdiv(a["tiles"], a["TILES"]),
+}
+
+
+def trips(launch: Launch, line: sass.Line) -> int:
+    """How often a launch runs through the loop in this line of the source.
+
+    All trips are in the loop of the machine code too: Triton's pipeline fetches ahead with predicated loads, before
+    the loop, and takes no product out of it.
+
+    Raises:
+        LookupError: ``TRIPS`` has no such loop.
+    """
+    path, number = line
+    text = linecache.getline(path, number).strip()
+    arguments = dict(zip(launch.kernel.arg_names, (*launch.tensors, *launch.sizes, *launch.constants), strict=True))
+    for (file, beginning), count in TRIPS.items():
+        if path.endswith(f"/{file}") and text.startswith(beginning):
+            return count(arguments)
+    raise LookupError(f"{__name__}.TRIPS does not say how often this loop runs: {text!r}, {path}:{number}")
+
+
+def executed(launch: Launch, resources: Resources) -> Counter[str]:
+    """How many instructions of each mnemonic a warp of this launch issues.
+
+    Good for sm_90. ptxas gives some loops of other code the line of a statement inside, which is an error here.
+    """
+    issued: Counter[str] = Counter()
+    for part in sass.parts(resources.listing):
+        times = math.prod(trips(launch, line) for line in part.loops)
+        for mnemonic in part.instructions:
+            issued[mnemonic] += times
+    return issued
 
 
 def specialisation(launch: Launch, generation: int) -> str:
@@ -77,15 +132,15 @@ def _read(cubin: bytes, shared: int, warps: int, generation: int) -> Resources:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = re.sub(r"/\*.*?\*/", "", _tool("nvdisasm", "-c", file.name))
-    instructions = tuple(re.findall(r"^\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^:\n]*;", sass, re.MULTILINE))
+        listing = re.sub(r"/\*.*?\*/", "", _tool("nvdisasm", "-c", "-g", file.name))
+    instructions = tuple(re.findall(r"^\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^:\n]*;", listing, re.MULTILINE))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, static, local = map(int, found.groups())
     shared += static
     per_warp = -(-registers * 32 // 256) * 256
     fits = [WARPS // warps, REGISTERS // per_warp // warps, SHARED[generation] // (shared + 1024)]
-    return Resources(registers, stack + local, shared, min(fits), instructions)
+    return Resources(registers, stack + local, shared, min(fits), instructions, listing)
 
 
 def _tool(name: str, *arguments: str) -> str:

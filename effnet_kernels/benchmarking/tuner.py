@@ -1,9 +1,10 @@
 """What ``effnet-kernels tune`` does: find the fastest tiles of the Triton kernels on this GPU.
 
 A patched model runs once, and every launch of its kernels is kept with its arguments. Each problem class (see
-``triton_common.config``) then goes downhill from the tile it has: the neighbours, one number doubled or halved, or a side
-and the warps together, are measured on the launches of the class, and the fastest becomes the next tile, until none is faster by ``MARGIN``.
-Neighbours that do not compile are passed over, and so are those whose results differ by more than a sum's order can.
+``triton_common.config``) then goes downhill from the tile it has: the neighbours, one number doubled or halved, or a
+side together with the warps, are measured on the launches of the class, and the fastest becomes the next tile, until
+none is faster by ``MARGIN``. Neighbours that do not compile are passed over, and so are those whose results differ by
+more than a sum's order can.
 Classes that move the most data come first, so that a short budget is well spent.
 """
 
@@ -134,7 +135,7 @@ def _elements(launch: Launch) -> int:
 
 
 def neighbours(config: Config) -> list[Config]:
-    """The tiles one step away. A side and the warps that share it may move together: alone, each can be a step uphill."""
+    """The tiles one step away. A side may move together with the warps that share it: alone, each can be uphill."""
     warps, halved = config.num_warps * 2, config.num_warps // 2
     found = [config._replace(num_warps=other) for other in (warps, halved)]
     for i, size in enumerate(config.block):
