@@ -37,6 +37,11 @@ from effnet_kernels.benchmarking.environment import commit, cpu_model, describe,
 from effnet_kernels.benchmarking.tables import seconds as duration
 from effnet_kernels.benchmarking.tables import text_table
 
+# docs/gpu.md
+COMMAND = (
+    "python3 -m benchmarks.gpu {call} --commit {commit} --kernels build/gpu-kernels.zip"
+    ' --record "$OUT/gpu.json" --keep /var/tmp/gpu.json'
+)
 CALLS = {"first": (FIRST, 300.0), "second": (SECOND, 290.0)}  # parts, seconds
 COMPILED = {"none": (), "default": ("compiled",), "autotuned": ("compiled", "autotuned")}
 SPARE = 10.0  # seconds of the budget: Python starts before the clock does, and a page is printed behind it

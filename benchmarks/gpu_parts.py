@@ -342,7 +342,7 @@ SECOND = ("build", "models", "training", "compiled", "autotuned", "memcheck")
 
 def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str:
     """What a command prints until it ends or the part's time does; it is written beside the record as it comes."""
-    log = record.files[0].with_suffix(f".{record.name}.log")
+    log = record.file.with_suffix(f".{record.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w+", errors="replace") as file:
         process = subprocess.Popen(

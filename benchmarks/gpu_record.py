@@ -39,7 +39,7 @@ class Record:
     """
 
     def __init__(self, file: Path, keep: Path | None = None, until: float = float("inf"), part: str = "") -> None:
-        self.files = [file] if keep is None else [file, keep]
+        self.file, self.files = file, [file] if keep is None else [file, keep]
         self.until, self.name = until, part
         found = next((place.read_text() for place in self.files if place.exists()), None)
         empty: dict[str, Any] = {"environment": {}, "parts": {}, "levels": {}}

@@ -1,51 +1,77 @@
 """``python -m benchmarks.gpu`` on something tiny and without a GPU: every part runs, and what fails is recorded."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_parts, gpu_record, report
+from benchmarks import gpu, gpu_kernels, gpu_parts, gpu_record, report
 from benchmarks.cases import Case, op_case
 from benchmarks.gpu_record import OutOfTimeError, Record
-from effnet_kernels.benchmarking.contenders import CHANNELS_LAST, STOCK, ours
+from effnet_kernels import native
+from effnet_kernels.benchmarking import timing
+from effnet_kernels.benchmarking.contenders import AUTOTUNED, CHANNELS_LAST, COMPILED, STOCK, ours
+from effnet_kernels.benchmarking.environment import cpu_model
 
 REFERENCE = ours("reference")
 
 
 @pytest.fixture
 def record(tmp_path):
-    return Record(tmp_path / "gpu.json")
+    return Record(tmp_path / "gpu.json", part="ops")
 
 
 def case(fused=lambda module, backend: module) -> Case:
-    return Case("op", "a convolution", 2, lambda: (nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)), fused, bytes=8)
+    def make():
+        return nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)
+
+    return Case("op", "a convolution", 2, make, fused, traffic=lambda: 8)
+
+
+def contenders_of(record: Record, title: str = "a convolution") -> dict:
+    return record.content["levels"]["op"][title]["contenders"]
 
 
 def test_every_measuring_part(record):
     """In this process; the record on disk has whatever was measured."""
     pytest.importorskip("timm")
-    for part in ("build", "ceilings", "flagship", "ops", "models", "training", "blocks", "order", "tune"):
-        gpu.run_part(part, "cpu", record)
+    for part in ("build", "ceilings", "flagship", "blocks", "ops", "order", "models", "training", "tune"):
+        gpu.run_part(part, "cpu", (record.file, None), float("inf"))
     content = json.loads(record.file.read_text())
     assert {name: part["status"] for name, part in content["parts"].items()} == dict.fromkeys(content["parts"], "done")
     levels = {level: sum(len(case["contenders"]) for case in of.values()) for level, of in content["levels"].items()}
     assert levels.keys() == {"model", "op", "training_model", "block"}
     for of in content["levels"].values():
         for title, measured in of.items():
-            assert all("median" in found for found in measured["contenders"].values()), (title, measured)
+            for found in measured["contenders"].values():
+                assert {"median", "q1", "q3", "error", "samples"} <= found.keys(), (title, measured)
+                assert "alone" not in found
             assert CHANNELS_LAST in measured["contenders"]
             assert REFERENCE in measured["contenders"]
-    assert all(
-        found["share_of_copy"] > 0 for op in content["levels"]["op"].values() for found in op["contenders"].values()
-    )
+    for level in ("op", "block", "model"):
+        for measured in content["levels"][level].values():
+            assert measured["bytes"] > 0
+            assert all(found["share_of_copy"] > 0 for found in measured["contenders"].values())
+    assert content["environment"]["copy_bytes_per_second"] > 0
+    record = Record(record.file)
     measured_at = record.file.stat().st_mtime_ns
-    assert record.content["environment"]["copy_bytes_per_second"] > 0
-    record.measure(op_case("efficientnet_b0", gpu_parts.SMOKE.ops[0], 1, 2, "float32", "cpu"), [STOCK], 0.01)
+    known = op_case("efficientnet_b0", gpu_parts.SMOKE.ops[0], 1, 2, "float32", "cpu")
+    record.measure(known, [CHANNELS_LAST], 0.01)
     assert record.file.stat().st_mtime_ns == measured_at, "what the record has is not measured again"
+    record.measure(known, [STOCK], 0.01)
+    (pace,) = contenders_of(record, known.title)[STOCK]["beside"]
+    assert pace in (ours("cpu"), REFERENCE), "who comes later takes turns with the fastest of ours"
+    assert (
+        contenders_of(record, known.title)[REFERENCE] == content["levels"]["op"][known.title]["contenders"][REFERENCE]
+    )
 
 
 def test_a_run_is_one_page_and_goes_on_after_a_part_that_is_cut_off(tmp_path, capfd):
@@ -60,10 +86,31 @@ def test_a_run_is_one_page_and_goes_on_after_a_part_that_is_cut_off(tmp_path, ca
     printed = capfd.readouterr().out
     assert "part" in printed
     assert "commit abc" in printed
+    assert (tmp_path / "gpu.tests.log").exists(), "what a tool printed is there while it runs"
     gpu.main([*arguments, "--only", "order", "--budget", "1e-3"])
     assert json.loads(file.read_text())["parts"]["order"]["status"] == "no time left"
-    gpu.main([*arguments[:-1], "def", "--only", "order", "--budget", "1e-3"])
-    assert "tests" not in json.loads(file.read_text())["parts"], "other code begins a record of its own"
+
+
+def test_what_was_measured_elsewhere_is_neither_mixed_nor_lost(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "gpu.json"
+    known = {"environment": {"device": "another GPU", "commit": "abc"}, "parts": {}, "levels": {"op": {}}}
+    arguments = ["--device", "cpu", "--record", str(file), "--only", "order", "--budget", "1e-3"]
+    for change, wanted in (({}, "device another GPU"), ({"device": cpu_model(), "commit": "def"}, "commit def")):
+        before = json.dumps(known | {"environment": known["environment"] | change})
+        file.write_text(before)
+        with pytest.raises(SystemExit):
+            gpu.main([*arguments, "--commit", "abc"])
+        assert f"was measured on {wanted}, not " in capsys.readouterr().err
+        assert file.read_text() == before
+    monkeypatch.setattr(gpu, "commit", lambda: None)  # no .git
+    with pytest.raises(SystemExit):
+        gpu.main(arguments)
+    assert "--commit" in capsys.readouterr().err
+    assert file.read_text() == before
+    gpu.main([*arguments, "--commit", "abc", "--fresh"])
+    content = json.loads(file.read_text())
+    assert content["environment"]["commit"] == "abc"
+    assert "op" not in content["levels"]
 
 
 def test_parts_that_nobody_knows(capsys):
@@ -72,15 +119,65 @@ def test_parts_that_nobody_knows(capsys):
     assert "got everything" in capsys.readouterr().err
 
 
+def test_what_each_call_does():
+    """Two calls do all there is to do once, but for what only they who ask get; compiling and tuning come last."""
+    on_demand = {"racecheck", "tune", "ceilings"}
+    assert {*gpu_parts.FIRST, *gpu_parts.SECOND} | on_demand == set(gpu_parts.PARTS)
+    for parts in (gpu_parts.FIRST, gpu_parts.SECOND):
+        assert list(parts) == [name for name in gpu_parts.PARTS if name in parts], "in order of worth"
+    assert sum(seconds for _, seconds in gpu.CALLS.values()) <= 590
+    assert gpu_parts.PARTS["autotuned"].least == 150
+    contenders = {*gpu_parts.GPU.eager, *map(ours, gpu_parts.GPU.backends)}
+    assert not contenders & {ours("auto"), COMPILED, AUTOTUNED}
+
+
+@pytest.mark.parametrize("compiled", list(gpu.COMPILED))
+def test_which_torch_compile(compiled, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gpu.Run, "supervise", lambda run, name: ran.append(name))
+    gpu.main(["second", "--device", "cpu", "--commit", "a", "--record", str(tmp_path / "a"), "--compiled", compiled])
+    assert {"compiled", "autotuned"} & set(ran) == set(gpu.COMPILED[compiled])
+    assert "models" in ran
+    assert "flagship" not in ran
+
+
 def test_a_contender_that_takes_too_long_is_given_up(record, monkeypatch):
     monkeypatch.setattr(gpu_record, "LIMIT", 1.0)
     record.measure(case(lambda module, backend: time.sleep(60)), [STOCK, REFERENCE], 0.01)
-    (measured,) = record.content["levels"]["op"].values()
-    assert measured["contenders"][REFERENCE] == {"failed": "TimeoutError: not ready after 1 s"}
-    assert "median" in measured["contenders"][STOCK]
-    record.measure(case()._replace(title="another"), [STOCK], 0.01)
-    record.forget_failures()
-    assert list(record.content["levels"]["op"]) == ["another"], "the next run tries again"
+    failed = {"failed": "TimeoutError: not ready after 1 s", "part": "ops"}
+    assert contenders_of(record)[REFERENCE] == failed
+    valid = dict(contenders_of(record)[STOCK])
+    assert "median" in valid
+
+    for part, wanted in (("models", failed), ("ops", None)):
+        again = Record(record.file, part=part)
+        again.forget_failures()
+        assert contenders_of(again).get(REFERENCE) == wanted, "only the part that it failed in tries it again"
+        assert contenders_of(again)[STOCK] == valid
+    again.measure(case(), [STOCK, REFERENCE], 0.01)
+    assert "median" in contenders_of(again)[REFERENCE]
+    assert contenders_of(again)[STOCK] == valid
+
+
+def test_each_contender_is_saved_before_the_next_one_begins(record):
+    """Two are proven, the third one hangs, and the process is killed: on disk are the two."""
+    on_disk = {}
+
+    def fused(module, backend):
+        if backend == "slow":
+            on_disk.update(json.loads(record.file.read_text()))
+        return module
+
+    record.measure(case(fused), [STOCK, REFERENCE, ours("slow")], 0.01)
+    found = on_disk["levels"]["op"]["a convolution"]["contenders"]
+    assert found.keys() == {STOCK, REFERENCE}
+    assert all(result["alone"] and result["median"] > 0 for result in found.values())
+    assert (on_disk["doing"]["contender"], on_disk["doing"]["level"]) == (ours("slow"), "op")
+
+    record.file.write_text(json.dumps(on_disk))  # as the killed process left it
+    again = Record(record.file, part="ops")
+    again.measure(case(), [STOCK, REFERENCE, ours("slow")], 0.01)
+    assert all("alone" not in result and "median" in result for result in contenders_of(again).values())
 
 
 def test_a_case_that_fails_does_not_end_the_part(record):
@@ -90,58 +187,193 @@ def test_a_case_that_fails_does_not_end_the_part(record):
     record.measure(case()._replace(make=make), [STOCK], 0.01)
     (measured,) = record.content["levels"]["op"].values()
     assert "RuntimeError: no such layer" in measured["failed"]
+    record.forget_failures()
+    record.measure(case(), [STOCK], 0.01)
+    assert "median" in contenders_of(record)[STOCK]
+
+
+def test_times_that_cannot_be_taken_leave_those_of_single_calls(record, monkeypatch):
+    monkeypatch.setattr(timing, "interleaved", lambda *_, **__: 1 / 0)
+    record.measure(case(), [STOCK], 0.01)
+    assert "ZeroDivisionError" in record.content["levels"]["op"]["a convolution"]["failed"]
+    assert contenders_of(record)[STOCK]["alone"]
 
 
 def test_a_part_that_fails_is_recorded(record, monkeypatch):
     def part(record, scope):
         raise ZeroDivisionError("of this part")
 
-    monkeypatch.setitem(gpu.PARTS, "order", (part, 1.0))
-    gpu.run_part("order", "cpu", record)
-    assert record.content["parts"]["order"]["status"] == "failed"
-    assert "ZeroDivisionError: of this part" in record.content["parts"]["order"]["errors"]
+    monkeypatch.setitem(gpu.PARTS, "order", gpu_parts.Part(part, 1.0))
+    gpu.run_part("order", "cpu", (record.file, None), float("inf"))
+    found = Record(record.file).content["parts"]["order"]
+    assert found["status"] == "failed"
+    assert "ZeroDivisionError: of this part" in found["errors"]
 
 
 def test_no_case_is_begun_without_time_for_it(record):
     record.until = time.time() - 1
     with pytest.raises(OutOfTimeError):
         record.measure(case(), [STOCK], 0.01)
-    gpu.run_part("ops", "cpu", record)
-    assert record.content["parts"]["ops"]["status"] == "out of time"
+    gpu.run_part("ops", "cpu", (record.file, None), record.until)
+    assert Record(record.file).content["parts"]["ops"]["status"] == "out of time"
 
 
-DEADLY = """
-import os, pathlib, signal
-from benchmarks.gpu_record import Record
-from tests.test_gpu_run import REFERENCE, STOCK, case
-record = Record(pathlib.Path({file!r}))
-record.measure(case(lambda module, backend: os.kill(os.getpid(), signal.SIGKILL)), [STOCK, REFERENCE], 0.01)
-"""
+def deadly(file: Path) -> None:
+    """A part whose second contender takes its process with it."""
+
+    def fused(module, backend):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Record(file, part="ops").measure(case(fused), [STOCK, REFERENCE], 0.01)
 
 
 def test_a_contender_that_kills_its_process_is_left_out(record):
-    command = [sys.executable, "-c", DEADLY.format(file=str(record.file))]
-    status, _, died = gpu.attempt(command, time.time() + 100)
+    status, _, died = gpu.attempt(deadly, (record.file,), time.time() + 100)
     assert (status, died) == ("died with status -9", True)
-    assert Record(record.file).blame(status)
-    assert gpu.attempt(command, time.time() + 100) == ("done", "", False)
-    (measured,) = Record(record.file).content["levels"]["op"].values()
-    assert measured["contenders"][REFERENCE] == {"failed": "died with status -9"}
-    assert "median" in measured["contenders"][STOCK]
+    assert Record(record.file, part="ops").blame(status, died)
+    assert gpu.attempt(deadly, (record.file,), time.time() + 100) == ("done", "", False)
+    found = contenders_of(Record(record.file))
+    assert found[REFERENCE] == {"failed": "died with status -9", "part": "ops"}
+    assert "median" in found[STOCK]
 
 
-def test_a_process_that_hangs_is_ended():
-    status, _, died = gpu.attempt([sys.executable, "-c", "import time; time.sleep(60)"], time.time())
+def hangs(file: Path) -> None:
+    """A part whose second contender hears no alarm."""
+
+    def fused(module, backend):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(60)
+
+    Record(file, until=time.time() + 2, part="ops").measure(case(fused), [STOCK, REFERENCE], 0.01)
+
+
+def test_a_contender_that_hangs_is_left_out_and_one_that_was_cut_off_is_not(record):
+    status, _, died = gpu.attempt(hangs, (record.file,), time.time() + 3)
     assert (status, died) == ("cut off", False)
+    cut_off = Record(record.file, part="ops")
+    cut_off.content["doing"]["until"] += 60
+    assert not cut_off.blame(status, died)
+    assert REFERENCE not in contenders_of(cut_off)
+    cut_off.content["doing"] = {"level": "op", "case": "a convolution", "contender": REFERENCE, "until": time.time()}
+    assert cut_off.blame(status, died)
+    assert contenders_of(cut_off)[REFERENCE] == {"failed": "cut off", "part": "ops"}
+    assert contenders_of(cut_off)[STOCK]["alone"]
+
+
+def test_a_process_that_hangs_is_ended_and_says_what_it_said():
+    began = time.time()
+    assert gpu.attempt(time.sleep, (60,), began) == ("cut off", "", False)
+    assert time.time() - began < 50
+    status, errors, died = gpu.attempt(int, ("a",), time.time() + 60)
+    assert (status, died) == ("died with status 1", False)
+    assert "ValueError" in errors
 
 
 def test_without_timm_ops_are_measured_and_models_say_what_they_need(record, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for part in ("ops", "models", "blocks"):
-        gpu.run_part(part, "cpu", record)
-    assert all("failed" not in measured for measured in record.content["levels"]["op"].values())
-    assert all("timm is needed" in measured["failed"] for measured in record.content["levels"]["model"].values())
-    assert record.content["parts"]["blocks"]["status"] == "failed"
+        gpu.run_part(part, "cpu", (record.file, None), float("inf"))
+    content = Record(record.file).content
+    assert all("failed" not in measured for measured in content["levels"]["op"].values())
+    assert "timm is needed" in content["parts"]["models"]["errors"]
+    assert content["parts"]["blocks"]["status"] == "failed"
+
+
+# ---- both calls, as they are made on a machine that is rented -----------------------------------------------
+
+
+def alive(out: Path) -> list[str]:
+    """The command lines of the processes that have this $OUT; the last of them may take a moment to end."""
+    deadline = time.time() + 5
+    while (found := _alive(out)) and time.time() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _alive(out: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"OUT={out}\0".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it has just ended, or is somebody else's
+    return found
+
+
+def values(content: dict) -> dict:
+    """Every time that was measured by contenders taking turns."""
+    return {
+        (level, title, name): result["median"]
+        for level, cases in content["levels"].items()
+        for title, case in cases.items()
+        for name, result in case["contenders"].items()
+        if "median" in result and "alone" not in result
+    }
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """Without git, and with a first call that is killed in the middle of a part."""
+    pytest.importorskip("timm")
+    pytest.importorskip("triton")
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    hidden = shutil.ignore_patterns(".*", "build", "dist", "out", "__pycache__", "*.egg-info")
+    shutil.copytree(gpu_parts.ROOT, tree, ignore=hidden)
+    pack = "from effnet_kernels import precompile; precompile.pack(precompile.Path('build/gpu-kernels.zip'), [], 90)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OUT": str(out), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    subprocess.run([sys.executable, "-c", pack], cwd=tree, env=environment, check=True)
+
+    def call(which: str) -> subprocess.Popen:
+        shutil.rmtree(out, ignore_errors=True)  # the machine empties it
+        command = gpu.COMMAND.format(call=which, commit="abc").replace("python3", sys.executable)
+        command = command.replace("/var/tmp", str(tmp_path)) + " --device cpu --compiled default"
+        return subprocess.Popen(["bash", "-c", command], cwd=tree, env=environment, start_new_session=True)
+
+    def ended(process: subprocess.Popen, budget: float) -> dict:
+        began = time.time()
+        assert process.wait(budget) == 0
+        assert time.time() - began < budget - 10
+        assert alive(out) == []
+        return json.loads((out / "gpu.json").read_text())
+
+    first = call("first")
+    middle: dict = {}
+    while not (middle.get("doing") and middle["levels"].get("block") and len(values(middle)) > 3):
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+        middle = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}
+    assert len(_alive(out)) > 2
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert alive(out) == [], "the parts end with the command"
+    before = values(json.loads((out / "gpu.json").read_text()))
+    assert before.items() >= values(middle).items()
+
+    again = ended(call("first"), gpu.CALLS["first"][1])
+    assert values(again).items() > before.items()
+    assert {file.name for file in out.iterdir()} == {"gpu.json", "gpu.tests.log"}
+    assert {name: part["status"] for name, part in again["parts"].items()} == dict.fromkeys(
+        ("ceilings", *gpu_parts.FIRST), "done"
+    )
+    assert "0 kernels unpacked" in again["parts"]["build"]["packed"]
+    second = ended(call("second"), gpu.CALLS["second"][1])
+    assert values(second).items() > values(again).items()
+    assert all(second["parts"][name]["status"] == "done" for name in ("models", "training", "compiled", "memcheck"))
+    compiled = [op["contenders"][COMPILED] for op in second["levels"]["op"].values() if COMPILED in op["contenders"]]
+    assert len(compiled) == 1
+    assert compiled[0].get("beside")
+    assert second["environment"]["commit"] == "abc"
+    assert [file.name for file in out.iterdir()] == ["gpu.json"]
+
+
+def test_the_two_calls_are_in_the_documents():
+    text = (gpu_parts.ROOT / "docs" / "gpu.md").read_text()
+    for which in gpu.CALLS:
+        assert f"    {gpu.COMMAND.format(call=which, commit='COMMIT')}\n" in text
+    for carried in (native._CUDA_LIBRARY, native._CPU_LIBRARY, gpu_kernels.FILE):
+        assert f"`{carried.relative_to(gpu_parts.ROOT)}`" in text
 
 
 PYTEST = """
@@ -177,7 +409,7 @@ def fabricated() -> dict:
     scope = gpu_parts.GPU
     timed = {"median": 1e-3, "q1": 1e-3, "q3": 1e-3, "error": 0.0, "samples": 9, "share_of_copy": 0.5,
              "bytes_per_second": 1e12}  # fmt: skip
-    names = [*scope.eager, *map(ours, scope.backends), *scope.compiled]
+    names = [*scope.eager, *map(ours, scope.backends), COMPILED]
     measured = {"batch": 128, "count": 1, "bytes": 8, "contenders": {name: dict(timed) for name in names}}
     models = [f"{model} @{size}, batch {batch}, float16" for model, size, batch in (scope.flagship, *scope.models)]
     training = [f"{model} @{size}, batch {batch}, AMP float16" for model, size, batch in scope.training]
