@@ -1,0 +1,192 @@
+"""Kernels compiled in one process and found by another one, whose cache is empty and whose Triton has other keys."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("timm")
+
+import triton
+
+from effnet_kernels import MBConv, cli, precompile
+from tests.test_ahead_of_time import uninterpreted
+
+LAUNCHES = """
+import json, sys, torch
+from pathlib import Path
+from effnet_kernels import precompile
+from triton import knobs
+from triton.runtime import cache
+launches = precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[:8]
+variants = precompile.distinct(launches)
+compiled = []
+knobs.compilation.listener = lambda cache_hit, **_: compiled.append(not cache_hit)
+"""
+PACK = LAUNCHES + 'print(precompile.pack(Path("kernels.zip"), launches, 90), len(variants), sum(compiled))'
+# Another build of Triton: one for another Python, say.
+UNPACK = (
+    LAUNCHES
+    + """
+cache.triton_key = lambda: "another build"
+print(precompile.unpack(Path("kernels.zip")), precompile.unpack(Path("kernels.zip")))
+with precompile.compiling_for(90):
+    found = [precompile.compiled(launch) for launch in variants]
+print(sum(compiled), all(kernel.metadata.hash == kernel.hash for kernel in found))
+print(json.dumps([[kernel.name, kernel.metadata.shared, len(kernel.asm["cubin"])] for kernel in found]))
+"""
+)
+
+
+def run(code: str, folder, cache: str) -> str:
+    environment = uninterpreted() | {"TRITON_CACHE_DIR": str(folder / cache), "PYTHONPATH": os.getcwd()}
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder with kernels.zip."""
+    folder = tmp_path_factory.mktemp("packed")
+    count, variants, compiled = map(int, run(PACK, folder, "first").split())
+    assert count == variants == compiled > 5
+    return folder
+
+
+def test_nothing_is_compiled_where_kernels_were_unpacked(packed):
+    counted, found, kernels = run(UNPACK, packed, "second").splitlines()
+    assert len(set(counted.split())) == 1
+    assert found == "0 True"
+    with zipfile.ZipFile(packed / "kernels.zip") as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+        sizes = [
+            [kernel["name"], kernel["metadata"]["shared"], archive.getinfo(kernel["cubin"]).file_size]
+            for kernel in manifest["kernels"]
+        ]
+    assert json.loads(kernels) == sizes
+    assert len(sizes) == int(counted.split()[0])
+
+
+def rewritten(packed, target, **changes) -> None:
+    """kernels.zip with another manifest."""
+    with zipfile.ZipFile(packed / "kernels.zip") as source, zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "manifest.json":
+                content = json.dumps(json.loads(content) | changes)
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"triton": "3.4.9"}, rf"packed with Triton 3\.4\.9, here is {triton.__version__}: pack it anew"),
+        ({"backend": "ptxas 1.2-90"}, r"packed with ptxas and architecture ptxas 1\.2-90, here is"),
+        ({"architecture": 80}, "packed with ptxas and architecture"),
+        ({"format": 99}, "packed with format 99"),
+    ],
+)
+def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, changes, said):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    rewritten(packed, tmp_path / "other.zip", **changes)
+    with pytest.raises(ValueError, match=said):
+        precompile.unpack(tmp_path / "other.zip")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a zip", "zip without manifest"], ids=str)
+def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    file = tmp_path / "kernels.zip"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        zipfile.ZipFile(file, "w").close()
+    assert cli.main(["unpack", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert f"{file} is not a file of packed kernels" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_file_that_is_cut_short_is_refused(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    whole = (packed / "kernels.zip").read_bytes()
+    for length in (len(whole) // 2, len(whole) - 1):
+        (tmp_path / "short.zip").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a file of packed kernels"):
+            precompile.unpack(tmp_path / "short.zip")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("capability", ["9", "6.0", "sm_90"])
+def test_what_is_no_compute_capability(capability, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["pack", "--model", "efficientnet_b0", "--out", "x", "--capability", capability])
+    assert "must be a compute capability" in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, packed):
+    file = tmp_path / "kernels.zip"
+    command = [sys.executable, "-m", "effnet_kernels", "pack", "--model", "efficientnet_b0", "--out", str(file)]
+    refused = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "unset TRITON_INTERPRET" in refused.stderr
+    command[4:6] = ["unpack", str(packed / "kernels.zip")]
+    done = subprocess.run(
+        command[:6], env=uninterpreted() | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (said,) = done.stdout.splitlines()
+    assert said == f"{len(list(tmp_path.iterdir()))} kernels unpacked"
+
+
+def count(launches: list[precompile.Launch]) -> dict[str, int]:
+    names = [launch.kernel.fn.__module__.split(".")[-2] for launch in launches]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("library", "model", "widened"),
+    [
+        ("timm", "efficientnet_b0", True),
+        ("torchvision", "efficientnet_b0", True),
+        ("timm", "efficientnet_lite0", False),
+    ],
+)
+def test_a_training_step_is_recorded(library, model, widened):
+    """Forward and backward, in the dtypes that autocast gives: maps and weights in 16 bits, all else in float32."""
+    pytest.importorskip(library)
+    launches = precompile.record_model(model, 64, 2, torch.float16, 90, library=library, training=True)
+    names = {launch.kernel.fn.__name__ for launch in launches}
+    assert {"forward_kernel", "input_gradient_kernel", "weight_gradient_kernel", "statistics_kernel"} <= names
+    assert ("gate_moments_kernel" in names) == widened
+    for launch in launches:
+        dtypes = {t.dtype for t in launch.tensors if t is not None}
+        assert dtypes <= {torch.float16, torch.float32}
+    assert any(torch.float16 in {t.dtype for t in launch.tensors if t is not None} for launch in launches)
+    sizes = precompile.record_model(model, 97, 3, torch.float16, 90, library=library, training=True)
+    variants = {launch.variant() for launch in launches}
+    assert {launch.variant() for launch in sizes} == variants, "any size and batch has the same kernels"
+
+
+def test_kernels_differ_by_the_alignment_of_what_they_get():
+    """As Triton's own do: a view that begins anywhere is another variant."""
+    launch = precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[0]
+    view = torch.empty(launch.tensors[0].numel() + 1, dtype=torch.float16, device="meta")[1:]
+    other = launch._replace(tensors=(view, *launch.tensors[1:]))
+    assert len(precompile.distinct([launch, other, launch])) == 2
+
+
+def test_a_module_of_ours():
+    with torch.device("meta"):
+        block = MBConv(16, 16, 3, exp_ratio=4.0).half().eval()
+        x = torch.empty(1, 16, 8, 8, dtype=torch.float16)
+    launches = precompile.record_module(block, x, 90)
+    ops = ["pointwise_conv_bn_act", "depthwise_conv_bn_act", "pointwise_conv_bn_act"]
+    assert [launch.op for launch in launches] == ops
