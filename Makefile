@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPU := $(filter-out csrc/cuda/% %_cuda.cpp,$(CPP))
-TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers tests/triton -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.c')
 
 # One thread in each test process, or their thread pools fight over the cores.
 TEST_PROCESSES ?= 2

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from effnet_kernels import tuning
 from effnet_kernels.backends import Problem
@@ -186,7 +187,8 @@ class Config(NamedTuple):
         return f"{'x'.join(map(str, self.block))} w{self.num_warps} s{self.num_stages}"
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+# By key: a compiled variant, and what its launch takes. The variant is kept because its module goes with it.
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 def launch_kernel(
@@ -202,7 +204,8 @@ def launch_kernel(
     Triton finds a kernel's compiled variant by formatting the types and values of all arguments into a string. Here
     the first call goes through Triton, and later ones through a dictionary. Its key is all that a variant may
     depend on, if the kernel lists every one of ``sizes`` under ``do_not_specialize`` and
-    ``do_not_specialize_on_alignment``.
+    ``do_not_specialize_on_alignment``. What is found there is called as Triton's own launch calls it, without hooks;
+    while somebody has put hooks on launches (a profiler), all calls go through Triton.
 
     Raises:
         RuntimeError: the variant would have to be compiled during a CUDA graph capture.
@@ -222,17 +225,27 @@ def launch_kernel(
         kernel.fn, device, constants, config.num_warps, config.num_stages, wide,
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
     )  # fmt: skip
-    variant = _compiled.get(key)
-    if variant is not None:
-        variant[(programs, 1, 1)](*tensors, *sizes, *constants)
+    compiled = _compiled.get(key)
+    if compiled is not None and not _listened_to():
+        _, run, function, metadata, stream = compiled
+        run(programs, 1, 1, stream(device), function, metadata, None, None, None, *tensors, *sizes, *constants)
         return
-    if torch.cuda.is_current_stream_capturing():
+    if compiled is None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{kernel.fn.__name__} is not compiled for these arguments: run them once before capturing a CUDA graph"
         )
-    _compiled[key] = kernel[(programs,)](
+    variant = kernel[(programs,)](
         *tensors, *sizes, *constants, num_warps=config.num_warps, num_stages=config.num_stages
     )
+    if compiled is None and variant is not None:  # None: a hook on compilation has declined
+        stream = triton.runtime.driver.active.get_current_stream
+        _compiled[key] = (variant, variant.run, variant.function, variant.packed_metadata, stream)
+
+
+def _listened_to() -> bool:
+    """Whether there are hooks on launches: since Triton 3.5 in lists, before that themselves or None."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def cdiv(a: int, b: int) -> int:

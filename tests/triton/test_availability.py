@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -127,15 +128,26 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch):
 def test_a_variant_is_compiled_for_every_size_that_needs_64_bits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_common.triton.runtime, "driver", mock.Mock())
     compiled = []
 
     class Kernel:
         fn = staticmethod(lambda: None)
 
         def __getitem__(self, grid):
-            return lambda *arguments, **options: compiled.append(arguments[1:]) or {(1, 1, 1): lambda *arguments: None}
+            return lambda *arguments, **options: compiled.append(arguments[1:]) or mock.Mock()
 
     kernel, x = Kernel(), torch.ones(4).as_subclass(OnGpu)
     for sizes in ((4, 5, 0.5), (6, 7, 0.5), (2**31, 1, 0.5), (1, 2**31, 0.5), (2**40, 8, 0.25)):
         triton_common.launch_kernel(kernel, 1, (x,), sizes, (), triton_common.Config((4,), 1))
     assert compiled == [(4, 5, 0.5), (2**31, 1, 0.5), (1, 2**31, 0.5)]
+
+
+def test_hooks_are_noticed_as_triton_3_4_has_them(monkeypatch):
+    """Themselves or None; ``libcuda/launches.py`` has those of this Triton."""
+    runtime = triton_common.knobs.runtime
+    monkeypatch.setattr(runtime, "launch_enter_hook", None)
+    monkeypatch.setattr(runtime, "launch_exit_hook", None)
+    assert not triton_common._listened_to()
+    monkeypatch.setattr(runtime, "launch_exit_hook", lambda metadata: None)
+    assert triton_common._listened_to()
