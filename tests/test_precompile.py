@@ -137,9 +137,9 @@ def test_the_command(tmp_path, packed):
     refused = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "unset TRITON_INTERPRET" in refused.stderr
-    command[4:6] = ["unpack", str(packed / "kernels.zip")]
+    command[3:] = ["unpack", str(packed / "kernels.zip")]
     done = subprocess.run(
-        command[:6], env=uninterpreted() | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
+        command, env=uninterpreted() | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     (said,) = done.stdout.splitlines()

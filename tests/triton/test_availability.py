@@ -10,7 +10,7 @@ import torch
 from effnet_kernels import functional as F
 from effnet_kernels.backends import Problem, backends, check_backend, implementation, use_backend
 from effnet_kernels.ops import triton_common
-from effnet_kernels.ops.mbconv import reference
+from effnet_kernels.ops.mbconv import reference, triton  # before the environment changes, or it is not interpreted
 from tests.ops.special_values import unit_bn
 
 module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
@@ -37,8 +37,6 @@ def fresh(monkeypatch):
 
 
 def test_auto_takes_triton_for_tensors_on_a_gpu():
-    from effnet_kernels.ops.mbconv import triton
-
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert implementation(CUDA._replace(dtype=dtype), "triton") is triton.run
         assert implementation(CUDA._replace(dtype=dtype)) is not reference.run
