@@ -35,7 +35,7 @@ from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, cpu_model, describe, environment
 from effnet_kernels.benchmarking.tables import seconds as duration
-from effnet_kernels.benchmarking.tables import text_table
+from effnet_kernels.benchmarking.tables import speedup, text_table
 
 # docs/gpu.md
 COMMAND = (
@@ -227,14 +227,19 @@ def _row(title: str, case: dict[str, Any], ours: list[str]) -> tuple[str, ...]:
     times = {name: result["median"] for name, result in contenders.items() if "median" in result}
     other = min((name for name in times if not name.startswith(OURS)), key=times.__getitem__, default="")
     best = min((name for name in times if name in ours), key=times.__getitem__, default="")
-    cells = []
-    for name in ours:
-        result = contenders.get(name, {})
-        failed = "WRONG" if "wrong" in result else "failed" if result else ""
-        cells.append(duration(result["median"]) if "median" in result else failed)
-    ratio = f"{times[other] / times[best]:.2f}x" if other and best else case.get("failed", "")[-60:].strip()
+    ratio = speedup(contenders, best, other)
+    text = f"{ratio:.2f}x" if ratio else case.get("failed", "")[-60:].strip()
     share = f"{contenders[best]['share_of_copy']:.0%}" if "share_of_copy" in contenders.get(best, {}) else ""
-    return (title, duration(times[other]) if other else "", other, *cells, ratio, share)
+    cells = [_cell(contenders.get(name, {})) for name in ours]
+    return (title, duration(times[other]) if other else "", other, *cells, text, share)
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if "median" in result:
+        return duration(result["median"])
+    if "alone" in result:
+        return f"~{duration(result['alone'])}"  # a single call
+    return "WRONG" if "wrong" in result else "failed" if result else ""
 
 
 def _detail(part: dict[str, Any]) -> str:

@@ -115,13 +115,17 @@ def table(result: dict[str, Any]) -> str:
         row = [case, *(_cell(contenders.get(name, {})) for name in names)]
         for over in (CHANNELS_LAST, other):
             ratio = tables.speedup(contenders, best, over) if best and over else None
-            row.append(f"{ratio:.2f}x" if ratio else "")
+            row.append("" if ratio is None else f"{ratio:.2f}x" if ratio >= 1 else f"**{ratio:.2f}x**")
         if bandwidth:
             ours = contenders.get(best or "", {})
             known = "share_of_copy" in ours
             row += [f"{ours['bytes_per_second'] / 1e9:.0f}", f"{ours['share_of_copy']:.0%}"] if known else ["", ""]
         lines.append("| " + " | ".join(row) + " |")
-    note = f"Medians of interleaved calls. Above one: ours is faster. Measured on {describe(result['environment'])}."
+    note = "Medians of interleaved calls. Above one: ours is faster; below, in bold: a loss. "
+    note += f"Measured on {describe(result['environment'])}."
+    if bandwidth:
+        copied = result["environment"]["copy_bytes_per_second"]
+        note = f"Shares are of what a copy reached in the same run, {copied / 1e9:.0f} GB/s. {note}"
     if any("saved" in r for case in cases.values() for r in case["contenders"].values()):
         note = f"MB: kept for backward / peak of a step. {note}"
     return "\n".join((*lines, "", note))
@@ -134,7 +138,7 @@ def _cell(result: Mapping[str, Any]) -> str:
             peak = "" if result["peak"] is None else f" / {result['peak'] / 1e6:.0f}"
             memory = f", {result['saved'] / 1e6:.1f}{peak} MB"
         return tables.seconds(result["median"]) + memory
-    return "wrong" if "wrong" in result else ""
+    return next((word for word in ("wrong", "failed") if word in result), "")
 
 
 if __name__ == "__main__":

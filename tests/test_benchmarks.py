@@ -22,10 +22,15 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize(("model", "count"), [("efficientnet_b0", 16), ("tf_efficientnetv2_s", 40 - 2)])
+@pytest.mark.parametrize(("model", "count"), [("efficientnet_b0", 16), ("tf_efficientnetv2_s", 40)])
 def test_blocks_are_those_of_the_network(model, count):
-    """V2-S opens with two plain convolutions, which are no MBConv."""
     assert sum(shapes.blocks(model).values()) == count
+
+
+def test_ops_of_v2_begin_with_dense_convolutions_alone():
+    dense = [op for op in shapes.ops("tf_efficientnetv2_s", 384) if op.kind == "fused"]
+    assert dense[:2] == [shapes.Op("fused", (24, 24), 192, 3), shapes.Op("fused", (24, 48), 192, 3, 2, 96)]
+    assert dense[0].bytes(1, 2) == 2 * (2 * 24 * 192**2 + 24 * 24 * 9)
 
 
 def test_ops_of_b0_are_those_of_the_paper():
@@ -39,6 +44,14 @@ def test_ops_of_b0_are_those_of_the_paper():
 def test_bytes_count_each_map_once():
     op = shapes.Op("depthwise", (32, 32), 8, 3, 2)
     assert op.bytes(2, 4) == 4 * (2 * 32 * 64 + 2 * 32 * 16 + 32 * 9)
+
+
+def test_bytes_of_a_network_are_those_of_its_kernels():
+    """lite0 has no squeeze-and-excitation: stem, ops and head are all there is."""
+    ops = shapes.ops("efficientnet_lite0", 64)
+    maps = sum(n * (op.bytes(1, 2) - op._replace(size=0).bytes(1, 2)) for op, n in ops.items())
+    stem, head = 2 * (3 * 64**2 + 32 * 32**2), 2 * (320 + 1280) * 2**2
+    assert shapes.network_bytes("efficientnet_lite0", 64, 3, 2) == 3 * (stem + maps + head)
 
 
 @pytest.mark.parametrize("model", ["efficientnet_b0", "tf_efficientnetv2_s"])
@@ -134,14 +147,14 @@ def test_report_fills_the_marked_block_with_losses_and_machine(tmp_path):
     (tmp_path / "abacus-model.json").write_text(json.dumps(content))
     document = tmp_path / "README.md"
     document.write_text(
-        "before\n<!-- benchmark:model -->\nold\n<!-- /benchmark -->\n<!-- benchmark:op -->\n<!-- /benchmark -->\n"
+        "before\n<!-- benchmark:model -->\nstale\n<!-- /benchmark -->\n<!-- benchmark:op -->\n<!-- /benchmark -->\n"
     )
     for _ in range(2):  # filling twice is filling once
         report.main(["--results", str(tmp_path), "--plots", str(tmp_path), str(document)])
     text = document.read_text()
     assert text.startswith("before\n")
-    assert "old" not in text
-    assert text.count("| B0 | 4.00 ms | 2.00 ms | wrong | 5.00 ms | 0.40x | 0.40x |") == 1
+    assert "stale" not in text
+    assert text.count("| B0 | 4.00 ms | 2.00 ms | wrong | 5.00 ms | **0.40x** | **0.40x** |") == 1
     assert "Abacus 3000, 2 threads; torch 9.9; commit c0ffee; today" in text
     assert text.endswith("<!-- benchmark:op -->\n<!-- /benchmark -->\n")
     assert (tmp_path / "benchmark-abacus-model.png").stat().st_size > 0

@@ -28,7 +28,7 @@ PEER_ERROR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 # Entered, with the contender's name, around all that runs of a contender before it is timed.
 Guard = Callable[[str], contextlib.AbstractContextManager[Any]]
-# Told what is known of a contender as soon as it is: a reason why it has no time, or a single call's time (``alone``).
+# Told what is known of a contender as soon as it is: why it has no time, or ``alone``, the seconds of a single call.
 Keep = Callable[[str, dict[str, Any]], None]
 
 
@@ -146,7 +146,7 @@ class Race:
             with self.guard(name):
                 call, result = prepare()
                 right = "wrong" not in result
-                alone = {"median": timing.once(call, self.device), "alone": True} if right and self.keep else {}
+                alone = {"alone": timing.once(call, self.device)} if right and self.keep else {}
         except Exception as error:  # a contender that cannot run is a result, and the others go on
             right, alone, result = False, {}, {"failed": failure(error)}
         self.results[name] = result

@@ -25,10 +25,13 @@ def seconds(value: float) -> str:
 
 
 def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHANNELS_LAST) -> float | None:
-    """How many times faster ``name`` is than ``over``; None when either was not timed."""
+    """How many times faster ``name`` is than ``over``; None when either was not timed.
+
+    Of one that joined later (``beside``) by the time that ``name`` took in the same turns.
+    """
     if "median" not in results.get(name, {}) or "median" not in results.get(over, {}):
         return None
-    return results[over]["median"] / results[name]["median"]
+    return results[over]["median"] / results[over].get("beside", {}).get(name, results[name]["median"])
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]], batch: int) -> str:
