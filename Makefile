@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test sanitize bench gpu report build lint format coverage-table kernels prediction wheel clean help FORCE
+.PHONY: demo test sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction wheel clean help FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -74,7 +74,10 @@ sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated ke
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)
 
-gpu:  ## on a GPU, in the environment as it is: test the kernels natively and measure; GPU_ARGS="--budget 570"
+gpu-kernels: build  ## compile the kernels of `make gpu` where there is no GPU, and say how to take them there
+	@$(BIN)/python -m benchmarks.gpu_kernels $(GPU_ARGS)
+
+gpu:  ## on a GPU, in the environment as it is: test the kernels natively and measure; GPU_ARGS=first (docs/gpu.md)
 	@$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 report: build  ## turn benchmarks/results/ into the tables and plots of the documentation

@@ -16,8 +16,10 @@ import torch
 
 from benchmarks import stock
 from benchmarks.cases import DTYPES
+from benchmarks.gpu import CALLS, COMMAND
 from benchmarks.gpu_parts import GPU, ROOT, Scope
 from effnet_kernels import precompile
+from effnet_kernels.benchmarking.environment import commit
 from effnet_kernels.ops import triton_common
 from effnet_kernels.precompile import Launch
 
@@ -50,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     progress = functools.partial(print, flush=True)
     count = precompile.pack(options.out, found, options.architecture, options.jobs, progress)
     size = options.out.stat().st_size >> 10
-    print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB")
+    print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB\n\nThe calls (docs/gpu.md):")
+    for call in CALLS:
+        print(f"    {COMMAND.format(call=call, commit=commit() or 'COMMIT')}")
 
 
 if __name__ == "__main__":
