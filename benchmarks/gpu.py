@@ -163,6 +163,7 @@ def attempt(
 
 def _apart(log: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what it starts has to hear it (gpu_parts._run)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 2)
     target(*arguments)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -349,11 +350,11 @@ def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str
             [str(word) for word in command], cwd=ROOT, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT
         )
         try:
-            process.wait(max(1.0, record.left() - 5))
+            process.wait(max(1.0, record.left() - 12))
         except subprocess.TimeoutExpired:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # pytest then says why tests have failed
             try:
-                process.wait(4)
+                process.wait(8)
             except subprocess.TimeoutExpired:
                 process.kill()
             file.seek(0, os.SEEK_END)

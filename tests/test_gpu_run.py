@@ -271,6 +271,53 @@ def test_a_process_that_hangs_is_ended_and_says_what_it_said():
     assert "ValueError" in errors
 
 
+def test_tests_that_are_cut_off_say_what_failed_until_then(record, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import time\ndef test_one(): assert 1 + 1 == 3\ndef test_two(): pass\ndef test_three(): time.sleep(60)\n"
+    )
+    record.until = time.time() + 16
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-v", str(tmp_path)]
+    output = gpu_parts._run(record, command)
+    assert record.left() > 3
+    found = gpu_parts.outcome(output)
+    assert (found["passed"], found["failed"], found["last_line"]) == (1, 1, "cut off: out of time")
+    (failure,) = found["failures"]
+    assert failure.endswith("test_some.py::test_one - assert (1 + 1) == 3")
+    assert (tmp_path / "gpu.ops.log").read_text() == output
+
+
+DRIVER = """
+#include <stdio.h>
+#include <stdlib.h>
+static int called(void) { fclose(fopen(getenv("CALLED"), "w")); return 999; }
+int cuInit(unsigned flags) { return called(); }
+int cuDriverGetVersion(int* version) { return called(); }
+int cuGetProcAddress_v2(const char* name, void** f, int version, unsigned long flags, void* found) { return called(); }
+"""
+IMPORTED = """
+import importlib, os, torch
+from benchmarks.gpu import MODULES
+for name in MODULES:
+    importlib.import_module(name)
+print(os.path.exists(os.environ["CALLED"]))
+torch.cuda.is_available()
+print(os.path.exists(os.environ["CALLED"]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch calls no CUDA driver")
+def test_what_parts_are_forked_from_has_called_no_driver(tmp_path):
+    """CUDA does not survive a fork. The driver here only tells whether anybody has called it."""
+    pytest.importorskip("timm")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "driver.c", "-o", "libcuda.so.1"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "CALLED": str(tmp_path / "called")}
+    result = subprocess.run([sys.executable, "-c", IMPORTED], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "True"], result.stderr
+
+
 def test_without_timm_ops_are_measured_and_models_say_what_they_need(record, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for part in ("ops", "models", "blocks"):
