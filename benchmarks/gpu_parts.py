@@ -197,7 +197,8 @@ def tests(record: Record, scope: Scope) -> None:
             command += ["-n", str(min(14, os.cpu_count() or 1))]  # most of the time goes into compiling
         if importlib.util.find_spec("pytest_timeout"):
             command += ["--timeout", "60"]  # a kernel that hangs
-    output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    # In narrow columns pytest leaves out why a test has failed.
+    output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", COLUMNS="300")
     record.part("tests", **outcome(output))
 
 

@@ -277,7 +277,7 @@ def test_tests_that_are_cut_off_say_what_failed_until_then(record, tmp_path):
     )
     record.until = time.time() + 16
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-v", str(tmp_path)]
-    output = gpu_parts._run(record, command)
+    output = gpu_parts._run(record, command, COLUMNS="300")
     assert record.left() > 3
     found = gpu_parts.outcome(output)
     assert (found["passed"], found["failed"], found["last_line"]) == (1, 1, "cut off: out of time")
