@@ -33,7 +33,7 @@ from benchmarks.files import file_name
 from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND, scope_of
 from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
-from effnet_kernels.benchmarking.environment import commit, cpu_model, describe, environment
+from effnet_kernels.benchmarking.environment import commit, describe, environment
 from effnet_kernels.benchmarking.tables import seconds as duration
 from effnet_kernels.benchmarking.tables import speedup, text_table
 
@@ -62,13 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="begin a new record in place of the one that is there")
     options = parser.parse_args(arguments)
     calls = [CALLS[options.call]] if options.call else list(CALLS.values())
-    wanted = list(dict.fromkeys(part for parts, _ in calls for part in parts))
-    wanted = [part for part in wanted if part not in COMPILED["autotuned"] or part in COMPILED[options.compiled]]
-    wanted = options.only.split(",") if options.only else wanted
     budget = options.budget or sum(seconds for _, seconds in calls)
     until = time.time() + budget - min(SPARE, budget / 10)
-    if unknown := [name for name in wanted if name not in PARTS]:
-        parser.error(f"--only must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    left_out = {*COMPILED["autotuned"]} - {*COMPILED[options.compiled]}
+    wanted = {part for parts, _ in calls for part in parts} - left_out
+    if options.only:
+        wanted = set(options.only.split(","))
+    if unknown := wanted - PARTS.keys():
+        parser.error(f"--only must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --device cpu shows that everything runs")
     if options.commit is None:
@@ -76,23 +77,26 @@ def main(arguments: list[str] | None = None) -> int:
     # Inductor moves Triton's cache when it first compiles: what was packed and compiled before would be lost to it.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
-    device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_model()
-    file = (options.record or ROOT / "benchmarks" / "results" / f"{file_name(device)}.json").absolute()
+    here = environment(options.device) | {"commit": options.commit}
+    here["packed_kernels"] = str(options.kernels.absolute()) if options.kernels else None
+    file = (options.record or ROOT / "benchmarks" / "results" / f"{file_name(here['device'])}.json").absolute()
     places = (file, options.keep and options.keep.absolute())
     if options.fresh:
         for place in filter(None, places):
             place.unlink(missing_ok=True)
     record = Record(*places)
-    found = record.content["environment"]
-    for what, here in (("device", device), ("commit", options.commit)):
-        if found.get(what, here) != here:
-            parser.error(f"{file} was measured on {what} {found[what]}, not {here}: another --record, or --fresh")
-    found |= environment(options.device) | {"commit": options.commit}
-    found["packed_kernels"] = str(options.kernels.absolute()) if options.kernels else None
+    known = record.content["environment"]
+    for what in ("device", "commit"):
+        if known.get(what, here[what]) != here[what]:
+            parser.error(f"{file} is of {what} {known[what]}, this is {here[what]}: another --record, or --fresh")
+    known |= here
     record.content.pop("doing", None)  # of a run that was killed
     record.save()
-    if "copy_bytes_per_second" not in found and "ceilings" not in wanted:
-        wanted.insert(0, "ceilings")  # shares of it are recorded with every measurement
+    if "copy_bytes_per_second" not in known:
+        wanted.add("ceilings")  # shares of it are recorded with every measurement
+    if not options.only:
+        done = {name for name, part in record.content["parts"].items() if part.get("status") == "done"}
+        wanted -= {name for name in done if not PARTS[name].again}
     os.chdir(ROOT)  # for the imports of the processes
     run = Run(options.device, places, until, budget)
     for name in (part for part in PARTS if part in wanted):
@@ -213,7 +217,10 @@ def summary(content: dict[str, Any]) -> str:
             for name, result in case["contenders"].items()
             if (reason := result.get("wrong") or result.get("failed"))
         ][:12]
-    rows = [(name, part["status"], f"{part['seconds']} s", _detail(part)) for name, part in content["parts"].items()]
+    rows = [  # without a status: the call was killed in it
+        (name, part.get("status", "killed"), f"{part.get('seconds', '?')} s", _detail(part))
+        for name, part in content["parts"].items()
+    ]
     lines += ["", text_table(("part", "", "time", ""), rows)]
     found = content["environment"]
     if "copy_bytes_per_second" in found:

@@ -136,6 +136,9 @@ SMOKE = GPU._replace(
 )
 
 
+CUT_OFF = "\ncut off: out of time\n"  # the end of what a tool printed that had no time to end itself
+
+
 def scope_of(device: str) -> Scope:
     return GPU if device == "cuda" else SMOKE
 
@@ -200,6 +203,8 @@ def tests(record: Record, scope: Scope) -> None:
     # In narrow columns pytest leaves out why a test has failed.
     output = _run(record, command, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", COLUMNS="300")
     record.part("tests", **outcome(output))
+    if output.endswith(CUT_OFF):
+        raise OutOfTimeError
 
 
 def outcome(output: str) -> dict[str, Any]:
@@ -319,12 +324,13 @@ class Part(NamedTuple):
     run: Callable[[Record, Scope], None]
     share: float  # of the budget, at most
     least: float = 10.0  # seconds; where fewer are left it is not begun
+    again: bool = True  # in a call that finds it done: what failed in it may be tried anew
 
 
 PARTS = {
     "build": Part(build, 0.4),
-    "ceilings": Part(ceilings, 0.1),
-    "tests": Part(tests, 0.45),
+    "ceilings": Part(ceilings, 0.1, again=False),
+    "tests": Part(tests, 0.45, again=False),
     "flagship": Part(flagship, 0.3),
     "blocks": Part(blocks, 0.3),
     "ops": Part(ops, 0.4),
@@ -333,7 +339,7 @@ PARTS = {
     "training": Part(training, 0.3),
     "compiled": Part(compiled, 1.0, 30.0),
     "autotuned": Part(autotuned, 1.0, 150.0),
-    "memcheck": Part(memcheck, 0.3, 30.0),
+    "memcheck": Part(memcheck, 0.3, 30.0, again=False),
     "racecheck": Part(racecheck, 1.0),
     "tune": Part(tune, 1.0),
 }
@@ -359,6 +365,6 @@ def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str
             except subprocess.TimeoutExpired:
                 process.kill()
             file.seek(0, os.SEEK_END)
-            file.write("\ncut off: out of time\n")
+            file.write(CUT_OFF)
         file.seek(0)
         return file.read()

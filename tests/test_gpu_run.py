@@ -100,7 +100,7 @@ def test_what_was_measured_elsewhere_is_neither_mixed_nor_lost(tmp_path, capsys,
         file.write_text(before)
         with pytest.raises(SystemExit):
             gpu.main([*arguments, "--commit", "abc"])
-        assert f"was measured on {wanted}, not " in capsys.readouterr().err
+        assert f"is of {wanted}, this is " in capsys.readouterr().err
         assert file.read_text() == before
     monkeypatch.setattr(gpu, "commit", lambda: None)  # no .git
     with pytest.raises(SystemExit):
@@ -129,6 +129,22 @@ def test_what_each_call_does():
     assert gpu_parts.PARTS["autotuned"].least == 150
     contenders = {*gpu_parts.GPU.eager, *map(ours, gpu_parts.GPU.backends)}
     assert not contenders & {ours("auto"), COMPILED, AUTOTUNED}
+
+
+def test_what_is_done_once(tmp_path, monkeypatch):
+    """Tests that are done take no time from a call that is made again; those that had no time are run, or asked for."""
+    ran = []
+    monkeypatch.setattr(gpu.Run, "supervise", lambda run, name: ran.append(name))
+    file = tmp_path / "gpu.json"
+    arguments = ["first", "--device", "cpu", "--commit", "a", "--record", str(file)]
+    for status, extra, wanted in (("done", [], False), ("out of time", [], True), ("done", ["--only", "tests"], True)):
+        parts = {"tests": {"status": status}, "ops": {"status": "done"}}
+        known = {"environment": {"copy_bytes_per_second": 1.0}, "parts": parts, "levels": {}}
+        file.write_text(json.dumps(known))
+        ran.clear()
+        gpu.main([*arguments, *extra])
+        assert ("tests" in ran) == wanted
+        assert ("ops" in ran) == (not extra)
 
 
 @pytest.mark.parametrize("compiled", list(gpu.COMPILED))
@@ -402,7 +418,7 @@ def test_rehearsal(tmp_path):
 
     again = ended(call("first"), gpu.CALLS["first"][1])
     assert values(again).items() > before.items()
-    assert {file.name for file in out.iterdir()} == {"gpu.json", "gpu.tests.log"}
+    assert [file.name for file in out.iterdir()] == ["gpu.json"], "tests that are done are not run again"
     assert {name: part["status"] for name, part in again["parts"].items()} == dict.fromkeys(
         ("ceilings", *gpu_parts.FIRST), "done"
     )
