@@ -139,7 +139,8 @@ def test_what_is_done_once(tmp_path, monkeypatch):
     arguments = ["first", "--device", "cpu", "--commit", "a", "--record", str(file)]
     for status, extra, wanted in (("done", [], False), ("out of time", [], True), ("done", ["--only", "tests"], True)):
         parts = {"tests": {"status": status}, "ops": {"status": "done"}}
-        known = {"environment": {"copy_bytes_per_second": 1.0}, "parts": parts, "levels": {}}
+        ceilings = {"copy_bytes_per_second": 1.0, "matrix_flops_per_second": 1.0}
+        known = {"environment": ceilings, "parts": parts, "levels": {}}
         file.write_text(json.dumps(known))
         ran.clear()
         gpu.main([*arguments, *extra])
