@@ -74,7 +74,8 @@ class Record:
         Raises:
             OutOfTimeError: there is no time for it.
         """
-        entry = self.content["levels"].setdefault(case.level, {}).setdefault(case.title, case.entry())
+        cases = self.content["levels"].setdefault(case.level, {})
+        entry = cases.get(case.title) or case.entry()
         results: dict[str, dict[str, Any]] = entry["contenders"]
         wanted = [name for name in names if name not in results or "alone" in results[name]]
         if not wanted or "failed" in entry:
@@ -86,6 +87,7 @@ class Record:
         racing = [*wanted, *([pace] if pace else [])]
         if self.left() < seconds * len(racing):
             raise OutOfTimeError
+        cases[case.title] = entry
         began = time.time()
         bandwidth = self.content["environment"].get("copy_bytes_per_second")
 
@@ -120,14 +122,14 @@ class Record:
         Returns whether there was something.
         """
         doing = self.content.pop("doing", None)
-        found = bool(doing) and (died or time.time() >= doing["until"])
+        found = bool(doing) and (died or (doing["until"] is not None and time.time() >= doing["until"]))
         if found:
             entry = self.content["levels"][doing["level"]][doing["case"]]
-            failed = {"failed": reason, "part": self.name}
-            if doing["contender"] is None:
+            contender, failed = doing["contender"], {"failed": reason, "part": self.name}
+            if contender is None or "median" in entry["contenders"].get(contender, {}):  # it only set the pace
                 entry |= failed
             else:
-                entry["contenders"][doing["contender"]] = failed
+                entry["contenders"][contender] = failed
         self.save()
         return found
 
@@ -141,9 +143,9 @@ class Record:
                         result.pop("part", None)
                 entry["contenders"] = {name: result for name, result in entry["contenders"].items() if result}
 
-    def _doing(self, case: Case | None, contender: str | None = None, limit: float = float("inf")) -> None:
+    def _doing(self, case: Case | None, contender: str | None = None, limit: float | None = None) -> None:
         """Note what is running, and for how many seconds it may: what does not even answer to an alarm hangs."""
-        doing = {"contender": contender, "until": time.time() + limit}
+        doing = {"contender": contender, "until": limit and time.time() + limit}
         self.content["doing"] = case and {"level": case.level, "case": case.title, **doing}
         self.save()
 

@@ -233,6 +233,7 @@ def test_no_case_is_begun_without_time_for_it(record):
     record.until = time.time() - 1
     with pytest.raises(OutOfTimeError):
         record.measure(case(), [STOCK], 0.01)
+    assert record.content["levels"]["op"] == {}, "no empty row in the tables"
     gpu.run_part("ops", "cpu", (record.file, None), record.until)
     assert Record(record.file).content["parts"]["ops"]["status"] == "out of time"
 
@@ -254,6 +255,20 @@ def test_a_contender_that_kills_its_process_is_left_out(record):
     found = contenders_of(Record(record.file))
     assert found[REFERENCE] == {"failed": "died with status -9", "part": "ops"}
     assert "median" in found[STOCK]
+
+
+def test_who_only_sets_the_pace_keeps_its_time(record):
+    """It dies beside one that joins later: the case is given up, and not tried for ever."""
+    record.measure(case(), [REFERENCE], 0.01)
+    valid = dict(contenders_of(record)[REFERENCE])
+    record.content["doing"] = {"level": "op", "case": "a convolution", "contender": REFERENCE, "until": None}
+    assert record.blame("died", died=True)
+    assert contenders_of(record) == {REFERENCE: valid}
+    record.measure(case(), [STOCK], 0.01)
+    assert contenders_of(record) == {REFERENCE: valid}
+    record.forget_failures()  # in the next call
+    record.measure(case(), [STOCK], 0.01)
+    assert contenders_of(record)[STOCK]["beside"].keys() == {REFERENCE}
 
 
 def hangs(file: Path) -> None:
