@@ -307,7 +307,7 @@ def test_tests_that_are_cut_off_say_what_failed_until_then(record, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\ndef test_one(): assert 1 + 1 == 3\ndef test_two(): pass\ndef test_three(): time.sleep(60)\n"
     )
-    record.until = time.time() + 16
+    record.until = time.time() + 27
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-v", str(tmp_path)]
     output = gpu_parts._run(record, command, COLUMNS="300")
     assert record.left() > 3
