@@ -161,7 +161,10 @@ def pack(options: argparse.Namespace) -> int:
                 model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
             )
     file = Path(options.out)
-    count = precompile.pack(file, launches, architecture, options.jobs, _progress)
+    try:
+        count = precompile.pack(file, launches, architecture, options.jobs, _progress)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     print(f"{count} kernels for compute capability {options.capability}: {file}, {file.stat().st_size >> 10} KiB")
     return 0
 

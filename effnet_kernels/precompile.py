@@ -207,6 +207,18 @@ def compiled(launch: Launch) -> Any:
 FORMAT = 1
 
 
+class Packed(NamedTuple):
+    """A kernel in the manifest."""
+
+    name: str  # of its function
+    module: str  # that the function is in
+    code: str  # a hash of the function and what it calls
+    source: str  # a hash of that and of what it is specialised on
+    options: str  # a hash of warps, stages and so on
+    cubin: str  # the file with the machine code
+    metadata: dict[str, Any]  # Triton's own
+
+
 def pack(
     file: Path,
     launches: Sequence[Launch],
@@ -222,7 +234,7 @@ def pack(
         progress: told what is being done.
 
     Raises:
-        RuntimeError: this version of Triton computes its keys in another way.
+        ValueError: this version of Triton computes its keys in another way.
     """
     backend = make_backend(GPUTarget("cuda", architecture, 32))
     with compiling_for(architecture), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -243,17 +255,20 @@ def pack(
         )
         source, hashed = kernel.src.hash(), options.hash()
         if _key(source, hashed, backend) != kernel.hash:
-            raise RuntimeError(f"Triton {triton.__version__} has other keys than those that can be packed")
+            raise ValueError(f"Triton {triton.__version__} has other keys than those that can be packed")
         (metadata,) = (Path(path) for name, path in kernel.metadata_group.items() if name.endswith(".json"))
         cubins[f"{kernel.hash}.cubin"] = kernel.asm["cubin"]
+        function = launch.kernel
         kernels.append(
-            {
-                "name": metadata.stem,
-                "source": source,
-                "options": hashed,
-                "cubin": f"{kernel.hash}.cubin",
-                "metadata": json.loads(metadata.read_text()),
-            }
+            Packed(
+                name=metadata.stem,
+                module=function.fn.__module__,
+                code=function.cache_key,
+                source=source,
+                options=hashed,
+                cubin=f"{kernel.hash}.cubin",
+                metadata=json.loads(metadata.read_text()),
+            )._asdict()
         )
     manifest = {
         "format": FORMAT,
@@ -276,41 +291,47 @@ def unpack(file: Path) -> int:
     """Put the kernels of a packed ``file`` into Triton's cache (TRITON_CACHE_DIR); returns how many there are.
 
     Raises:
-        ValueError: it is no such file, or it was packed by another version of Triton or of ptxas.
+        ValueError: it is no such file, or it was packed by another version of Triton, of ptxas or of this package.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             manifest = json.loads(archive.read("manifest.json"))
-            cubins = {name: archive.read(name) for name in archive.namelist() if name.endswith(".cubin")}
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"its format is {manifest['format']}, here {FORMAT} is known")
+            kernels = [Packed(**kernel) for kernel in manifest["kernels"]]
+            cubins = {kernel.cubin: archive.read(kernel.cubin) for kernel in kernels}
+            backend = make_backend(GPUTarget("cuda", int(manifest["architecture"]), 32))
+            versions = {"Triton": manifest["triton"], "ptxas and architecture": manifest["backend"]}
+        if not all(kernel.name.isidentifier() for kernel in kernels):  # they are names of files, too
+            raise ValueError("kernels have names that are none")
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is not a file of packed kernels: {error}") from error
-    backend = make_backend(GPUTarget("cuda", manifest["architecture"], 32))
-    for what, there, here in (
-        ("format", manifest["format"], FORMAT),
-        ("Triton", manifest["triton"], triton.__version__),
-        ("ptxas and architecture", manifest["backend"], backend.hash()),
-    ):
+    for (what, there), here in zip(versions.items(), (triton.__version__, backend.hash()), strict=True):
         if there != here:
             raise ValueError(f"{file} was packed with {what} {there}, here is {here}: pack it anew")
-    for kernel in manifest["kernels"]:
-        key = _key(kernel["source"], kernel["options"], backend)
-        cache = get_cache_manager(key)
-        name = kernel["name"]
-        files = {
-            f"{name}.cubin": cubins[kernel["cubin"]],
-            f"{name}.json": json.dumps(kernel["metadata"] | {"hash": key}),
-        }
-        if cache.get_group(f"{name}.json") is None:
-            group = {entry: cache.put(content, entry) for entry, content in files.items()}
-            cache.put_group(f"{name}.json", group)
-    return len(manifest["kernels"])
+    for module, name, code in {(kernel.module, kernel.name, kernel.code) for kernel in kernels}:
+        if getattr(getattr(importlib.import_module(module), name, None), "cache_key", None) != code:
+            raise ValueError(f"{file} was packed with another {module}.{name} than is here: pack it anew")
+    for kernel in kernels:
+        key = _key(kernel.source, kernel.options, backend)
+        cache, metadata = get_cache_manager(key), f"{kernel.name}.json"
+        if cache.get_group(metadata) is None:
+            files = {
+                metadata: json.dumps(kernel.metadata | {"hash": key}),
+                f"{kernel.name}.cubin": cubins[kernel.cubin],
+            }
+            cache.put_group(metadata, {name: cache.put(content, name) for name, content in files.items()})
+    return len(kernels)
 
 
 def _key(source: str, options: str, backend: Any) -> str:
     """The name of a compiled kernel in the cache of the Triton that is here, from the hashes of its parts."""
     from triton.compiler.compiler import get_cache_invalidating_env_vars
-    from triton.runtime.cache import get_cache_key
 
+    try:
+        from triton.runtime.cache import get_cache_key
+    except ImportError as error:
+        raise ValueError(f"packing needs Triton 3.5, here is {triton.__version__}") from error
     parts = [SimpleNamespace(hash=functools.partial(str, hashed)) for hashed in (source, options)]
     key = get_cache_key(parts[0], backend, parts[1], get_cache_invalidating_env_vars())
     return hashlib.sha256(key.encode()).hexdigest()

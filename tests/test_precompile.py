@@ -89,7 +89,10 @@ def rewritten(packed, target, **changes) -> None:
         ({"triton": "3.4.9"}, rf"packed with Triton 3\.4\.9, here is {triton.__version__}: pack it anew"),
         ({"backend": "ptxas 1.2-90"}, r"packed with ptxas and architecture ptxas 1\.2-90, here is"),
         ({"architecture": 80}, "packed with ptxas and architecture"),
-        ({"format": 99}, "packed with format 99"),
+        ({"format": 99}, "not a file of packed kernels: its format is 99"),
+        ({"kernels": [{}]}, "not a file of packed kernels"),
+        ({"kernels": 5}, "not a file of packed kernels"),
+        ({"architecture": "ninety"}, "not a file of packed kernels"),
     ],
 )
 def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, changes, said):
@@ -100,14 +103,37 @@ def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, c
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a zip", "zip without manifest"], ids=str)
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+\.triton\.\w+ than is here: pack it anew"),
+        ("module", "effnet_kernels.ops.mbconv.triton", r"packed with another effnet_kernels\.ops\.mbconv"),
+        ("name", "../../kernel", "not a file of packed kernels"),
+        ("cubin", "../cubin", "not a file of packed kernels"),
+    ],
+)
+def test_kernels_of_other_code_are_refused(packed, tmp_path, monkeypatch, entry, value, said):
+    """They would never be found, and nobody would know."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    with zipfile.ZipFile(packed / "kernels.zip") as archive:
+        kernels = json.loads(archive.read("manifest.json"))["kernels"]
+    for kernel in kernels:
+        kernel[entry] = value
+    rewritten(packed, tmp_path / "other.zip", kernels=kernels)
+    with pytest.raises(ValueError, match=said):
+        precompile.unpack(tmp_path / "other.zip")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a zip", "zip without manifest", "{", "[]"], ids=str)
 def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, monkeypatch, content):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "kernels.zip"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content:
-        zipfile.ZipFile(file, "w").close()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("other.json" if content.startswith("zip") else "manifest.json", content)
     assert cli.main(["unpack", str(file)]) == 2
     said = capsys.readouterr().err
     assert f"{file} is not a file of packed kernels" in said
@@ -146,9 +172,29 @@ def test_the_command(tmp_path, packed):
     assert said == f"{len(list(tmp_path.iterdir()))} kernels unpacked"
 
 
-def count(launches: list[precompile.Launch]) -> dict[str, int]:
-    names = [launch.kernel.fn.__module__.split(".")[-2] for launch in launches]
-    return {name: names.count(name) for name in names}
+KEYS = """
+import importlib, json, sys
+from effnet_kernels import precompile
+names = [f"{op}.triton" for op in precompile.OPS if op != "mbconv"]
+names += [f"conv_block_train.triton_{part}" for part in ("maps", "depthwise", "parts")]
+keys = {}
+for name in names[:: int(sys.argv[1])]:
+    module = importlib.import_module(f"effnet_kernels.ops.{name}")
+    for kernel in [*vars(module).values()][:: int(sys.argv[1])]:
+        if hasattr(kernel, "cache_key"):
+            keys[f"{kernel.fn.__module__}.{kernel.fn.__name__}"] = kernel.cache_key
+print(json.dumps(dict(sorted(keys.items()))))
+"""
+
+
+def test_no_key_depends_on_what_was_launched_before():
+    """Or kernels would be compiled again, wherever another one comes first."""
+    found = [
+        subprocess.run([sys.executable, "-c", KEYS, step], env=uninterpreted(), capture_output=True, text=True)
+        for step in ("1", "-1")
+    ]
+    assert found[0].stdout == found[1].stdout, [result.stderr for result in found]
+    assert len(json.loads(found[0].stdout)) > 25
 
 
 @pytest.mark.parametrize(

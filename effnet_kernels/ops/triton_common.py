@@ -54,7 +54,19 @@ def supports(problem: Problem) -> tuple[bool, str]:
 # ---- device code ----
 
 
-@triton.jit
+def callee(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` for what kernels call, hashed at once.
+
+    Triton hashes a kernel together with the globals of those callees that have been hashed before it. Left to the
+    first launch, a kernel's key in the cache would depend on which other kernels were launched before.
+    """
+    jitted = triton.jit(function)
+    if not INTERPRETED:
+        jitted.cache_key  # noqa: B018
+    return jitted
+
+
+@callee
 def sigmoid(x, EXACT: tl.constexpr):
     """1 / (1 + exp(-x)), NaN only for NaN: the exponential of -|x| cannot overflow.
 
@@ -77,7 +89,7 @@ def sigmoid(x, EXACT: tl.constexpr):
     return y
 
 
-@triton.jit
+@callee
 def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
     """Activation number ``ACT`` of ``ops.activations`` of float32 values; NaN stays NaN.
 
@@ -102,7 +114,7 @@ def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
     return x
 
 
-@triton.jit
+@callee
 def activate_gradient(grad, x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
     """The gradient of x from that of ``activate(x)``, the choices at the kinks being torch's own."""
     if ACT == RELU:
@@ -117,7 +129,7 @@ def activate_gradient(grad, x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
     return grad
 
 
-@triton.jit
+@callee
 def bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, offs, mask):
     """BatchNorm as y * scale + shift for the channels ``offs``, in float32; zeros outside the mask."""
     gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -128,7 +140,7 @@ def bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, offs, mask):
     return scale, beta - mean * scale
 
 
-@triton.jit
+@callee
 def narrow(x, dtype: tl.constexpr):
     """float32 values in the dtype of a map, rounded to nearest even; the interpreter would truncate to bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16:
@@ -141,7 +153,7 @@ def narrow(x, dtype: tl.constexpr):
     return result
 
 
-@triton.jit
+@callee
 def dot(a, b, acc):
     """acc + a @ b, products and sums in float32; the interpreter would multiply the bit patterns of bfloat16."""
     if _INTERPRETED:
@@ -150,7 +162,7 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@callee
 def mean_of_sums(sums_ptr, tiles, pixels, c, C: tl.constexpr, TILES: tl.constexpr):
     """Means of the channels c of one image from the sums of its tiles, [tiles, C]: in order, ``TILES`` rows at once."""
     total = tl.zeros(c.shape, tl.float32)

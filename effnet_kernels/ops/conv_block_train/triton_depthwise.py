@@ -27,6 +27,7 @@ from effnet_kernels.ops.triton_common import (
     Config,
     activate,
     activate_gradient,
+    callee,
     cdiv,
     channel_block,
     launch_kernel,
@@ -48,7 +49,7 @@ def tile(dtype: torch.dtype, channels: int, kh: int, sh: int) -> Config:
 SIZES = ("h", "w", "oh", "ow", "top", "left")
 
 
-@triton.jit
+@callee
 def activated(x_ptr, at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
     """The input as the convolution sees it: zero outside the map."""
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.conv_block_train.layers import Gradient, Norm, Source
 from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge, store_part
-from effnet_kernels.ops.triton_common import activate, activate_gradient, cdiv, channel_block, narrow
+from effnet_kernels.ops.triton_common import activate, activate_gradient, callee, cdiv, channel_block, narrow
 
 SIZES = ("pixels", "strip")
 # Values of a tile: 16 bytes of 16-bit numbers for each of 128 threads.
@@ -25,7 +25,7 @@ TILE, WARPS = 1024, 4
 PROGRAMS = 2048
 
 
-@triton.jit
+@callee
 def strip_of(pixels, strip, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Of this program: number of the strip, image, first pixel, end, channels."""
     # The channel blocks of a strip are neighbours in time: together they read whole pixels.
@@ -38,13 +38,13 @@ def strip_of(pixels, strip, C: tl.constexpr, BLOCK_C: tl.constexpr):
     return part, part // strips, first, tl.minimum(first + strip, pixels), c
 
 
-@triton.jit
+@callee
 def vector(vectors_ptr, index: tl.constexpr, c, C: tl.constexpr):
     """Row ``index`` of [K, C] at the channels c, as a row; zeros beyond the last."""
     return tl.load(vectors_ptr + index * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@callee
 def behind_norm(grad_ptr, at, ok, y, scale, shift, gate, bias, GRAD: tl.constexpr, BIAS: tl.constexpr,
                 ACT: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """``dz`` (see ``block``) where the raw map is y."""

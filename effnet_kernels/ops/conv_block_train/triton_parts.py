@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effnet_kernels.ops.triton_common import Config, cdiv, launch_kernel, narrow
+from effnet_kernels.ops.triton_common import Config, callee, cdiv, launch_kernel, narrow
 
 
-@triton.jit
+@callee
 def store_part(parts_ptr, part, c, C: tl.constexpr, count, shift, mean, squares):
     """The moments of some values: how many, their mean less ``shift``, the sum of their squared deviations."""
     at = parts_ptr + part * 4 * C + c

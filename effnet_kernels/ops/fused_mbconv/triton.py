@@ -19,7 +19,7 @@ from torch import Tensor
 from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.fused_mbconv.op import fake
-from effnet_kernels.ops.triton_common import activate, bn_affine, cdiv, dot, narrow, next_power_of_2
+from effnet_kernels.ops.triton_common import activate, bn_affine, callee, cdiv, dot, narrow, next_power_of_2
 
 supports = common.supports
 
@@ -62,7 +62,7 @@ SIZES = (
 )  # fmt: skip
 
 
-@triton.jit
+@callee
 def window_gemm(
     x_ptr,  # [BLOCK_M] pointers to the top left element of each pixel's window
     weight_ptr, ok, h, w, mid, height, width, stride_c, stride_h, stride_w,
