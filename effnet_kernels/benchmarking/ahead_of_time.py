@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import effnet_kernels as ek
 from effnet_kernels.benchmarking import sass
 from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
@@ -86,7 +87,9 @@ def trips(launch: Launch, line: sass.Line) -> int:
         LookupError: ``TRIPS`` has no such loop.
     """
     path, number = line
-    text = linecache.getline(path, number).strip()
+    # From here: the code may have been compiled, and cached, from another copy of these files.
+    here = Path(ek.__file__).parent / path.rpartition("/effnet_kernels/")[2]
+    text = linecache.getline(str(here), number).strip()
     arguments = dict(zip(launch.kernel.arg_names, (*launch.tensors, *launch.sizes, *launch.constants), strict=True))
     for (file, beginning), count in TRIPS.items():
         if path.endswith(f"/{file}") and text.startswith(beginning):
