@@ -120,11 +120,14 @@ def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, de
             return stock.stock_op(what).train().to(device), _map(what, batch).to(device)
         return create_model(model).get_submodule(what.path).train().to(device), _map(what, batch).to(device)
 
+    title, element = f"{what}, batch {batch}, {precision}", DTYPES[dtype].itemsize
     if isinstance(what, Op):
-        title = f"{what}, batch {batch}, {precision}"
-        return Case("training_op", title, batch, make, stock.OurTrainingOp, amp)
-    level, name = ("training_model", f"@{what}") if isinstance(what, int) else ("training_block", f"{what}")
-    return Case(level, f"{model} {name}, batch {batch}, {precision}", batch, make, amp=amp)
+        return Case("training_op", title, batch, make, stock.OurTrainingOp, amp, lambda: 3 * what.bytes(batch, element))
+    if isinstance(what, Block):
+        return Case("training_block", f"{model} {title}", batch, make, amp=amp)
+    # Forward reads and writes every map, backward reads both again and their gradients, or writes them.
+    traffic = functools.partial(shapes.network_bytes, model, what, 3 * batch, element)
+    return Case("training_model", f"{model} @{title}", batch, make, amp=amp, traffic=traffic)
 
 
 def _map(what: Op | Block, batch: int) -> Tensor:

@@ -15,6 +15,7 @@ the order of the backends. ``--device cpu`` runs all of it on something tiny. Th
 
 import argparse
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -34,13 +35,13 @@ from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND, scope_of
 from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, describe, environment
+from effnet_kernels.benchmarking.tables import comparable, speedup, text_table
 from effnet_kernels.benchmarking.tables import seconds as duration
-from effnet_kernels.benchmarking.tables import speedup, text_table
 
 # docs/gpu.md
 COMMAND = (
     "python3 -m benchmarks.gpu {call} --commit {commit} --kernels build/gpu-kernels.zip"
-    ' --record "$OUT/gpu.json" --keep /var/tmp/gpu.json'
+    ' --record "${{OUT:?}}/gpu.json" --keep /var/tmp/gpu.json'
 )
 CALLS = {"first": (FIRST, 300.0), "second": (SECOND, 290.0)}  # parts, seconds
 COMPILED = {"none": (), "default": ("compiled",), "autotuned": ("compiled", "autotuned")}
@@ -62,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="begin a new record in place of the one that is there")
     options = parser.parse_args(arguments)
     calls = [CALLS[options.call]] if options.call else list(CALLS.values())
-    budget = options.budget or sum(seconds for _, seconds in calls)
+    budget = sum(seconds for _, seconds in calls) if options.budget is None else options.budget
     until = time.time() + budget - min(SPARE, budget / 10)
     left_out = {*COMPILED["autotuned"]} - {*COMPILED[options.compiled]}
     wanted = {part for parts, _ in calls for part in parts} - left_out
-    if options.only:
+    if options.only is not None:
         wanted = set(options.only.split(","))
     if unknown := wanted - PARTS.keys():
         parser.error(f"--only must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -81,28 +82,55 @@ def main(arguments: list[str] | None = None) -> int:
     here["packed_kernels"] = str(options.kernels.absolute()) if options.kernels else None
     file = (options.record or ROOT / "benchmarks" / "results" / f"{file_name(here['device'])}.json").absolute()
     places = (file, options.keep and options.keep.absolute())
-    if options.fresh:
-        for place in filter(None, places):
-            place.unlink(missing_ok=True)
-    record = Record(*places)
-    known = record.content["environment"]
-    for what in ("device", "commit"):
-        if known.get(what, here[what]) != here[what]:
-            parser.error(f"{file} is of {what} {known[what]}, this is {here[what]}: another --record, or --fresh")
-    known |= here
-    record.content.pop("doing", None)  # of a run that was killed
-    record.save()
-    if "copy_bytes_per_second" not in known:
-        wanted.add("ceilings")  # shares of it are recorded with every measurement
-    if not options.only:
-        done = {name for name, part in record.content["parts"].items() if part.get("status") == "done"}
-        wanted -= {name for name in done if not PARTS[name].again}
-    os.chdir(ROOT)  # for the imports of the processes
-    run = Run(options.device, places, until, budget)
-    for name in (part for part in PARTS if part in wanted):
-        run.supervise(name)
-    print(summary(Record(*places).content))
+    with _alone(file.parent) as alone:
+        if not alone:
+            parser.error(f"another run is writing in {file.parent}")
+        if options.fresh:
+            for place in filter(None, places):
+                place.unlink(missing_ok=True)
+        try:
+            record = Record(*places)
+        except ValueError as error:
+            parser.error(f"{error}: another --record, or --fresh")
+        known = record.content["environment"]
+        for what, now in _identity(here).items():
+            if (then := _identity(known).get(what, now)) != now:
+                parser.error(f"{file} is of {what} {then}, this is {now}: another --record, or --fresh")
+        known |= here
+        record.content.pop("doing", None)  # of a run that was killed
+        record.save()
+        if "copy_bytes_per_second" not in known:
+            wanted.add("ceilings")  # shares of it are recorded with every measurement
+        if options.only is None:
+            done = {name for name, part in record.content["parts"].items() if part.get("status") == "done"}
+            wanted -= {name for name in done if not PARTS[name].again}
+        os.chdir(ROOT)  # for the imports of the processes
+        run = Run(options.device, places, until, budget)
+        for name in (part for part in PARTS if part in wanted):
+            run.supervise(name)
+        print(summary(Record(*places).content))
     return 0
+
+
+def _identity(environment: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for all that is in one record, as far as it is known."""
+    versions = environment.get("versions", {})
+    known = {name: environment[name] for name in ("device", "commit") if name in environment}
+    return known | {name: versions[name] for name in ("torch", "triton") if name in versions}
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process writes records here; none does as long as this one is in the ``with`` block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
 
 
 class Run:
@@ -176,8 +204,8 @@ def _apart(log: str, target: Callable[..., None], arguments: tuple[Any, ...]) ->
 @contextlib.contextmanager
 def _ending_with_us(group: int) -> Iterator[None]:
     """Kill a process group behind the ``with`` block, or when this process ends within it, by whatever signal."""
-    command = ["/bin/sh", "-c", 'read end; kill -9 -- "-$0"', str(group)]
-    # Nobody but us has the other end of its input.
+    # Its leader too, which has no group of its own until it is up. Nobody but us has the other end of the input.
+    command = ["/bin/sh", "-c", 'read end; kill -s KILL "$0" "-$0"', str(group)]
     watch = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
@@ -232,14 +260,14 @@ def summary(content: dict[str, Any]) -> str:
 
 def _row(title: str, case: dict[str, Any], ours: list[str]) -> tuple[str, ...]:
     contenders = case["contenders"]
-    times = {name: result["median"] for name, result in contenders.items() if "median" in result}
+    times = comparable(contenders)
     other = min((name for name in times if not name.startswith(OURS)), key=times.__getitem__, default="")
     best = min((name for name in times if name in ours), key=times.__getitem__, default="")
     ratio = speedup(contenders, best, other)
     text = f"{ratio:.2f}x" if ratio else case.get("failed", "")[-60:].strip()
     share = f"{contenders[best]['share_of_copy']:.0%}" if "share_of_copy" in contenders.get(best, {}) else ""
     cells = [_cell(contenders.get(name, {})) for name in ours]
-    return (title, duration(times[other]) if other else "", other, *cells, text, share)
+    return (title, _cell(contenders.get(other, {})), other, *cells, text, share)
 
 
 def _cell(result: dict[str, Any]) -> str:

@@ -33,26 +33,33 @@ class Record:
 
     Args:
         file: the JSON.
-        keep: a second place for it. Where ``file`` is not there this one is read, and both are written.
+        keep: a second place for it. Where ``file`` is not there, or damaged, this one is read; both are written.
         until: ``time.time()`` at which the part ends that is being measured.
         part: its name.
+
+    Raises:
+        ValueError: there is a file, and none is a record.
     """
 
     def __init__(self, file: Path, keep: Path | None = None, until: float = float("inf"), part: str = "") -> None:
         self.file, self.files = file, [file] if keep is None else [file, keep]
         self.until, self.name = until, part
-        found = next((place.read_text() for place in self.files if place.exists()), None)
         empty: dict[str, Any] = {"environment": {}, "parts": {}, "levels": {}}
-        self.content: dict[str, Any] = json.loads(found) if found else empty
+        texts = [place.read_text() for place in self.files if place.exists()]
+        found = [content for content in map(_parsed, texts) if content is not None]
+        if not found and any(text.strip() for text in texts):
+            raise ValueError(f"{file} is no record")
+        self.content: dict[str, Any] = found[0] if found else empty
 
     def save(self) -> None:
         """Write everything; readers see the old file or the new one."""
         text = json.dumps(self.content, indent=1) + "\n"
         for file in self.files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(text)
-            partial.replace(file)
+            with contextlib.nullcontext() if file is self.file else contextlib.suppress(OSError):  # as far as it can
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".partial")
+                partial.write_text(text)
+                partial.replace(file)
 
     def part(self, name: str, **entries: Any) -> dict[str, Any]:
         """What is known of a part, these entries added."""
@@ -174,6 +181,14 @@ class Record:
             self._doing(case)
 
         return guard
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and {"environment", "parts", "levels"} <= content.keys() else None
 
 
 def exit_if_lost() -> None:

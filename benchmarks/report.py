@@ -109,10 +109,10 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for case, measured in cases.items():
         contenders = measured["contenders"]
-        timed = {name: r["median"] for name, r in contenders.items() if "median" in r}
+        timed = tables.comparable(contenders)
         best = min((name for name in timed if name.startswith(OURS)), key=timed.__getitem__, default=None)
         other = min((name for name in timed if not name.startswith(OURS)), key=timed.__getitem__, default=None)
-        row = [case, *(_cell(contenders.get(name, {})) for name in names)]
+        row = [case + " (failed)" * ("failed" in measured), *(_cell(contenders.get(name, {})) for name in names)]
         for over in (CHANNELS_LAST, other):
             ratio = tables.speedup(contenders, best, over) if best and over else None
             row.append("" if ratio is None else f"{ratio:.2f}x" if ratio >= 1 else f"**{ratio:.2f}x**")
@@ -126,6 +126,8 @@ def table(result: dict[str, Any]) -> str:
     if bandwidth:
         copied = result["environment"]["copy_bytes_per_second"]
         note = f"Shares are of what a copy reached in the same run, {copied / 1e9:.0f} GB/s. {note}"
+    if any("alone" in r for case in cases.values() for r in case["contenders"].values()):
+        note = f"~: a single call, cut off before the contenders could take turns. {note}"
     if any("saved" in r for case in cases.values() for r in case["contenders"].values()):
         note = f"MB: kept for backward / peak of a step. {note}"
     return "\n".join((*lines, "", note))
@@ -138,6 +140,8 @@ def _cell(result: Mapping[str, Any]) -> str:
             peak = "" if result["peak"] is None else f" / {result['peak'] / 1e6:.0f}"
             memory = f", {result['saved'] / 1e6:.1f}{peak} MB"
         return tables.seconds(result["median"]) + memory
+    if "alone" in result:
+        return f"~{tables.seconds(result['alone'])}"
     return next((word for word in ("wrong", "failed") if word in result), "")
 
 

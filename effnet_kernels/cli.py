@@ -153,15 +153,16 @@ def pack(options: argparse.Namespace) -> int:
     precompile = _precompile()
     major, _, minor = options.capability.partition(".")
     architecture, generation = int(major) * 10 + int(minor), precompile.triton_common.generation_of(int(major))
-    launches = []
-    for model in options.model:
-        size = image_size(model, options.library)
-        for training in (False, True) if options.training else (False,):
-            launches += precompile.record_model(
-                model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
-            )
-    file = Path(options.out)
+    if options.dtype == "bfloat16" and architecture < 80:
+        raise UserError(f"--dtype bfloat16 needs compute capability 8.0, got {options.capability}")
+    launches, file = [], Path(options.out)
     try:
+        for model in options.model:
+            size = image_size(model, options.library)
+            for training in (False, True) if options.training else (False,):
+                launches += precompile.record_model(
+                    model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
+                )
         count = precompile.pack(file, launches, architecture, options.jobs, _progress)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -180,10 +181,11 @@ def unpack(options: argparse.Namespace) -> int:
 
 
 def _precompile() -> ModuleType:
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise UserError("unset TRITON_INTERPRET: the interpreter compiles nothing")
     require("triton", "triton")
-    return importlib.import_module("effnet_kernels.precompile")
+    module = importlib.import_module("effnet_kernels.precompile")
+    if module.triton_common.INTERPRETED:
+        raise UserError("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    return module
 
 
 def demo(options: argparse.Namespace) -> int:

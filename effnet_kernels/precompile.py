@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,9 @@ OPS = (
     "squeeze_excite",
     "squeeze_excite_gate",
 )
+# Those that name what is replaced while launches are recorded.
+_NAMES = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
+_MODULES = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in _NAMES)]
 
 
 class Launch(NamedTuple):
@@ -101,10 +105,8 @@ def record(call: Callable[[], Any], generation: int) -> list[Launch]:
 @contextlib.contextmanager
 def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
     """Put one function for another wherever the ops' modules name it."""
-    names = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
-    modules = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in names)]
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in _MODULES:
             for name, value in list(vars(module).items()):
                 if callable(value) and getattr(value, "__hash__", None) and value in replacements:
                     stack.enter_context(mock.patch.object(module, name, replacements[value]))
@@ -291,8 +293,11 @@ def unpack(file: Path) -> int:
     """Put the kernels of a packed ``file`` into Triton's cache (TRITON_CACHE_DIR); returns how many there are.
 
     Raises:
-        ValueError: it is no such file, or it was packed by another version of Triton, of ptxas or of this package.
+        ValueError: it is no such file, it was packed by another version of Triton, of ptxas or of this package, or
+            the cache cannot be written; or the interpreter is on, which needs none.
     """
+    if triton_common.INTERPRETED:
+        raise ValueError("unset TRITON_INTERPRET: the interpreter takes no compiled kernels")
     try:
         with zipfile.ZipFile(file) as archive:
             manifest = json.loads(archive.read("manifest.json"))
@@ -304,7 +309,7 @@ def unpack(file: Path) -> int:
             versions = {"Triton": manifest["triton"], "ptxas and architecture": manifest["backend"]}
         if not all(kernel.name.isidentifier() for kernel in kernels):  # they are names of files, too
             raise ValueError("kernels have names that are none")
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is not a file of packed kernels: {error}") from error
     for (what, there), here in zip(versions.items(), (triton.__version__, backend.hash()), strict=True):
         if there != here:
@@ -314,13 +319,14 @@ def unpack(file: Path) -> int:
             raise ValueError(f"{file} was packed with another {module}.{name} than is here: pack it anew")
     for kernel in kernels:
         key = _key(kernel.source, kernel.options, backend)
-        cache, metadata = get_cache_manager(key), f"{kernel.name}.json"
-        if cache.get_group(metadata) is None:
-            files = {
-                metadata: json.dumps(kernel.metadata | {"hash": key}),
-                f"{kernel.name}.cubin": cubins[kernel.cubin],
-            }
-            cache.put_group(metadata, {name: cache.put(content, name) for name, content in files.items()})
+        metadata = f"{kernel.name}.json"
+        files = {metadata: json.dumps(kernel.metadata | {"hash": key}), f"{kernel.name}.cubin": cubins[kernel.cubin]}
+        try:
+            cache = get_cache_manager(key)
+            if not files.keys() <= (cache.get_group(metadata) or {}).keys():  # of a moved cache the files are not found
+                cache.put_group(metadata, {name: cache.put(content, name) for name, content in files.items()})
+        except OSError as error:
+            raise ValueError(f"Triton's cache cannot be written: {error}") from error
     return len(kernels)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_kernels.benchmarking import contenders, timing
+from effnet_kernels.benchmarking import contenders, tables, timing
 from effnet_kernels.benchmarking.agreement import agreement
 
 pytest.importorskip("timm")
@@ -158,6 +158,23 @@ def test_report_fills_the_marked_block_with_losses_and_machine(tmp_path):
     assert "Abacus 3000, 2 threads; torch 9.9; commit c0ffee; today" in text
     assert text.endswith("<!-- benchmark:op -->\n<!-- /benchmark -->\n")
     assert (tmp_path / "benchmark-abacus-model.png").stat().st_size > 0
+
+
+def test_times_of_other_turns_are_compared_by_who_was_in_both():
+    """The machine was half as fast when ours and torch.compile joined; nobody is blamed for it."""
+    ours, compiled, stock = contenders.ours("cuda"), contenders.COMPILED, contenders.CHANNELS_LAST
+    results = {
+        stock: {"median": 1.0},
+        contenders.ours("triton"): {"median": 0.8},
+        ours: {"median": 1.0, "beside": {contenders.ours("triton"): 1.6}},
+        compiled: {"median": 3.0, "beside": {ours: 2.0}},
+        "failed": {"failed": "no", "beside": {ours: 1.0}},
+    }
+    times = tables.comparable(results)
+    assert times == {stock: 1.0, contenders.ours("triton"): 0.8, ours: 0.5, compiled: 0.75}
+    assert tables.speedup(results, ours, stock) == 2.0
+    assert tables.speedup(results, ours, compiled) == 1.5
+    assert tables.speedup(results, ours, "failed") is None
 
 
 def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):

@@ -15,6 +15,7 @@ pytest.importorskip("timm")
 import triton
 
 from effnet_kernels import MBConv, cli, precompile
+from effnet_kernels.ops import triton_common
 from tests.test_ahead_of_time import uninterpreted
 
 LAUNCHES = """
@@ -50,6 +51,12 @@ def run(code: str, folder, cache: str) -> str:
     return result.stdout
 
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """The tests that compile nothing themselves run in a process with the interpreter."""
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A folder with kernels.zip."""
@@ -71,6 +78,39 @@ def test_nothing_is_compiled_where_kernels_were_unpacked(packed):
         ]
     assert json.loads(kernels) == sizes
     assert len(sizes) == int(counted.split()[0])
+
+
+MOVED = """
+import os, pathlib
+from effnet_kernels import precompile
+print(precompile.unpack(pathlib.Path("kernels.zip")))
+os.rename(os.environ["TRITON_CACHE_DIR"], "moved")
+os.environ["TRITON_CACHE_DIR"] = os.path.abspath("moved")
+print(precompile.unpack(pathlib.Path("kernels.zip")))
+pathlib.Path("file").touch()
+os.environ["TRITON_CACHE_DIR"] = os.path.abspath("file")
+try:
+    precompile.unpack(pathlib.Path("kernels.zip"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_cache_that_was_moved_or_cannot_be_written(packed):
+    """Of a moved one the files are there, under paths that are no more."""
+    count, again, refused = run(MOVED, packed, "third").splitlines()
+    assert "cache cannot be written" in refused
+    groups = list((packed / "moved").glob("*/__grp__*"))
+    assert len(groups) == int(count) == int(again)
+    for group in groups:
+        for path in json.loads(group.read_text())["child_paths"].values():
+            assert os.path.exists(path)
+
+
+def test_kernels_are_small(packed):
+    """Those of B0, B4, V2-S and lite0 are 137, and may take 8 MiB together."""
+    with zipfile.ZipFile(packed / "kernels.zip") as archive:
+        assert (packed / "kernels.zip").stat().st_size < (len(archive.namelist()) - 1) * (8 << 20) / 137
 
 
 def rewritten(packed, target, **changes) -> None:
@@ -126,8 +166,7 @@ def test_kernels_of_other_code_are_refused(packed, tmp_path, monkeypatch, entry,
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a zip", "zip without manifest", "{", "[]"], ids=str)
-def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, monkeypatch, content):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, content):
     file = tmp_path / "kernels.zip"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -140,11 +179,12 @@ def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, monkeypatch, co
     assert len(said.splitlines()) == 1
 
 
-def test_a_file_that_is_cut_short_is_refused(packed, tmp_path, monkeypatch):
+def test_a_file_that_is_damaged_is_refused(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     whole = (packed / "kernels.zip").read_bytes()
-    for length in (len(whole) // 2, len(whole) - 1):
-        (tmp_path / "short.zip").write_bytes(whole[:length])
+    flipped = bytes(byte ^ 255 for byte in whole[400:440])
+    for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:400] + flipped + whole[440:]):
+        (tmp_path / "short.zip").write_bytes(damaged)
         with pytest.raises(ValueError, match="not a file of packed kernels"):
             precompile.unpack(tmp_path / "short.zip")
     assert not (tmp_path / "cache").exists()
@@ -155,6 +195,21 @@ def test_what_is_no_compute_capability(capability, capsys):
     with pytest.raises(SystemExit):
         cli.main(["pack", "--model", "efficientnet_b0", "--out", "x", "--capability", capability])
     assert "must be a compute capability" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "resnet18"], "model must have blocks"),
+        (["--model", "efficientnet_b99"], "timm has no model"),
+        (["--model", "efficientnet_b0", "--dtype", "bfloat16", "--capability", "7.5"], "needs compute capability 8.0"),
+    ],
+)
+def test_what_cannot_be_packed_is_said_in_one_line(arguments, said, tmp_path, capsys):
+    assert cli.main(["pack", *arguments, "--out", str(tmp_path / "kernels.zip")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path, packed):

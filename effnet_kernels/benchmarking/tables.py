@@ -24,14 +24,23 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
-def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHANNELS_LAST) -> float | None:
-    """How many times faster ``name`` is than ``over``; None when either was not timed.
+def comparable(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of those that were timed. Of one that joined later they are scaled by the time that another one took in
+    the same turns (``beside``) and takes in those of the others."""
 
-    Of one that joined later (``beside``) by the time that ``name`` took in the same turns.
-    """
-    if "median" not in results.get(name, {}) or "median" not in results.get(over, {}):
-        return None
-    return results[over]["median"] / results[over].get("beside", {}).get(name, results[name]["median"])
+    def of(name: str) -> float:
+        median = results[name]["median"]
+        for pace, then in results[name].get("beside", {}).items():
+            return median * of(pace) / then if "median" in results.get(pace, {}) else median
+        return median
+
+    return {name: of(name) for name, result in results.items() if "median" in result}
+
+
+def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHANNELS_LAST) -> float | None:
+    """How many times faster ``name`` is than ``over``; None when either was not timed."""
+    times = comparable(results)
+    return times[over] / times[name] if {name, over} <= times.keys() else None
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]], batch: int) -> str:
