@@ -380,7 +380,7 @@ def test_tests_that_are_cut_off_say_what_failed_until_then(record, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\ndef test_one(): assert 1 + 1 == 3\ndef test_two(): pass\ndef test_three(): time.sleep(60)\n"
     )
-    record.until = time.time() + 27
+    record.until = time.time() + 22
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-v", str(tmp_path)]
     output = gpu_parts._run(record, command, COLUMNS="300")
     assert record.left() > 3
@@ -485,9 +485,7 @@ gpu.attempt(sleeps, (pathlib.Path(sys.argv[1]),), time.time() + 60, sys.argv[2])
     ("start", "number", "early"),
     [
         ("forkserver", signal.SIGKILL, False),
-        ("forkserver", signal.SIGTERM, False),
-        ("spawn", signal.SIGKILL, False),
-        ("spawn", signal.SIGKILL, True),
+        ("spawn", signal.SIGTERM, True),
     ],
 )
 def test_parts_end_with_the_command(start, number, early, tmp_path):
@@ -529,12 +527,13 @@ def test_rehearsal(tmp_path):
     pack = "from effnet_kernels import precompile; precompile.pack(precompile.Path('build/gpu-kernels.zip'), [], 90)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OUT": str(out), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    environment |= {"TORCHDYNAMO_DISABLE": "1"}  # torch.compile takes half a minute for its first line
     subprocess.run([sys.executable, "-c", pack], cwd=tree, env=environment, check=True)
 
     def call(which: str) -> subprocess.Popen:
         shutil.rmtree(out, ignore_errors=True)  # the machine empties it
         command = gpu.COMMAND.format(call=which, commit="abc").replace("python3", sys.executable)
-        command = command.replace("/var/tmp", str(tmp_path)) + " --device cpu --compiled default"
+        command = command.replace("/var/tmp", str(tmp_path)) + " --device cpu"
         return subprocess.Popen(["bash", "-c", command], cwd=tree, env=environment, start_new_session=True)
 
     def ended(process: subprocess.Popen, budget: float) -> dict:
@@ -567,10 +566,12 @@ def test_rehearsal(tmp_path):
     assert "0 kernels unpacked" in again["parts"]["build"]["packed"]
     second = ended(call("second"), gpu.CALLS["second"][1])
     assert values(second).items() > values(again).items()
-    assert all(second["parts"][name]["status"] == "done" for name in ("models", "training", "compiled", "memcheck"))
-    compiled = [op["contenders"][COMPILED] for op in second["levels"]["op"].values() if COMPILED in op["contenders"]]
+    assert {name: second["parts"][name]["status"] for name in gpu_parts.SECOND} == dict.fromkeys(
+        gpu_parts.SECOND, "done"
+    )
+    compiled = [op["contenders"] for op in second["levels"]["op"].values() if COMPILED in op["contenders"]]
     assert len(compiled) == 1
-    assert compiled[0].get("beside")
+    assert all(compiled[0][name]["beside"] for name in (COMPILED, AUTOTUNED))
     assert second["environment"]["commit"] == "abc"
     assert [file.name for file in out.iterdir()] == ["gpu.json"]
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from effnet_kernels import precompile
 from triton import knobs
 from triton.runtime import cache
-launches = precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[:8]
+launches = precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[:5]
 variants = precompile.distinct(launches)
 compiled = []
 knobs.compilation.listener = lambda cache_hit, **_: compiled.append(not cache_hit)
@@ -62,7 +62,7 @@ def packed(tmp_path_factory):
     """A folder with kernels.zip."""
     folder = tmp_path_factory.mktemp("packed")
     count, variants, compiled = map(int, run(PACK, folder, "first").split())
-    assert count == variants == compiled > 5
+    assert count == variants == compiled > 3
     return folder
 
 
