@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         known = record.content["environment"]
         for what, now in _identity(here).items():
             if (then := _identity(known).get(what, now)) != now:
-                parser.error(f"{file} is of {what} {then}, this is {now}: another --record, or --fresh")
+                read = file if file.exists() else options.keep
+                parser.error(f"{read} is of {what} {then}, this is {now}: another --record, or --fresh")
         known |= here
         record.content.pop("doing", None)  # of a run that was killed
         record.save()
