@@ -57,7 +57,7 @@ class Case(NamedTuple):
 def put(entry: dict[str, Any], name: str, result: dict[str, Any], bandwidth: float | None) -> None:
     """Record a contender's result; with ``bandwidth``, of a copy, also the share of it that was reached."""
     kept = dict(result)
-    if "samples" in kept:
+    if isinstance(kept.get("samples"), list):
         kept["samples"] = len(kept["samples"])
     if bandwidth and entry["bytes"] is not None and "median" in kept:
         kept["bytes_per_second"] = entry["bytes"] / kept["median"]

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.files import levels
 from effnet_kernels.benchmarking.contenders import ours
 from effnet_kernels.benchmarking.environment import describe
-from effnet_kernels.benchmarking.tables import comparable
+from effnet_kernels.benchmarking.tables import in_same_turns
 
 TABLE = Path(__file__).resolve().parents[1] / "effnet_kernels" / "dispatch.json"
 BACKENDS = ("cuda", "triton")
@@ -36,9 +36,9 @@ def orders(cases: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str
     """Backends by op, fastest first, from (case, its contenders)."""
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case, contenders in cases:
-        times_of = comparable(contenders)
-        medians = {name: times_of[ours(name)] for name in BACKENDS if ours(name) in times_of}
-        if len(medians) < len(BACKENDS):
+        compared = in_same_turns(contenders)
+        medians = {name: compared.get(ours(name), {}).get("median") for name in BACKENDS}
+        if None in medians.values():
             continue
         for op in next((OPS[word] for word in case.split() if word in OPS), ()):
             for name, median in medians.items():

@@ -35,7 +35,7 @@ from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND, scope_of
 from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, describe, environment
-from effnet_kernels.benchmarking.tables import comparable, speedup, text_table
+from effnet_kernels.benchmarking.tables import in_same_turns, speedup, text_table
 from effnet_kernels.benchmarking.tables import seconds as duration
 
 # docs/gpu.md
@@ -90,13 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
                 place.unlink(missing_ok=True)
         try:
             record = Record(*places)
-        except ValueError as error:
-            parser.error(f"{error}: another --record, or --fresh")
+        except (OSError, ValueError) as error:
+            parser.error(f"{error}: another --record or --keep, or --fresh")
         known = record.content["environment"]
         for what, now in _identity(here).items():
             if (then := _identity(known).get(what, now)) != now:
                 read = file if file.exists() else options.keep
-                parser.error(f"{read} is of {what} {then}, this is {now}: another --record, or --fresh")
+                parser.error(f"{read} is of {what} {then}, this is {now}: another --record or --keep, or --fresh")
         known |= here
         record.content.pop("doing", None)  # of a run that was killed
         record.save()
@@ -117,7 +117,7 @@ def _identity(environment: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same for all that is in one record, as far as it is known."""
     versions = environment.get("versions", {})
     known = {name: environment[name] for name in ("device", "commit") if name in environment}
-    return known | {name: versions[name] for name in ("torch", "triton") if name in versions}
+    return known | {name: versions[name] for name in ("torch", "triton", "timm") if name in versions}
 
 
 @contextlib.contextmanager
@@ -260,8 +260,8 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def _row(title: str, case: dict[str, Any], ours: list[str]) -> tuple[str, ...]:
-    contenders = case["contenders"]
-    times = comparable(contenders)
+    contenders = in_same_turns(case["contenders"])
+    times = {name: result["median"] for name, result in contenders.items() if "median" in result}
     other = min((name for name in times if not name.startswith(OURS)), key=times.__getitem__, default="")
     best = min((name for name in times if name in ours), key=times.__getitem__, default="")
     ratio = speedup(contenders, best, other)

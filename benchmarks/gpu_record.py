@@ -33,7 +33,7 @@ class Record:
 
     Args:
         file: the JSON.
-        keep: a second place for it. Where ``file`` is not there, or damaged, this one is read; both are written.
+        keep: a second place for it. The one is read that can be and has more in it; both are written.
         until: ``time.time()`` at which the part ends that is being measured.
         part: its name.
 
@@ -45,11 +45,11 @@ class Record:
         self.file, self.files = file, [file] if keep is None else [file, keep]
         self.until, self.name = until, part
         empty: dict[str, Any] = {"environment": {}, "parts": {}, "levels": {}}
-        texts = [place.read_text() for place in self.files if place.exists()]
+        texts = [place.read_bytes() for place in self.files if place.is_file()]
         found = [content for content in map(_parsed, texts) if content is not None]
         if not found and any(text.strip() for text in texts):
             raise ValueError(f"{file} is no record")
-        self.content: dict[str, Any] = found[0] if found else empty
+        self.content: dict[str, Any] = max(found, key=_measured, default=empty)
 
     def save(self) -> None:
         """Write everything; readers see the old file or the new one."""
@@ -75,8 +75,9 @@ class Record:
     def measure(self, case: Case, names: Sequence[str], seconds: float) -> None:
         """Measure the contenders of the case that the record does not have; a failure is recorded.
 
-        One that joins others measured before takes turns with the fastest of ours among them, whose time is recorded
-        with it (``beside``): a ratio between times of different minutes would be one of clocks, too.
+        One that joins others measured before takes turns with the fastest among them, if possible of ours, whose time
+        is recorded with it (``beside``, empty if that one failed): a ratio between times of different minutes would
+        be one of clocks, too.
 
         Raises:
             OutOfTimeError: there is no time for it.
@@ -90,7 +91,7 @@ class Record:
         times = {
             name: result["median"] for name, result in results.items() if name not in wanted and "median" in result
         }
-        pace = min((name for name in times if name.startswith(OURS)), key=times.__getitem__, default=None)
+        pace = min(times, key=lambda name: (not name.startswith(OURS), times[name]), default=None)
         racing = [*wanted, *([pace] if pace else [])]
         if self.left() < seconds * len(racing):
             raise OutOfTimeError
@@ -110,8 +111,8 @@ class Record:
             measured = case.measure(racing, seconds, guard, keep)
             for name in wanted:
                 if "median" in measured[name]:
-                    beside = {"beside": {pace: measured[pace]["median"]}} if pace and "median" in measured[pace] else {}
-                    put(entry, name, measured[name] | beside, bandwidth)
+                    then = {pace: measured[pace]["median"]} if pace and "median" in measured[pace] else {}
+                    put(entry, name, measured[name] | ({"beside": then} if pace else {}), bandwidth)
             entry["clocks"] = clocks()
         except Exception:  # whatever it was, the next case may work
             entry |= {"failed": traceback.format_exc()[-TAIL:], "part": self.name}
@@ -183,12 +184,19 @@ class Record:
         return guard
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except ValueError:
         return None
-    return content if isinstance(content, dict) and {"environment", "parts", "levels"} <= content.keys() else None
+    whole = isinstance(content, dict) and all(
+        isinstance(content.get(key), dict) for key in ("environment", "parts", "levels")
+    )
+    return content if whole else None
+
+
+def _measured(content: dict[str, Any]) -> int:
+    return sum(len(case["contenders"]) for cases in content["levels"].values() for case in cases.values())
 
 
 def exit_if_lost() -> None:

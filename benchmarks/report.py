@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         if result["level"] == "sweep":
             plots.plot_sweep(result["cases"], result["environment"], file)
         else:
-            cases = {case: measured["contenders"] for case, measured in result["cases"].items()}
+            cases = {case: tables.in_same_turns(of["contenders"]) for case, of in result["cases"].items()}
             plots.plot_cases(cases, result["environment"], file, TITLES[result["level"]])
         print(file)
     for document in options.documents:
@@ -108,8 +108,8 @@ def table(result: dict[str, Any]) -> str:
     header += ["GB/s", "share of copy"] if bandwidth else []
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for case, measured in cases.items():
-        contenders = measured["contenders"]
-        timed = tables.comparable(contenders)
+        contenders = tables.in_same_turns(measured["contenders"])
+        timed = {name: r["median"] for name, r in contenders.items() if "median" in r}
         best = min((name for name in timed if name.startswith(OURS)), key=timed.__getitem__, default=None)
         other = min((name for name in timed if not name.startswith(OURS)), key=timed.__getitem__, default=None)
         row = [case + " (failed)" * ("failed" in measured), *(_cell(contenders.get(name, {})) for name in names)]
@@ -126,6 +126,8 @@ def table(result: dict[str, Any]) -> str:
     if bandwidth:
         copied = result["environment"]["copy_bytes_per_second"]
         note = f"Shares are of what a copy reached in the same run, {copied / 1e9:.0f} GB/s. {note}"
+    if any("beside" in r for case in cases.values() for r in case["contenders"].values()):
+        note = f"Who joined later is set against ours by its time in the same turns. {note}"
     if any("alone" in r for case in cases.values() for r in case["contenders"].values()):
         note = f"~: a single call, cut off before the contenders could take turns. {note}"
     if any("saved" in r for case in cases.values() for r in case["contenders"].values()):

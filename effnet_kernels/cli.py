@@ -5,7 +5,6 @@ import copy
 import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise, require
 
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -164,7 +164,7 @@ def pack(options: argparse.Namespace) -> int:
                     model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
                 )
         count = precompile.pack(file, launches, architecture, options.jobs, _progress)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     print(f"{count} kernels for compute capability {options.capability}: {file}, {file.stat().st_size >> 10} KiB")
     return 0
@@ -245,12 +245,6 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _capability(text: str) -> str:
-    if not re.fullmatch(r"([89]|1[0-9])\.[0-9]|7\.5", text):
-        raise argparse.ArgumentTypeError(f"must be a compute capability from 7.5 on, such as 9.0, got {text}")
-    return text
-
-
 def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, help="the model's name in its library")
@@ -291,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--library", choices=LIBRARIES, default="timm")
     added.add_argument("--dtype", choices=DTYPES, default="float16")
     added.add_argument("--training", action="store_true", help="also the kernels of a training step under autocast")
-    added.add_argument("--capability", type=_capability, default="9.0", help="of the GPU (default: %(default)s)")
+    added.add_argument("--capability", choices=CAPABILITIES, default="9.0", help="of the GPU (%(default)s)")
     added.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="kernels compiled at a time")
     added.add_argument("--out", metavar="FILE", required=True)
     added = command(unpack)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -237,7 +238,11 @@ def pack(
 
     Raises:
         ValueError: this version of Triton computes its keys in another way.
+        OSError: the file or Triton's cache cannot be written.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder")
     backend = make_backend(GPUTarget("cuda", architecture, 32))
     with compiling_for(architecture), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         wanted, variants = distinct(launches), []
@@ -279,8 +284,7 @@ def pack(
         "architecture": architecture,
         "kernels": kernels,
     }
-    partial = file.with_suffix(f".{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("manifest.json", json.dumps(manifest))
         for name, cubin in cubins.items():
@@ -307,24 +311,37 @@ def unpack(file: Path) -> int:
             cubins = {kernel.cubin: archive.read(kernel.cubin) for kernel in kernels}
             backend = make_backend(GPUTarget("cuda", int(manifest["architecture"]), 32))
             versions = {"Triton": manifest["triton"], "ptxas and architecture": manifest["backend"]}
-        if not all(kernel.name.isidentifier() for kernel in kernels):  # they are names of files, too
-            raise ValueError("kernels have names that are none")
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        for kernel in kernels:
+            inside = (
+                kernel.module.startswith(f"{ek.__name__}.ops.") and kernel.name.isidentifier()
+            )  # a file's name, too
+            if not inside or not isinstance(kernel.metadata, dict):
+                raise ValueError(f"{kernel.module}.{kernel.name} is no kernel")
+    except (
+        OSError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{file} is not a file of packed kernels: {error}") from error
     for (what, there), here in zip(versions.items(), (triton.__version__, backend.hash()), strict=True):
         if there != here:
             raise ValueError(f"{file} was packed with {what} {there}, here is {here}: pack it anew")
     for module, name, code in {(kernel.module, kernel.name, kernel.code) for kernel in kernels}:
-        if getattr(getattr(importlib.import_module(module), name, None), "cache_key", None) != code:
+        known = importlib.import_module(module) if importlib.util.find_spec(module) else None
+        if getattr(getattr(known, name, None), "cache_key", None) != code:
             raise ValueError(f"{file} was packed with another {module}.{name} than is here: pack it anew")
     for kernel in kernels:
         key = _key(kernel.source, kernel.options, backend)
         metadata = f"{kernel.name}.json"
         files = {metadata: json.dumps(kernel.metadata | {"hash": key}), f"{kernel.name}.cubin": cubins[kernel.cubin]}
         try:
-            cache = get_cache_manager(key)
-            if not files.keys() <= (cache.get_group(metadata) or {}).keys():  # of a moved cache the files are not found
-                cache.put_group(metadata, {name: cache.put(content, name) for name, content in files.items()})
+            cache = get_cache_manager(key)  # written also where it has them: it may have been moved or damaged
+            cache.put_group(metadata, {name: cache.put(content, name) for name, content in files.items()})
         except OSError as error:
             raise ValueError(f"Triton's cache cannot be written: {error}") from error
     return len(kernels)

@@ -102,6 +102,7 @@ def test_what_was_measured_elsewhere_is_neither_mixed_nor_lost(tmp_path, capsys,
         (mine | {"commit": "def"}, "commit def"),
         (mine | {"versions": {"torch": "1.0"}}, "torch 1.0"),
         (mine | {"versions": {"triton": "1.0"}}, "triton 1.0"),
+        (mine | {"versions": {"timm": "0.1"}}, "timm 0.1"),
     ):
         before = json.dumps(known | {"environment": known["environment"] | change})
         file.write_text(before)
@@ -125,10 +126,21 @@ def test_a_damaged_record_is_read_from_its_other_place_or_left_as_it_is(tmp_path
     record = Record(file, keep, part="ops")
     record.measure(case(), [STOCK], 0.01)
     whole = file.read_text()
-    for damaged in (None, "", whole[:100], "[]", "{}", "5"):
+    empty = '{"environment": {}, "parts": {}, "levels": {}}'
+    for damaged in (
+        None,
+        b"",
+        whole[:100].encode(),
+        b"[]",
+        b"{}",
+        b"5",
+        b"\xff\xfe",
+        empty.encode(),
+        b'{"levels": null}',
+    ):
         file.unlink()
         if damaged is not None:
-            file.write_text(damaged)
+            file.write_bytes(damaged)
         assert Record(file, keep).content == json.loads(whole)
         Record(file, keep).save()
         assert file.read_text() == keep.read_text() == whole
@@ -342,6 +354,23 @@ def test_who_only_sets_the_pace_keeps_its_time(record):
     record.forget_failures()  # in the next call
     record.measure(case(), [STOCK], 0.01)
     assert contenders_of(record)[STOCK]["beside"].keys() == {REFERENCE}
+
+
+def test_ours_that_is_tried_again_is_compared_with_who_was_there(record, monkeypatch):
+    record.measure(case(), [STOCK], 0.01)
+    record.measure(case(), [REFERENCE], 0.01)
+    assert contenders_of(record)[REFERENCE]["beside"].keys() == {STOCK}
+
+
+def test_shares_are_those_of_the_last_ceilings(record):
+    """Also of what was measured before there were any."""
+    record.measure(case(), [STOCK], 0.01)
+    assert "share_of_copy" not in contenders_of(record)[STOCK]
+    for _ in range(2):
+        gpu_parts.ceilings(record, gpu_parts.SMOKE)
+        found, copied = contenders_of(record)[STOCK], record.content["environment"]["copy_bytes_per_second"]
+        assert found["share_of_copy"] == 8 / found["median"] / copied
+        assert found["samples"] > 0
 
 
 def hangs(file: Path) -> None:
@@ -663,7 +692,8 @@ def test_tables_plots_and_predictions_from_a_record(tmp_path):
     text = document.read_text()
     assert text.count("| efficientnet_b0 @224 | 12.6 us | 7.8 us | 0.62x | a GPU |") == 1
     one = "1.00 ms |"
-    assert f"| {first} | {one} {one} {one} {one} 900.0 us | 1.00x | **0.50x** | 1000 | 50% |" in text
+    assert f"| {first} | {one} {one} {one} {one} 500.0 us | 1.00x | **0.50x** | 1000 | 50% |" in text
+    assert "Who joined later is set against ours by its time in the same turns." in text
     assert f"| {second} | {one} {one} {one} {one} 500.0 us | 1.00x | **0.50x** | 1000 | 50% |" in text
     assert f"| {third} (failed) | ~2.00 ms | {one} {one} {one} failed | 1.00x | 1.00x | 1000 | 50% |" in text
     assert "Shares are of what a copy reached in the same run, 3000 GB/s." in text

@@ -5,6 +5,8 @@ from typing import Any
 
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST
 
+SCALED = ("median", "q1", "q3", "bytes_per_second", "share_of_copy")
+
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces: the first and those without a heading to the left, the others to the right."""
@@ -24,23 +26,35 @@ def seconds(value: float) -> str:
     return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
-def comparable(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of those that were timed. Of one that joined later they are scaled by the time that another one took in
-    the same turns (``beside``) and takes in those of the others."""
+def in_same_turns(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results whose times can be compared.
 
-    def of(name: str) -> float:
-        median = results[name]["median"]
+    Those of one that joined later are scaled by the time that another one took in the same turns (``beside``) and takes
+    in those of the others; if there is none, it has no time.
+    """
+
+    def slower(name: str) -> float | None:
+        """How many times slower the turns were that this one joined in."""
         for pace, then in results[name].get("beside", {}).items():
-            return median * of(pace) / then if "median" in results.get(pace, {}) else median
-        return median
+            before = slower(pace) if "median" in results.get(pace, {}) else None
+            return before and before * then / results[pace]["median"]
+        return None if "beside" in results[name] else 1.0
 
-    return {name: of(name) for name, result in results.items() if "median" in result}
+    found = {}
+    for name, result in results.items():
+        factor = slower(name) if "median" in result else 1.0
+        durations = {key: result[key] / factor for key in ("median", "q1", "q3") if key in result} if factor else {}
+        rates = {key: result[key] * factor for key in ("bytes_per_second", "share_of_copy") if key in result and factor}
+        rest = {key: value for key, value in result.items() if key not in SCALED}
+        found[name] = rest | durations | rates
+    return found
 
 
 def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHANNELS_LAST) -> float | None:
     """How many times faster ``name`` is than ``over``; None when either was not timed."""
-    times = comparable(results)
-    return times[over] / times[name] if {name, over} <= times.keys() else None
+    if "median" not in results.get(name, {}) or "median" not in results.get(over, {}):
+        return None
+    return results[over]["median"] / results[name]["median"]
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]], batch: int) -> str:
