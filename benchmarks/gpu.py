@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", default=commit(), help="of the code, where git cannot tell")
     parser.add_argument("--record", type=Path, help="the JSON; default: benchmarks/results/<GPU>.json")
-    parser.add_argument("--keep", type=Path, help="a second place for the record, read where --record is not there")
+    parser.add_argument("--keep", type=Path, help="a second place for the record; the one that has more is read")
     parser.add_argument("--kernels", type=Path, help="compiled Triton kernels, by python -m benchmarks.gpu_kernels")
     parser.add_argument("--fresh", action="store_true", help="begin a new record in place of the one that is there")
     options = parser.parse_args(arguments)

@@ -20,7 +20,6 @@ import json
 import os
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ from triton.runtime.cache import get_cache_manager
 
 import effnet_kernels as ek
 from effnet_kernels.backends import Problem
-from effnet_kernels.benchmarking.models import check_name
+from effnet_kernels.benchmarking.models import check_name, library_model
 from effnet_kernels.ops import triton_common
 
 OPS = (
@@ -131,15 +130,13 @@ def record_model(
     """
     check_name(model, library)
     with torch.device("meta"):
-        if library == "timm":
-            network = importlib.import_module("timm").create_model(model)
-        else:
-            network = importlib.import_module("torchvision.models").get_model(model, weights=None)
+        network = library_model(model, library)
         for module in network.modules():
             # What autocast casts. Squeeze-and-excitation's convolutions, the only ones with a bias, go into our ops.
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.bias is None):
                 module.to(dtype)
-        network = network.train(training).to(None if training else dtype, memory_format=torch.channels_last)
+        network.train(training).to(None if training else dtype)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = torch.empty(batch, 3, size, size, dtype=dtype)
     return record_module(ek.patch(network), images, generation)
 
@@ -312,21 +309,10 @@ def unpack(file: Path) -> int:
             backend = make_backend(GPUTarget("cuda", int(manifest["architecture"]), 32))
             versions = {"Triton": manifest["triton"], "ptxas and architecture": manifest["backend"]}
         for kernel in kernels:
-            inside = (
-                kernel.module.startswith(f"{ek.__name__}.ops.") and kernel.name.isidentifier()
-            )  # a file's name, too
-            if not inside or not isinstance(kernel.metadata, dict):
+            inside = kernel.module.startswith(f"{ek.__name__}.ops.") and kernel.name.isidentifier()
+            if not inside or not isinstance(kernel.metadata, dict):  # its name is one of files, too
                 raise ValueError(f"{kernel.module}.{kernel.name} is no kernel")
-    except (
-        OSError,
-        AttributeError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # a damaged archive has many kinds of them
         raise ValueError(f"{file} is not a file of packed kernels: {error}") from error
     for (what, there), here in zip(versions.items(), (triton.__version__, backend.hash()), strict=True):
         if there != here:

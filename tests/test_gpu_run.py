@@ -356,7 +356,7 @@ def test_who_only_sets_the_pace_keeps_its_time(record):
     assert contenders_of(record)[STOCK]["beside"].keys() == {REFERENCE}
 
 
-def test_ours_that_is_tried_again_is_compared_with_who_was_there(record, monkeypatch):
+def test_ours_that_is_tried_again_is_compared_with_who_was_there(record):
     record.measure(case(), [STOCK], 0.01)
     record.measure(case(), [REFERENCE], 0.01)
     assert contenders_of(record)[REFERENCE]["beside"].keys() == {STOCK}

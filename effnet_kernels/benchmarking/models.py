@@ -35,11 +35,7 @@ def create_model(name: str, library: str = "timm", *, pretrained: bool = False, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            if library == "timm":
-                model = importlib.import_module("timm").create_model(name, pretrained=pretrained)
-            else:
-                models = importlib.import_module("torchvision.models")
-                model = models.get_model(name, weights="DEFAULT" if pretrained else None)
+            model = library_model(name, library, pretrained=pretrained)
         except Exception as error:  # every library below has its own way to say "no network"
             if not pretrained:
                 raise
@@ -47,6 +43,14 @@ def create_model(name: str, library: str = "timm", *, pretrained: bool = False, 
         if not pretrained:
             calibrate(model)
     return model.eval()
+
+
+def library_model(name: str, library: str, *, pretrained: bool = False) -> nn.Module:
+    """The model as its library makes it."""
+    if library == "timm":
+        return importlib.import_module("timm").create_model(name, pretrained=pretrained)
+    models = importlib.import_module("torchvision.models")
+    return models.get_model(name, weights="DEFAULT" if pretrained else None)
 
 
 def check_name(name: str, library: str) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST
 
-SCALED = ("median", "q1", "q3", "bytes_per_second", "share_of_copy")
+# What turns that are slower make larger, and what smaller.
+SCALED = {"median": 1, "q1": 1, "q3": 1, "bytes_per_second": -1, "share_of_copy": -1}
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -43,10 +44,9 @@ def in_same_turns(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
     found = {}
     for name, result in results.items():
         factor = slower(name) if "median" in result else 1.0
-        durations = {key: result[key] / factor for key in ("median", "q1", "q3") if key in result} if factor else {}
-        rates = {key: result[key] * factor for key in ("bytes_per_second", "share_of_copy") if key in result and factor}
         rest = {key: value for key, value in result.items() if key not in SCALED}
-        found[name] = rest | durations | rates
+        scaled = {key: result[key] / factor ** SCALED[key] for key in SCALED if key in result} if factor else {}
+        found[name] = rest | scaled
     return found
 
 
