@@ -14,8 +14,8 @@ Conventions shared by all of them:
 * Under autocast, ``x`` and the convolution weights are cast as the stock convolution would cast them.
 * Gradients come from re-evaluating the reference op; running statistics receive none.
 
-Bad arguments raise TypeError (kind, dtype) or ValueError (shape, range, device) before anything runs.
-A backend that was named but cannot serve raises ValueError or RuntimeError with its reason.
+Bad arguments raise InputTypeError (kind, dtype) or InputValueError (shape, range, device) before anything
+runs: they are Python's TypeError and ValueError, and RuntimeError as well, which torch's own ops raise. A backend that was named but cannot serve raises ValueError or RuntimeError with its reason.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.ops.activations import ACTIVATIONS, GATES
+from effnet_kernels.ops.common import autocast_dtype
 from effnet_kernels.ops.depthwise_conv_bn_act.op import op as _depthwise_conv_bn_act
 from effnet_kernels.ops.fused_mbconv.op import op as _fused_mbconv
 from effnet_kernels.ops.mbconv.op import op as _mbconv
@@ -33,6 +34,18 @@ from effnet_kernels.ops.squeeze_excite.op import op as _squeeze_excite
 from effnet_kernels.ops.squeeze_excite_gate.op import op as _squeeze_excite_gate
 
 Pair = int | Sequence[int]
+
+
+class InputError(RuntimeError):
+    """An argument that an op does not take."""
+
+
+class InputValueError(InputError, ValueError):
+    """One of a wrong shape, range or device."""
+
+
+class InputTypeError(InputError, TypeError):
+    """One of a wrong kind or dtype."""
 
 
 class BatchNorm(NamedTuple):
@@ -108,10 +121,10 @@ def pointwise_conv_bn_act(
     if gate is not None:
         _check_vector("gate", gate, (x.shape[0], x.shape[1]), x)
     if residual is not None:
-        residual = residual.to(x.dtype) if _autocasting(x) else residual
+        residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
         _check_weight("residual", residual, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
     if pool and x.shape[2] * x.shape[3] == 0:
-        raise ValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
+        raise InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     return _pointwise_conv_bn_act(x, weight, list(bn[:4]), bn.eps, act, gate, residual, pool, backend)
 
 
@@ -164,9 +177,9 @@ def squeeze_excite_gate(mean: Tensor, se: SqueezeExciteWeights, *, backend: str 
         TypeError, ValueError: see the module's docstring.
     """
     if not isinstance(mean, Tensor) or mean.dim() != 2:
-        raise ValueError(f"mean must be a tensor of shape [N, C], got {_describe(mean)}")
+        raise InputValueError(f"mean must be a tensor of shape [N, C], got {_describe(mean)}")
     if mean.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"mean must be float32 or float64, got {mean.dtype}")
+        raise InputTypeError(f"mean must be float32 or float64, got {mean.dtype}")
     _check_se("se", se, mean, mean.shape[1], (torch.float16, torch.bfloat16))
     return _squeeze_excite_gate(mean, list(se[:4]), se.act, se.gate, backend)
 
@@ -188,7 +201,7 @@ def squeeze_excite(x: Tensor, se: SqueezeExciteWeights, *, backend: str = "auto"
     _check_map("x", x)
     (x,) = _autocast(x)
     if x.shape[2] * x.shape[3] == 0:
-        raise ValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
+        raise InputValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
     _check_se("se", se, x, x.shape[1])
     return _squeeze_excite(x, list(se[:4]), se.act, se.gate, backend)
 
@@ -310,11 +323,11 @@ def _describe(value: object) -> str:
 
 def _check_map(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        raise InputTypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
-        raise ValueError(f"{name} must have shape [N, C, H, W], got {_describe(x)}")
+        raise InputValueError(f"{name} must have shape [N, C, H, W], got {_describe(x)}")
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        raise InputTypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
 # The checks below run at every call of every block, so each first asks for all that is wanted in one
@@ -336,28 +349,28 @@ def _check_weight(name: str, weight: Tensor, x: Tensor, shape: tuple[int | None,
     except (AttributeError, ValueError):
         pass
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+        raise InputTypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
+        raise InputTypeError(f"{name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
     if weight.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
+        raise InputValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
     wanted = ", ".join("*" if size is None else str(size) for size in shape)
-    raise ValueError(f"{name} must have shape [{wanted}], got {_describe(weight)}")
+    raise InputValueError(f"{name} must have shape [{wanted}], got {_describe(weight)}")
 
 
 def _check_vector(
     name: str, vector: Tensor, shape: tuple[int, ...], x: Tensor, also: tuple[torch.dtype, ...] = ()
 ) -> None:
     if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(vector).__name__}")
+        raise InputTypeError(f"{name} must be a tensor, got {type(vector).__name__}")
     if vector.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {_describe(vector)}")
+        raise InputValueError(f"{name} must have shape {list(shape)}, got {_describe(vector)}")
     if vector.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {vector.device}")
+        raise InputValueError(f"{name} must be on the device of x, {x.device}, got {vector.device}")
     dtypes = (torch.float32, x.dtype, *also)
     if vector.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
-        raise TypeError(f"{name} must be {wanted}, got {vector.dtype}")
+        raise InputTypeError(f"{name} must be {wanted}, got {vector.dtype}")
 
 
 def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
@@ -377,7 +390,7 @@ def _check_bn(name: str, bn: BatchNorm, channels: int, x: Tensor) -> None:
         except AttributeError:
             pass
     if not isinstance(bn, BatchNorm):
-        raise TypeError(f"{name} must be a BatchNorm, got {type(bn).__name__}")
+        raise InputTypeError(f"{name} must be a BatchNorm, got {type(bn).__name__}")
     for field, vector in zip(BatchNorm._fields, bn[:4], strict=False):
         _check_vector(f"{name}.{field}", vector, shape, x)
 
@@ -386,7 +399,7 @@ def _check_se(
     name: str, se: SqueezeExciteWeights, x: Tensor, channels: int, also: tuple[torch.dtype, ...] = ()
 ) -> None:
     if not isinstance(se, SqueezeExciteWeights):
-        raise TypeError(f"{name} must be SqueezeExciteWeights, got {type(se).__name__}")
+        raise InputTypeError(f"{name} must be SqueezeExciteWeights, got {type(se).__name__}")
     reduced = se.w_reduce.shape[0] if isinstance(se.w_reduce, Tensor) and se.w_reduce.dim() > 0 else 0
     _check_vector(f"{name}.w_reduce", se.w_reduce, (reduced, channels, 1, 1), x, also)
     _check_vector(f"{name}.b_reduce", se.b_reduce, (reduced,), x, also)
@@ -398,14 +411,14 @@ def _check_se(
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        raise InputValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def _check_residual(x: Tensor, channels: int, weight: Tensor, stride: list[int], padding: list[int]) -> None:
     same_height = padding[0] + padding[1] == weight.shape[2] - 1
     same_width = padding[2] + padding[3] == weight.shape[3] - 1
     if channels != x.shape[1] or stride != [1, 1] or not (same_height and same_width):
-        raise ValueError(
+        raise InputValueError(
             f"residual needs an output of x's shape {tuple(x.shape)}, got {channels} channels, "
             f"stride {stride} and padding {padding} for a {weight.shape[2]}x{weight.shape[3]} kernel"
         )
@@ -416,27 +429,21 @@ def _geometry(size: Sequence[int], weight: Tensor, stride: Pair, padding: Pair |
     kh, kw = weight.shape[2], weight.shape[3]
     stride = [stride, stride] if isinstance(stride, int) else list(stride)
     if len(stride) != 2 or any(s < 1 for s in stride):
-        raise ValueError(f"stride must be a positive int or two of them, got {stride}")
+        raise InputValueError(f"stride must be a positive int or two of them, got {stride}")
     if padding is None:
         padding = ((kh - 1) // 2, (kw - 1) // 2)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     if len(padding) == 2:
         padding = [padding[0], padding[0], padding[1], padding[1]]
     if len(padding) != 4 or any(p < 0 for p in padding):
-        raise ValueError(f"padding must be one, two or four ints >= 0, got {padding}")
+        raise InputValueError(f"padding must be one, two or four ints >= 0, got {padding}")
     top, bottom, left, right = padding
     if size[2] + top + bottom < kh or size[3] + left + right < kw:
-        raise ValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(size)} with padding {padding}")
+        raise InputValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(size)} with padding {padding}")
     return stride, padding
-
-
-def _autocasting(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """x and the weights in autocast's dtype where autocast is on; as they came where it is off."""
-    if not _autocasting(x):
-        return (x, *weights)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in (x, *weights))
+    dtype = autocast_dtype(x)
+    return (x, *weights) if dtype is None else tuple(t if t is None else t.to(dtype) for t in (x, *weights))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
-from effnet_kernels.ops.common import conv_output_size, to_nhwc
+from effnet_kernels.ops.common import autocast_dtype, conv_output_size, to_nhwc
 from effnet_kernels.ops.conv_block_train.op import conv_block_train as _conv_block_train
 
 
@@ -78,11 +78,11 @@ def conv_block(
     F._check_map("x", x)
     x, *weights = F._autocast(x, *(layer.weight for layer in layers))
     if not layers:
-        raise ValueError("layers must not be empty")
+        raise F.InputValueError("layers must not be empty")
     if se is not None and len(layers) < 2:
-        raise ValueError("se needs a layer in front of the last one")
+        raise F.InputValueError("se needs a layer in front of the last one")
     if pool and residual is not None:
-        raise ValueError("pool and residual exclude each other")
+        raise F.InputValueError("pool and residual exclude each other")
     x = to_nhwc(x)
     shape, geometry = list(x.shape), []
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
@@ -90,7 +90,7 @@ def conv_block(
         F._check_choice(f"{name}.act", layer.act, ACTIVATIONS)
         if weight is None:
             if len(layers) > 1:
-                raise ValueError(f"{name}.weight may be None only in a single layer")
+                raise F.InputValueError(f"{name}.weight may be None only in a single layer")
         else:
             depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
             wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
@@ -103,12 +103,12 @@ def conv_block(
         values = shape[0] * shape[2] * shape[3]
         if not layer.frozen and values == 1:
             got = torch.Size(shape)  # torch's own words
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
+            raise F.InputValueError(f"Expected more than 1 value per channel when training, got input size {got}")
         geometry += stride + padding
     if pool and shape[2] * shape[3] == 0:
-        raise ValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
+        raise F.InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     if residual is not None:
-        residual = residual.to(x.dtype) if F._autocasting(x) else residual
+        residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
         F._check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
     return _conv_block_train(
@@ -149,7 +149,8 @@ def batch_norm_act(
 def update_running_statistics(bn: nn.BatchNorm2d, statistics: Tensor, values: int) -> None:
     """What BatchNorm in training does to its buffers, given ``[2, C]`` mean and biased variance of ``values`` values.
 
-    The running variance is that of the unbiased one; with ``momentum=None`` both are cumulative averages.
+    The running variance is that of the unbiased one; with ``momentum=None`` both are cumulative averages. As torch's
+    BatchNorm, it leaves their versions as they are: what was computed from them before can still be differentiated.
     """
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:
@@ -159,5 +160,6 @@ def update_running_statistics(bn: nn.BatchNorm2d, statistics: Tensor, values: in
     if momentum is None:
         momentum = 0.0
     mean, var = statistics.unbind()
-    bn.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # type: ignore[union-attr]
-    bn.running_var.mul_(1 - momentum).add_(var, alpha=momentum * values / (values - 1))  # type: ignore[union-attr]
+    running_mean, running_var = bn.running_mean.data, bn.running_var.data  # type: ignore[union-attr]
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(var, alpha=momentum * values / (values - 1))

@@ -13,7 +13,7 @@ def read(block: nn.Module) -> DepthwisePlan:
     children = block.__dict__["_modules"]
     weight, geometry = reading.spatial(children["conv"], depthwise=True)
     bn, act = reading.batch_norm(children["bn"])
-    return DepthwisePlan(ConvBN(weight, bn), geometry, act, False, None)
+    return DepthwisePlan(ConvBN(weight, bn), geometry, act, False, None, [children["bn"]])
 
 
 class DepthwiseConvBNAct(nn.Module):

@@ -31,6 +31,7 @@ def read(block: nn.Module) -> MBConvPlan:
         project_act,
         d["has_skip"],
         reading.drop_path(children["drop_path"]),
+        [children["bn1"], children["bn2"]],
     )
 
 

@@ -30,6 +30,7 @@ def read(block: nn.Module) -> FusedMBConvPlan:
         act,
         d["has_skip"],
         reading.drop_path(children["drop_path"]),
+        [children["bn1"], children["bn2"]],
     )
 
 

@@ -4,19 +4,19 @@
 plan, run it. It returns None where the stock forward has to run instead.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import effnet_kernels.functional as F
 from effnet_kernels.backends import Problem, accelerates
 from effnet_kernels.modules import replay
-from effnet_kernels.modules.reading import Geometry, Unfusable, check_calls, padding_for
+from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
+from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
+from effnet_kernels.ops.common import autocast_dtype
 
 # Instance attribute with the backend that patch() was asked for; absent where that is "auto".
 BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
@@ -24,6 +24,10 @@ BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
 
 class Plan(Protocol):
     """What every plan can do; ``str()`` describes it in a report."""
+
+    @property
+    def norms(self) -> Sequence[nn.BatchNorm2d]:
+        """The BatchNorms, in the order in which x meets them."""
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         """The result, or None where no backend does better than the stock forward."""
@@ -44,6 +48,7 @@ class MBConvPlan(NamedTuple):
     project_act: str
     shortcut: bool
     drop_path: nn.Module | None
+    norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
@@ -69,7 +74,7 @@ class MBConvPlan(NamedTuple):
     def chain(self) -> Chain:
         expand = [] if self.expand is None else [(self.expand, None, self.act)]
         rest = [(self.depthwise, self.geometry, self.act), (self.project, None, self.project_act)]
-        return Chain([*expand, *rest], self.se)
+        return Chain([*expand, *rest], self.norms, self.se)
 
     def __str__(self) -> str:
         name = "depthwise separable" if self.expand is None else "MBConv"
@@ -86,6 +91,7 @@ class FusedMBConvPlan(NamedTuple):
     act: str
     shortcut: bool
     drop_path: nn.Module | None
+    norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
@@ -116,7 +122,7 @@ class FusedMBConvPlan(NamedTuple):
 
     def chain(self) -> Chain:
         project = [] if self.project is None else [(self.project, None, "identity")]
-        return Chain([(self.expand, self.geometry, self.act), *project], self.se)
+        return Chain([(self.expand, self.geometry, self.act), *project], self.norms, self.se)
 
     def __str__(self) -> str:
         name = "convolution" if self.project is None else "Fused-MBConv"
@@ -131,6 +137,7 @@ class DepthwisePlan(NamedTuple):
     act: str
     shortcut: bool
     drop_path: nn.Module | None
+    norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
@@ -141,42 +148,41 @@ class DepthwisePlan(NamedTuple):
         return _add_shortcut(y, x, self.drop_path) if self.shortcut else y
 
     def chain(self) -> Chain:
-        return Chain([(self.conv, self.geometry, self.act)])
+        return Chain([(self.conv, self.geometry, self.act)], self.norms)
 
     def __str__(self) -> str:
         return _describe("depthwise", self.geometry, self.act, None, self.shortcut)
 
 
 class PointwisePlan(NamedTuple):
-    """1x1 convolution, BatchNorm, activation, then global average pool or shortcut (or neither)."""
+    """1x1 convolution, BatchNorm, activation, shortcut (or not)."""
 
     conv: F.ConvBN
     act: str
-    pool: bool = False
-    shortcut: bool = False
-    drop_path: nn.Module | None = None
+    shortcut: bool
+    drop_path: nn.Module | None
+    norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
         if not accelerates(Problem("pointwise_conv_bn_act", x.device.type, dtype), backend):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
-        y = F.pointwise_conv_bn_act(
-            x, *self.conv, self.act, residual=x if residual else None, pool=self.pool, backend=backend
-        )
+        y = F.pointwise_conv_bn_act(x, *self.conv, self.act, residual=x if residual else None, backend=backend)
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
     def chain(self) -> Chain:
-        return Chain([(self.conv, None, self.act)], pool=self.pool)
+        return Chain([(self.conv, None, self.act)], self.norms)
 
     def __str__(self) -> str:
-        return f"pointwise {self.act}" + " + pool" * self.pool + " + shortcut" * self.shortcut
+        return f"pointwise {self.act}" + " + shortcut" * self.shortcut
 
 
 class SqueezeExcitePlan(NamedTuple):
     """Squeeze-and-excitation on its own."""
 
     se: F.SqueezeExciteWeights
+    norms: Sequence[nn.BatchNorm2d] = ()
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
@@ -195,33 +201,44 @@ class SqueezeExcitePlan(NamedTuple):
 def fuse(
     read: Callable[[nn.Module], Plan], block: nn.Module, x: Tensor, calls: Iterable[nn.Module] | None = None
 ) -> Tensor | None:
-    """Run ``block`` as the plan that ``read`` makes of it, in place of the ``calls`` (all its children if None).
+    """Run ``block`` as the plan that ``read`` makes of it, in place of the ``calls`` (the whole block if None).
 
     Returns None where the caller must run the stock modules: they cannot be fused, leaving out their calls
-    could be noticed, or no backend does better.
+    could be noticed, no backend does better, or x is nothing that they take: then they say so.
     """
-    if not _may_fuse(x):
+    if not may_fuse(x):
         return None
-    plain = _is_plain(x)
+    plain = is_plain(x)
     if plain:
         y = replay.repeat(read, block, x)
         if y is not None:
             return y
-    children = tuple(block.__dict__["_modules"].values() if calls is None else calls)
-    norms: list[nn.BatchNorm2d] = []
+    children = None if calls is None else tuple(calls)
     try:
-        check_calls(children, norms)
-        plan = read(block)
+        plan = plan_of(read, block, children)
     except Unfusable:
         return None
     backend = block.__dict__.get(BACKEND_ATTRIBUTE, "auto")
-    if norms or block.__dict__["training"]:
-        y = _train(plan, x, norms, backend)
-        if y is not None or norms:
-            return y
-    elif plain:
-        return replay.run(read, block, children, backend, x, plan)
-    return plan.run(x, backend)
+    try:
+        if any(norm.training for norm in plan.norms) or wants_gradients(plan.chain, x):
+            return _train(plan, x, backend)
+        if plain and not block.__dict__["training"]:
+            return replay.run(read, block, children or block.children(), backend, x, plan)
+        return plan.run(x, backend)
+    except F.InputError:
+        return None
+
+
+def plan_of(read: Callable[[nn.Module], Plan], block: nn.Module, calls: Iterable[nn.Module] | None) -> Plan:
+    """What ``read`` makes of the block; raises Unfusable where running it in place of the calls could be noticed."""
+    try:
+        if calls is None:
+            check_class(type(block))
+            calls = block.__dict__["_modules"].values()
+        check_calls(calls)
+        return read(block)
+    except KeyError as missing:
+        raise Unfusable(f"there is no {missing.args[0]}") from None
 
 
 def fuse_route(read: Callable[[nn.Module], replay.Route], model: nn.Module, x: Tensor) -> Tensor | None:
@@ -230,54 +247,26 @@ def fuse_route(read: Callable[[nn.Module], replay.Route], model: nn.Module, x: T
     That is where one of them is not fused or was not kept yet, or where calling the modules in between could be
     noticed.
     """
-    if not _may_fuse(x) or not _is_plain(x):
+    if not may_fuse(x) or not is_plain(x) or not as_written(type(model)):
         return None
     y = replay.repeat(read, model, x)
     return replay.join(read, model, x) if y is None else y
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether this is inference on a CPU with nobody between us and the kernels."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _train(plan: Plan, x: Tensor, norms: list[nn.BatchNorm2d], backend: str) -> Tensor | None:
-    """The result in training; None where there is nothing to train, or as ``fuse``."""
-    chain = plan.chain()
-    if chain is None or not (norms or wants_gradients(chain, x)):
+def _train(plan: Plan, x: Tensor, backend: str) -> Tensor | None:
+    """The result with gradients, or by statistics of the batch; None as ``fuse``."""
+    chain, dtype = plan.chain(), _dtype(x)
+    if chain is None:
         return None
-    dtype = _dtype(x)
     shortcut, drop_path = getattr(plan, "shortcut", False), getattr(plan, "drop_path", None)
     residual = shortcut and drop_path is None and dtype == x.dtype
-    y = train(chain, x, dtype, norms, residual, backend)
+    y = train(chain, x, dtype, residual, backend)
     return _add_shortcut(y, x, drop_path) if y is not None and shortcut and not residual else y
-
-
-def _may_fuse(x: Tensor) -> bool:
-    """Whether nobody watches, traces or transforms this call in a way that the ops would not take part in."""
-    if torch.compiler.is_compiling():
-        return isinstance(x, Tensor) and not torch.onnx.is_in_onnx_export()
-    return (
-        type(x) is Tensor
-        and torch._C._get_tracing_state() is None
-        and not module_globals._has_any_global_hook()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def _dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x runs in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def _add_shortcut(y: Tensor, x: Tensor, drop_path: nn.Module | None) -> Tensor:

@@ -36,7 +36,7 @@ class Conv2dSame(nn.Conv2d):
     """A convolution padded as TensorFlow's "SAME": by the input's size, one more behind than in front."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        (kh, kw), (sh, sw), (dh, dw) = self.weight.shape[2:], self.stride, self.dilation
         top, bottom = same_padding(x.shape[-2], kh, sh, dh)
         left, right = same_padding(x.shape[-1], kw, sw, dw)
         x = F.pad(x, (left, right, top, bottom))

@@ -35,6 +35,7 @@ def read(block: nn.Module) -> MBConvPlan:
         project_act,
         d["has_skip"],
         reading.drop_path(children["drop_path"]),
+        [children["bn1"], children["bn2"], children["bn3"]],
     )
 
 

@@ -6,7 +6,8 @@ several times faster than ``nn.Module.__getattr__``, and tells modules apart by 
 turns away parametrized modules and subclasses with a forward of their own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,51 +38,27 @@ class Unfusable(Exception):  # noqa: N818 (a reason, not an error)
     """Why these modules cannot be run by an op."""
 
 
-def check_calls(modules: Iterable[nn.Module | None], norms: list[nn.BatchNorm2d]) -> None:
-    """Raise Unfusable if leaving out the calls of these modules and their children could be noticed.
-
-    The BatchNorms in training mode among them are added to ``norms``.
-    """
-    for module in modules:
-        if module is None:
-            continue
-        d = module.__dict__
-        if (  # is_observed, written out: this is the hottest loop of reading
-            d["_forward_hooks"]
-            or d["_forward_pre_hooks"]
-            or d["_backward_hooks"]
-            or d["_backward_pre_hooks"]
-            or "forward" in d
-        ):
-            raise Unfusable(f"{_name(module)} has hooks or a forward of its own")
-        if d["training"] and type(module) in BATCH_NORMS:
-            norms.append(module)  # type: ignore[arg-type]
-        if d["_modules"]:
-            check_calls(d["_modules"].values(), norms)
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: hooks, or a forward put on the instance."""
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-    )
+def pair(value: Any, what: str) -> tuple[int, int]:
+    """A setting of a convolution as (vertical, horizontal): torch takes one int, or a sequence of one or two, too."""
+    if type(value) is tuple and len(value) == 2:
+        return value
+    values = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+        raise Unfusable(f"a convolution has {what} {value!r}")
+    return values[0], values[-1]
 
 
 def pointwise(conv: nn.Module) -> Tensor:
     """The weight of a plain 1x1 convolution."""
-    if type(conv) not in CONVOLUTIONS:
-        raise Unfusable(f"{_name(conv)} is not a plain convolution")
+    weight = _weight(conv)
+    if weight.shape[2:] != (1, 1):
+        raise Unfusable(f"a pointwise convolution has a {tuple(weight.shape[2:])} kernel")
     d = conv.__dict__
-    if d["kernel_size"] != (1, 1):
-        raise Unfusable(f"a pointwise convolution has a {d['kernel_size']} kernel")
-    if d["stride"] != (1, 1) or d["padding"] != (0, 0) or d["groups"] != 1:
-        raise Unfusable("a pointwise convolution is strided, padded or grouped")
-    return _weight(conv)
+    if d["groups"] != 1 or pair(d["stride"], "stride") != (1, 1):
+        raise Unfusable("a pointwise convolution is strided or grouped")
+    if not CONVOLUTIONS[type(conv)] and pair(d["padding"], "padding") != (0, 0):
+        raise Unfusable("a pointwise convolution is padded")
+    return weight
 
 
 def is_pointwise(conv: nn.Module) -> bool:
@@ -95,32 +72,28 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 def is_depthwise(conv: nn.Module) -> bool:
     """Whether every channel of the convolution is a group of its own."""
-    d = conv.__dict__
-    return d.get("groups", 1) > 1 and d["groups"] == d.get("in_channels")
+    weight = _weight(conv)
+    return weight.shape[0] == conv.__dict__["groups"] > 1 == weight.shape[1]
 
 
 def spatial(conv: nn.Module, *, depthwise: bool) -> tuple[Tensor, Geometry]:
     """Weight and geometry of a dense or depthwise convolution."""
-    same = CONVOLUTIONS.get(type(conv))
-    if same is None:
-        raise Unfusable(f"{_name(conv)} is not a plain convolution")
-    d = conv.__dict__
+    weight, d = _weight(conv), conv.__dict__
     groups = d["groups"]
     if depthwise:
-        if groups != d["in_channels"] or groups != d["out_channels"]:
+        if weight.shape[1] != 1 or groups != weight.shape[0]:
             raise Unfusable(f"a convolution has {groups} groups: not depthwise")
     elif groups != 1:
         raise Unfusable(f"a convolution has {groups} groups: not dense")
-    if d["dilation"] != (1, 1):
+    if pair(d["dilation"], "dilation") != (1, 1):
         raise Unfusable("a convolution is dilated")
     padding = None
-    if not same:
+    if not CONVOLUTIONS[type(conv)]:
         if d["padding_mode"] != "zeros":
             raise Unfusable(f"a convolution pads with {d['padding_mode']}")
-        padding = d["padding"]
-        if type(padding) is str:
-            raise Unfusable(f"a convolution has padding {padding!r}")
-    return _weight(conv), (d["kernel_size"], d["stride"], padding)
+        padding = pair(d["padding"], "padding")
+    _, _, kh, kw = weight.shape
+    return weight, ((kh, kw), pair(d["stride"], "stride"), padding)
 
 
 def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, str]:
@@ -147,6 +120,7 @@ def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, 
         raise Unfusable("BatchNorm has no weight or bias")
     if mean is None or var is None:
         raise Unfusable("BatchNorm has no running statistics")
+    _check_plain(gamma, beta, mean, var)
     return BatchNorm(gamma, beta, mean, var, d["eps"]), name
 
 
@@ -205,24 +179,36 @@ def _name(module: object) -> str:
 
 
 def _weight(conv: nn.Module) -> Tensor:
+    """The weight of a plain convolution without bias: [O, I, KH, KW]."""
+    if type(conv) not in CONVOLUTIONS:
+        raise Unfusable(f"{_name(conv)} is not a plain convolution")
     parameters = conv.__dict__["_parameters"]
     if parameters.get("bias") is not None:
         raise Unfusable("a convolution has a bias")
     weight = parameters.get("weight")
     if weight is None:
         raise Unfusable("the weight of a convolution is not a parameter")
-    if type(weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
-        raise Unfusable(f"a weight is a {type(weight).__name__}")
+    _check_plain(weight)
+    if weight.dim() != 4:
+        raise Unfusable(f"the weight of a convolution has {weight.dim()} dimensions")
     return weight
+
+
+def _check_plain(*tensors: Tensor) -> None:
+    for t in tensors:
+        if type(t) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+            raise Unfusable(f"a parameter or buffer is a {type(t).__name__}")
 
 
 def _fully_connected(conv: nn.Module) -> tuple[Tensor, Tensor]:
     if type(conv) is not nn.Conv2d:
         raise Unfusable(f"{_name(conv)} in squeeze-and-excitation is not a plain convolution")
     d = conv.__dict__
-    if d["kernel_size"] != (1, 1) or d["stride"] != (1, 1) or d["padding"] != (0, 0) or d["groups"] != 1:
-        raise Unfusable("a convolution in squeeze-and-excitation is not a plain 1x1")
     weight, bias = d["_parameters"].get("weight"), d["_parameters"].get("bias")
     if weight is None or bias is None:
         raise Unfusable("a convolution in squeeze-and-excitation has no weight or bias")
+    _check_plain(weight, bias)
+    plain = weight.shape[2:] == (1, 1) and d["groups"] == 1
+    if not plain or pair(d["stride"], "stride") != (1, 1) or pair(d["padding"], "padding") != (0, 0):
+        raise Unfusable("a convolution in squeeze-and-excitation is not a plain 1x1")
     return weight, bias

@@ -22,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from effnet_kernels import native
 from effnet_kernels.backends import requested
-from effnet_kernels.modules.reading import Unfusable, is_observed
+from effnet_kernels.modules.guards import as_written, is_observed
+from effnet_kernels.modules.reading import Unfusable
 from effnet_kernels.ops import native_cpu
 
 Reader = Callable[[nn.Module], Any]
@@ -60,6 +61,7 @@ class State:
     def __init__(self, block: nn.Module, calls: Modules, weights: Iterable[Tensor], backends: Iterable[str]) -> None:
         self.modules = tuple(m for call in calls if call is not None for m in call.modules())
         self.types = [*map(type, self.modules)]
+        self.classes = {type(block), *self.types}
         # The block's dictionary and not the block, which an entry must not keep alive.
         self.dicts = [block.__dict__, *(m.__dict__ for m in self.modules)]
         # ``training``, stride, epsilon, ...: everything that is a value and not a container.
@@ -76,6 +78,10 @@ class State:
         self.backends = {backend: requested(backend) for backend in backends}
         self.generation = native.generation()
         self.snapshot = self._snapshot()
+        # A stride, a padding, ... in a list could be changed in place, which no comparison would see.
+        self.mutable = any(
+            isinstance(d.get(name), list) for d in self.dicts for name in ("stride", "padding", "dilation")
+        )
 
     def still(self) -> bool:
         """Whether all is as it was."""
@@ -87,7 +93,7 @@ class State:
             self.snapshot = snapshot
         if [*map(_version, self.weights)] != self.versions or [*map(_address, self.weights)] != self.addresses:
             return False
-        if native.generation() != self.generation:
+        if native.generation() != self.generation or not all(map(as_written, self.classes)):
             return False
         if any(requested(backend) != asked for backend, asked in self.backends.items()):
             return False
@@ -132,7 +138,7 @@ class Kept:
 
     def __call__(self, x: Tensor) -> Tensor:
         shape, strides, dtype = self.y
-        y = torch.empty_strided(shape, strides, dtype=dtype)
+        y = torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
         self.replay(self.number, y, x)
         return y
 
@@ -166,7 +172,8 @@ def run(read: Reader, block: nn.Module, calls: Modules, backend: str, x: Tensor,
         keep = getattr(torch.ops.effnet_kernels_cpu, f"keep_{call.op}").default
         number = keep(*call.leading[1:], *call.arguments[1:])
         state = _state(known) or State(block, calls, call.weights, [backend])
-        _remember(known, form, Kept(state, form, Form.of(y), number))
+        if not state.mutable:
+            _remember(known, form, Kept(state, form, Form.of(y), number))
     return y
 
 

@@ -1,6 +1,6 @@
 """Plans in training: BatchNorms by the statistics of the batch, running buffers updated, gradients wanted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ class Chain(NamedTuple):
     """A plan as ``training.conv_block`` takes it."""
 
     layers: Sequence[tuple[F.ConvBN, Geometry | None, str]]  # geometry None: 1x1
+    norms: Sequence[nn.BatchNorm2d]  # one per layer
     se: F.SqueezeExciteWeights | None = None
-    pool: bool = False
 
     def tensors(self) -> list[Tensor]:
         """Everything that may want a gradient."""
@@ -25,38 +25,38 @@ class Chain(NamedTuple):
         return parameters if self.se is None else [*parameters, *self.se[:4]]
 
 
-def wants_gradients(chain: Chain, x: Tensor) -> bool:
-    """Whether backward will come to this block."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in chain.tensors()))
+def wants_gradients(chain: Callable[[], Chain | None], x: Tensor) -> bool:
+    """Whether backward will come to this block; an exported program has the ops of inference."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    made = chain()
+    return x.requires_grad or made is None or any(t.requires_grad for t in made.tensors())
 
 
-def train(
-    chain: Chain, x: Tensor, dtype: torch.dtype, norms: Sequence[nn.BatchNorm2d], residual: bool, backend: str
-) -> Tensor | None:
+def train(chain: Chain, x: Tensor, dtype: torch.dtype, residual: bool, backend: str) -> Tensor | None:
     """Run the chain; None where no backend does better than the stock forward, or where that has to raise.
 
-    ``norms``: the BatchNorms in training mode; the others normalise by their running statistics. ``dtype``: that of
-    the convolutions. ``residual``: add x at the end.
+    BatchNorms in eval mode normalise by their running statistics. ``dtype``: that of the convolutions.
+    ``residual``: add x at the end.
     """
     if x.dim() != 4 or not serves(Problem("conv_block_train", x.device.type, dtype), backend):
         return None
-    size, layers, trained = list(x.shape), [], []
-    for (weight, bn), geometry, act in chain.layers:
-        norm = next((m for m in norms if m._parameters["weight"] is bn.gamma), None)
+    size, layers, counts = list(x.shape), [], []
+    for ((weight, bn), geometry, act), norm in zip(chain.layers, chain.norms, strict=True):
         stride: tuple[int, int] = (1, 1)
         padding: tuple[int, ...] | None = None
         if geometry is not None:
             _, stride, _ = geometry
             padding = padding_for(geometry, size)
-        layer = ConvBNAct(weight, bn, act, stride, padding, frozen=norm is None)
+        layer = ConvBNAct(weight, bn, act, stride, padding, frozen=not norm.training)
         size = layer.output_size(size)
         values = size[0] * size[2] * size[3]
-        if values <= (norm is not None):  # nothing to compute, or nothing to take statistics of: torch's own error
+        if values <= norm.training:  # nothing to compute, or nothing to take statistics of: torch's own error
             return None
         layers.append(layer)
-        trained.append((norm, values))
-    y, statistics = conv_block(x, layers, chain.se, residual=x if residual else None, pool=chain.pool, backend=backend)
-    for (norm, values), measured in zip(trained, statistics, strict=True):
-        if norm is not None:
+        counts.append(values)
+    y, statistics = conv_block(x, layers, chain.se, residual=x if residual else None, backend=backend)
+    for norm, measured, values in zip(chain.norms, statistics, counts, strict=True):
+        if norm.training and norm.track_running_stats:
             update_running_statistics(norm, measured, values)
     return y

@@ -64,6 +64,23 @@ def batch_norm_act(y: Tensor, bn: Sequence[Tensor], eps: float, act: str) -> Ten
     return FUNCTIONS[act](F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps))
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a convolution of x; None where it leaves it alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor, run: Callable[..., Any], *args: Any) -> Any:
+    """``run(*args)``: dtypes are settled before, and autocast of x's device would reach into the references."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+    return run(*args)
+
+
 class Op:
     """One registered op. Calling it goes through the dispatcher only where the dispatcher has work to do.
 
@@ -80,6 +97,7 @@ class Op:
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or type(args[0]) is not Tensor
+            or args[0].is_meta
             or torch._C._len_torch_dispatch_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None
         ):
@@ -87,15 +105,8 @@ class Op:
         return self.run(*args)
 
     def run(self, *args: Any) -> Any:
-        """The op without the dispatcher: the last argument names the backend.
-
-        Dtypes are settled before (``functional``), so autocast ends here: it would reach into the reference.
-        """
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.run(*args)
-        return implementation(self.problem(*args), args[-1])(*args[:-1])
+        """The op without the dispatcher: the last argument names the backend."""
+        return without_autocast(args[0], implementation(self.problem(*args), args[-1]), *args[:-1])
 
 
 def register(
@@ -136,16 +147,19 @@ def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Calla
         ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
-        tensors = iter(t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
+        again = torch.is_grad_enabled()  # somebody will differentiate the gradients
+        # Other tensors of the same value either way: an argument may come twice, or be made from another one.
+        tensors = iter(t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
         leaves = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
-        with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
-            outputs = reference(*tree_unflatten(leaves, ctx.spec))
+        with torch.enable_grad():
+            outputs = without_autocast(leaves[0], reference, *tree_unflatten(leaves, ctx.spec))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]
         wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         grads = torch.autograd.grad(
-            [y for y, _ in pairs], [leaves[i] for i in wanted], [g for _, g in pairs], allow_unused=True
-        )
+            [y for y, _ in pairs], [leaves[i] for i in wanted], [g for _, g in pairs],
+            create_graph=again, allow_unused=True,
+        )  # fmt: skip
         result: list[Tensor | None] = [None] * len(leaves)
         for i, grad in zip(wanted, grads, strict=True):
             result[i] = grad

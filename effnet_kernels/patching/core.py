@@ -10,14 +10,15 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from effnet_kernels.backends import check_backend
 from effnet_kernels.modules import replay
-from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan
-from effnet_kernels.modules.reading import Unfusable, check_calls
+from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan, plan_of
+from effnet_kernels.modules.guards import STANDS_FOR
+from effnet_kernels.modules.reading import Unfusable
 
 Model = TypeVar("Model", bound=nn.Module)
 Row = tuple[str, str, str]
@@ -50,9 +51,21 @@ _LIBRARIES = {
 }
 
 
+class StandIn:
+    """A model with other things in place of some of its children, for its library's own forward to run on."""
+
+    def __init__(self, model: nn.Module, children: dict[str, Any]) -> None:
+        self.__dict__.update(children)
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def register(stock: type[nn.Module], patched: type[nn.Module], *parts: Part) -> None:
     """Enter one row into ``ADAPTERS``."""
     ADAPTERS[stock] = ADAPTERS[patched] = Adapter(stock, patched, parts)
+    STANDS_FOR[patched] = stock
     for part in parts:
         if part.calls is None:
             replay.BLOCKS[patched] = part.read
@@ -161,8 +174,7 @@ def report(model: nn.Module) -> PatchReport:
 def _explain(module: nn.Module, part: Part, calls: dict[str, nn.Module]) -> tuple[bool, str]:
     """Whether the part is fused, and as what, or why not."""
     try:
-        check_calls(calls.values(), [])
-        plan = part.read(module)
+        plan = plan_of(part.read, module, None if part.calls is None else calls.values())
     except Unfusable as reason:
         return False, str(reason)
     if type(module) is ADAPTERS[type(module)].stock:

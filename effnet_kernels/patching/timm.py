@@ -1,16 +1,15 @@
 """timm's blocks, and the stem and head of its EfficientNet and MobileNetV3 models."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,
     DropPath,
-    SelectAdaptivePool2d,
     activations,
     activations_me,
-    adaptive_avgmax_pool,
 )
 from timm.models import _efficientnet_blocks as blocks
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbconv, reading, squeeze_excite
 from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse, fuse_route
+from effnet_kernels.modules.guards import as_written
 from effnet_kernels.modules.replay import Route, calls_in
-from effnet_kernels.patching.core import UNSUPPORTED, Part, register
+from effnet_kernels.patching.core import UNSUPPORTED, Part, StandIn, register
 
 
 def stem(model: nn.Module) -> dict[str, nn.Module]:
@@ -34,11 +34,6 @@ def head(model: nn.Module) -> dict[str, nn.Module]:
     return _children(model, "conv_head", "bn2")
 
 
-def pooled_head(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ``read_pooled_head`` replaces."""
-    return _children(model, "conv_head", "bn2", "global_pool")
-
-
 def read_conv_bn_act(block: nn.Module) -> Plan:
     """The plan of a ConvBnAct: pointwise, depthwise or dense."""
     d = block.__dict__
@@ -46,14 +41,14 @@ def read_conv_bn_act(block: nn.Module) -> Plan:
     conv = children["conv"]
     reading.no_op(children.get("aa"), "anti-aliasing")
     bn, act = reading.batch_norm(children["bn1"])
-    shortcut, drop_path = d["has_skip"], reading.drop_path(children["drop_path"])
+    rest = act, d["has_skip"], reading.drop_path(children["drop_path"]), [children["bn1"]]
     if reading.is_pointwise(conv):
-        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, False, shortcut, drop_path)
+        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), *rest)
     if reading.is_depthwise(conv):
         weight, geometry = reading.spatial(conv, depthwise=True)
-        return DepthwisePlan(ConvBN(weight, bn), geometry, act, shortcut, drop_path)
+        return DepthwisePlan(ConvBN(weight, bn), geometry, *rest)
     weight, geometry = reading.spatial(conv, depthwise=False)
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, act, shortcut, drop_path)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, *rest)
 
 
 def read_stem(model: nn.Module) -> Plan:
@@ -61,7 +56,7 @@ def read_stem(model: nn.Module) -> Plan:
     children = model.__dict__["_modules"]
     weight, geometry = reading.spatial(children["conv_stem"], depthwise=False)
     bn, act = reading.batch_norm(children["bn1"], children.get("act1"))
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, act, False, None)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, act, False, None, [children["bn1"]])
 
 
 def read_head(model: nn.Module) -> PointwisePlan:
@@ -69,23 +64,7 @@ def read_head(model: nn.Module) -> PointwisePlan:
     children = model.__dict__["_modules"]
     weight = reading.pointwise(children["conv_head"])
     bn, act = reading.batch_norm(children["bn2"])
-    return PointwisePlan(ConvBN(weight, bn), act)
-
-
-def read_pooled_head(model: nn.Module) -> PointwisePlan:
-    """The plan of ``conv_head, bn2, global_pool``; Unfusable unless it pools to [N, C] by the plain mean."""
-    select = model.__dict__["_modules"]["global_pool"]
-    if type(select) is not SelectAdaptivePool2d:
-        raise reading.Unfusable(f"global pool {type(select).__name__}")
-    children = select.__dict__["_modules"]
-    pool, flatten = children["pool"], children["flatten"]
-    if type(pool) is adaptive_avgmax_pool.FastAdaptiveAvgPool:
-        plain = pool.flatten and tuple(pool.dim) == (2, 3) and type(flatten) is nn.Identity
-    else:
-        plain = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and type(flatten) is nn.Flatten
-    if not plain:
-        raise reading.Unfusable(f"global pool {select}")
-    return read_head(model)._replace(pool=True)
+    return PointwisePlan(ConvBN(weight, bn), act, False, None, [children["bn2"]])
 
 
 def route(model: nn.Module) -> Route:
@@ -98,12 +77,6 @@ def route_with_head(model: nn.Module) -> Route:
     """Stem, blocks and head."""
     modules, calls = route(model)
     return Route([*modules, *head(model).values()], [*calls, (read_head, model)])
-
-
-def route_with_pooled_head(model: nn.Module) -> Route:
-    """Stem, blocks, and head with its global pool."""
-    modules, calls = route(model)
-    return Route([*modules, *pooled_head(model).values()], [*calls, (read_pooled_head, model)])
 
 
 class PatchedConvBnAct(blocks.ConvBnAct):
@@ -142,58 +115,39 @@ class PatchedSqueezeExcite(blocks.SqueezeExcite):
 
 
 class PatchedEfficientNet(EfficientNet):
-    """Stem and head fused; the head with its global pool where ``forward`` runs the whole model."""
-
     @functools.wraps(EfficientNet.forward_features)
     def forward_features(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return super().forward_features(x)
         y = fuse_route(route_with_head, self, x)
-        if y is None:
-            x = self.blocks(_stem(self, x))
-            y = fuse(read_head, self, x, head(self).values())
-        return self.bn2(self.conv_head(x)) if y is None else y
+        return EfficientNet.forward_features(_inside(self), x) if y is None else y
 
-    @functools.wraps(EfficientNet.forward)
-    def forward(self, x: Tensor) -> Tensor:
-        d = self.__dict__
-        if self.grad_checkpointing or "forward_features" in d or "forward_head" in d:
-            return super().forward(x)
-        y = fuse_route(route_with_pooled_head, self, x)
-        if y is None:
-            x = self.blocks(_stem(self, x))
-            y = fuse(read_pooled_head, self, x, pooled_head(self).values())
-        if y is None:
-            y = fuse(read_head, self, x, head(self).values())
-            return self.forward_head(self.bn2(self.conv_head(x)) if y is None else y)
-        if self.drop_rate > 0.0:
-            y = torch.dropout(y, self.drop_rate, self.training)
-        return self.classifier(y)
+    @functools.wraps(EfficientNet.forward_intermediates)
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return EfficientNet.forward_intermediates(_inside(self), x, *args, **kwargs)
 
 
 class PatchedMobileNetV3(MobileNetV3):
-    """Stem fused; the head stands behind the pool and has nothing to gain."""
+    """The head stands behind the pool and has nothing to gain."""
 
     @functools.wraps(MobileNetV3.forward_features)
     def forward_features(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return super().forward_features(x)
         y = fuse_route(route, self, x)
-        return self.blocks(_stem(self, x)) if y is None else y
+        return MobileNetV3.forward_features(_inside(self), x) if y is None else y
+
+    @functools.wraps(MobileNetV3.forward_intermediates)
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return MobileNetV3.forward_intermediates(_inside(self), x, *args, **kwargs)
 
 
 class PatchedEfficientNetFeatures(EfficientNetFeatures):
     @functools.wraps(EfficientNetFeatures.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = _features(self, x)
-        return super().forward(x) if features is None else features
+        return EfficientNetFeatures.forward(_inside(self), x)
 
 
 class PatchedMobileNetV3Features(MobileNetV3Features):
     @functools.wraps(MobileNetV3Features.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = _features(self, x)
-        return super().forward(x) if features is None else features
+        return MobileNetV3Features.forward(_inside(self), x)
 
 
 def _children(model: nn.Module, *names: str) -> dict[str, nn.Module]:
@@ -201,24 +155,32 @@ def _children(model: nn.Module, *names: str) -> dict[str, nn.Module]:
     return {name: children[name] for name in names if name in children}
 
 
-def _stem(model: EfficientNet | MobileNetV3, x: Tensor) -> Tensor:
-    y = fuse(read_stem, model, x, stem(model).values())
-    return model.bn1(model.conv_stem(x)) if y is None else y
+def _inside(model: nn.Module) -> Any:
+    """The model as timm's own forward methods see it, whichever they are: with stem and head as one call each."""
+    if not as_written(type(model)):
+        return model
+    modules = _as_one(model, read_stem, stem(model))
+    if isinstance(model, EfficientNet):
+        modules.update(_as_one(model, read_head, head(model)))
+    return StandIn(model, modules)
 
 
-def _features(model: EfficientNetFeatures | MobileNetV3Features, x: Tensor) -> list[Tensor] | None:
-    """The features behind a fused stem; None where the stock forward has to run."""
-    if model.grad_checkpointing or model.feature_hooks is not None:
-        return None
-    y = fuse(read_stem, model, x, stem(model).values())
-    if y is None:
-        return None
-    features = [y] if 0 in model._stage_out_idx else []
-    for stage, block in enumerate(model.blocks, start=1):
-        y = block(y)
-        if stage in model._stage_out_idx:
-            features.append(y)
-    return features
+def _as_one(model: nn.Module, read: Callable[[nn.Module], Plan], modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """The first of these modules as a call of all of them, the others as nothing."""
+
+    def call(x: Tensor) -> Tensor:
+        y = fuse(read, model, x, modules.values())
+        if y is None:
+            y = x
+            for module in modules.values():
+                y = module(y)
+        return y
+
+    return {name: call if i == 0 else _nothing for i, name in enumerate(modules)}
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x
 
 
 reading.CONVOLUTIONS[Conv2dSame] = True
@@ -247,7 +209,7 @@ register(blocks.DepthwiseSeparableConv, PatchedDepthwiseSeparableConv, Part(dept
 register(blocks.InvertedResidual, PatchedInvertedResidual, Part(mbconv.read))
 register(blocks.EdgeResidual, PatchedEdgeResidual, Part(fused_mbconv.read))
 register(blocks.SqueezeExcite, PatchedSqueezeExcite, Part(squeeze_excite.read))
-register(EfficientNet, PatchedEfficientNet, Part(read_stem, stem), Part(read_pooled_head, pooled_head))
+register(EfficientNet, PatchedEfficientNet, Part(read_stem, stem), Part(read_head, head))
 register(MobileNetV3, PatchedMobileNetV3, Part(read_stem, stem))
 register(EfficientNetFeatures, PatchedEfficientNetFeatures, Part(read_stem, stem))
 register(MobileNetV3Features, PatchedMobileNetV3Features, Part(read_stem, stem))

@@ -1,8 +1,8 @@
 """torchvision's blocks, and the head of its EfficientNet."""
 
 import functools
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import efficientnet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
@@ -19,26 +19,20 @@ from effnet_kernels.modules.fusing import (
     fuse_route,
 )
 from effnet_kernels.modules.replay import Route, calls_in
-from effnet_kernels.patching.core import Part, register
-
-
-def head(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ``read_head`` replaces."""
-    children = model.__dict__["_modules"]
-    name, last = next(reversed(children["features"]._modules.items()))
-    return {f"features.{name}": last, "avgpool": children["avgpool"]}
+from effnet_kernels.patching.core import Part, StandIn, register
 
 
 def read_conv_norm_activation(module: nn.Module) -> Plan:
     """The plan of a Conv2dNormActivation: pointwise, depthwise or dense."""
-    conv, bn, act = _conv_bn_act(module)
+    conv, bn, act, norm = _conv_bn_act(module)
+    rest = act, False, None, [norm]
     if reading.is_pointwise(conv):
-        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act)
+        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), *rest)
     if reading.is_depthwise(conv):
         weight, geometry = reading.spatial(conv, depthwise=True)
-        return DepthwisePlan(ConvBN(weight, bn), geometry, act, False, None)
+        return DepthwisePlan(ConvBN(weight, bn), geometry, *rest)
     weight, geometry = reading.spatial(conv, depthwise=False)
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, act, False, None)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, *rest)
 
 
 def read_mbconv(block: nn.Module) -> MBConvPlan:
@@ -46,16 +40,17 @@ def read_mbconv(block: nn.Module) -> MBConvPlan:
     layers = _sequence(block.__dict__["_modules"]["block"], nn.Sequential)
     if len(layers) not in (3, 4):
         raise reading.Unfusable(f"{len(layers)} layers in an MBConv")
-    expand, expand_act = None, None
+    expand, expand_act, norms = None, None, []
     if len(layers) == 4:
-        expand_conv, expand_bn, expand_act = _conv_bn_act(layers[0])
+        expand_conv, expand_bn, expand_act, norm = _conv_bn_act(layers[0])
         expand = ConvBN(reading.pointwise(expand_conv), expand_bn)
-    conv, bn, act = _conv_bn_act(layers[-3])
+        norms.append(norm)
+    conv, bn, act, norm = _conv_bn_act(layers[-3])
     if expand_act not in (None, act):
         raise reading.Unfusable(f"two different activations, {expand_act} and {act}")
     weight, geometry = reading.spatial(conv, depthwise=True)
     se = reading.squeeze_excite(layers[-2])
-    project_conv, project_bn, project_act = _conv_bn_act(layers[-1])
+    project_conv, project_bn, project_act, last = _conv_bn_act(layers[-1])
     return MBConvPlan(
         expand,
         ConvBN(weight, bn),
@@ -65,6 +60,7 @@ def read_mbconv(block: nn.Module) -> MBConvPlan:
         act,
         project_act,
         *_shortcut(block),
+        [*norms, norm, last],
     )
 
 
@@ -73,33 +69,22 @@ def read_fused_mbconv(block: nn.Module) -> FusedMBConvPlan:
     layers = _sequence(block.__dict__["_modules"]["block"], nn.Sequential)
     if len(layers) not in (1, 2):
         raise reading.Unfusable(f"{len(layers)} layers in a FusedMBConv")
-    conv, bn, act = _conv_bn_act(layers[0])
+    conv, bn, act, norm = _conv_bn_act(layers[0])
     weight, geometry = reading.spatial(conv, depthwise=False)
-    project = None
+    project, norms = None, [norm]
     if len(layers) == 2:
-        project_conv, project_bn, project_act = _conv_bn_act(layers[1])
+        project_conv, project_bn, project_act, norm = _conv_bn_act(layers[1])
+        norms.append(norm)
         if project_act != "identity":
             raise reading.Unfusable(f"activation {project_act} after the projection")
         project = ConvBN(reading.pointwise(project_conv), project_bn)
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, project, act, *_shortcut(block))
-
-
-def read_head(model: nn.Module) -> PointwisePlan:
-    """The plan of an EfficientNet's last 1x1 convolution and global average pool."""
-    children = model.__dict__["_modules"]
-    pool = children["avgpool"]
-    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
-        raise reading.Unfusable(f"global pool {pool}")
-    conv, bn, act = _conv_bn_act(_sequence(children["features"], nn.Sequential)[-1])
-    return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, True)
+    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, project, act, *_shortcut(block), norms)
 
 
 def route(model: nn.Module) -> Route:
-    """All features, and head with its global pool."""
-    children = model.__dict__["_modules"]
-    *trunk, _ = children["features"]._modules.values()
-    calls = [call for module in trunk for call in calls_in(module)]
-    return Route([children["features"], children["avgpool"]], [*calls, (read_head, model)])
+    """All features."""
+    features = model.__dict__["_modules"]["features"]
+    return Route([features], [*calls_in(features)])
 
 
 def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
@@ -109,14 +94,14 @@ def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
 
 
 def _conv_bn_act(module: nn.Module):  # type: ignore[no-untyped-def]
-    """The convolution, BatchNorm and activation name of a Conv2dNormActivation, patched or not."""
+    """The convolution, BatchNorm, activation and BatchNorm module of a Conv2dNormActivation, patched or not."""
     if type(module) is not PatchedConv2dNormActivation and type(module) is not Conv2dNormActivation:
         raise reading.Unfusable(f"{type(module).__name__} is not Conv2dNormActivation")
     layers = list(module.__dict__["_modules"].values())
     if len(layers) not in (2, 3):
         raise reading.Unfusable(f"{len(layers)} layers in a Conv2dNormActivation")
     bn, act = reading.batch_norm(layers[1], layers[2] if len(layers) == 3 else None)
-    return layers[0], bn, act
+    return layers[0], bn, act, layers[1]
 
 
 def _shortcut(block: nn.Module) -> tuple[bool, nn.Module | None]:
@@ -153,20 +138,15 @@ class PatchedSqueezeExcitation(SqueezeExcitation):
 
 
 class PatchedEfficientNet(efficientnet.EfficientNet):
-    """The last convolution runs together with the global pool."""
-
     @functools.wraps(efficientnet.EfficientNet._forward_impl)
     def _forward_impl(self, x: Tensor) -> Tensor:
-        features = self.features
-        if type(features) is not nn.Sequential or reading.is_observed(features):
-            return super()._forward_impl(x)
-        *trunk, last = features
         y = fuse_route(route, self, x)
-        if y is None:
-            for module in trunk:
-                x = module(x)
-            y = fuse(read_head, self, x, (last, self.avgpool))
-        return self.classifier(torch.flatten(self.avgpool(last(x)), 1) if y is None else y)
+        return super()._forward_impl(x) if y is None else efficientnet.EfficientNet._forward_impl(_behind(self), y)
+
+
+def _behind(model: nn.Module) -> Any:
+    """The model as torchvision's own forward sees it, once its features are there."""
+    return StandIn(model, {"features": lambda features: features})
 
 
 reading.DROP_PATHS[StochasticDepth] = "p"
@@ -177,4 +157,4 @@ register(Conv2dNormActivation, PatchedConv2dNormActivation, Part(read_conv_norm_
 register(efficientnet.MBConv, PatchedMBConv, Part(read_mbconv))
 register(efficientnet.FusedMBConv, PatchedFusedMBConv, Part(read_fused_mbconv))
 register(SqueezeExcitation, PatchedSqueezeExcitation, Part(squeeze_excite.read))
-register(efficientnet.EfficientNet, PatchedEfficientNet, Part(read_head, head))
+register(efficientnet.EfficientNet, PatchedEfficientNet)

@@ -129,7 +129,7 @@ class Work(NamedTuple):
 
     below: list[bool]  # [i]: whether something below the convolution of layer i wants a gradient
     norm: list[bool]  # [i]: whether backward has to come to the norm of layer i
-    x: bool
+    x: bool  # whether backward has anything to do: second derivatives start from x
     raws: list[bool]
 
 
@@ -154,10 +154,9 @@ def work(layers: Sequence[Layer], needs: Needs, excited: bool, pooled: bool) -> 
         if i == last and pooled:  # the gradient has no map of its own
             raw = raw or norm[i]
         raws.append(raw)
-    x = needs.weights[0]
     if layers[0].weight is None:  # the raw map of the first layer is x
-        x, raws[0] = raws[0], False
-    return Work(below, norm, x, raws)
+        raws[0] = False
+    return Work(below, norm, wanted, raws)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

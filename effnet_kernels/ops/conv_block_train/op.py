@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import Problem, implementation
-from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc
-from effnet_kernels.ops.conv_block_train import block
+from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc, without_autocast
+from effnet_kernels.ops.conv_block_train import block, reference
 from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite, wide_dtype, work
 
 _LAYERS = (
@@ -90,9 +90,38 @@ def _run_forward(x: Tensor, *rest: Any) -> Any:
 def _run_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
     raws, statistics, squeezed, *flat, pool, size, needs, backend = rest
     chain = Chain(*flat)
-    kept = block.Kept(None if x is None else to_nhwc(x), raws, statistics, squeezed)
+    layers = chain.layers()
+    kept = _dense(block.Kept(x, raws, statistics, squeezed), layers, size, grad)
     run = implementation(problem(grad), backend)
-    return run(block.backward, grad, kept, chain.layers(), chain.excitation(), pool, size, chain.needs(needs))
+    return run(block.backward, grad, kept, layers, chain.excitation(), pool, size, chain.needs(needs))
+
+
+def _dense(kept: block.Kept, layers: Sequence[Layer], size: Sequence[int], grad: Tensor) -> block.Kept:
+    """What came back from autograd, in the memory that kernels read: hooks on saved tensors may have copied it."""
+    maps, wide, sizes = grad.dtype, wide_dtype(grad), [tuple(size)]
+    for layer in layers:
+        sizes.append(layer.output_size(sizes[-1]))
+
+    def check(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if t.shape != shape or t.dtype != dtype or t.device != grad.device:
+            raise RuntimeError(
+                f"a tensor kept for backward must come back as {dtype} {shape} on {grad.device}: "
+                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+
+    def dense(t: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        if t is None:
+            return None
+        check(t, shape, maps)
+        return to_nhwc(t)
+
+    raws = [dense(raw, shape) for raw, shape in zip(kept.raws, sizes[1:], strict=False)]
+    statistics, squeezed = ([t.contiguous() for t in ts] for ts in (kept.statistics, kept.squeezed))
+    for t, shape in zip(statistics, sizes[1:], strict=True):
+        check(t, (2, shape[1]), wide)
+    for t in squeezed:
+        check(t, (size[0], sizes[-2][1]), wide)
+    return block.Kept(dense(kept.x, sizes[0]), raws, statistics, squeezed)
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> Any:
@@ -120,13 +149,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     x, *flat, residual, pool, backend = inputs
     _, raws, statistics, squeezed = output
     chain = Chain(*flat)
-    weights, *others = chain.parameters()
-    flags = [t.requires_grad for t in itertools.chain([x], weights, *others)]
+    parameters = chain.parameters()
+    flags = [t.requires_grad for t in itertools.chain([x], *parameters)]
     todo = work(chain.layers(), chain.needs(flags), bool(chain.se), pool)
-    # Parameters cost nothing to keep, but a weight cast for this call does: only those that backward goes through.
-    weights = [w if keep else w.new_empty(()).expand(w.shape) for w, keep in zip(weights, todo.below, strict=False)]
     raws = [raw if keep else None for raw, keep in zip(raws, todo.raws, strict=False)]
-    saved = [[x if todo.x else None], raws, statistics, squeezed, weights, *others]
+    saved = [[x if todo.x else None], raws, statistics, squeezed, *parameters]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*itertools.chain(*saved))
     ctx.lengths = [len(tensors) for tensors in saved]
@@ -151,13 +178,34 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         # Running statistics may have moved on; those that were used are in ``statistics``.
         vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
         chain = ctx.chain._replace(weights=weights, vectors=vectors, se=se)
-        direct = not torch.is_grad_enabled() and not _needs_dispatcher(grad)
-        run = functools.partial(_without_autocast, _run_backward) if direct else backward_op
-        found = iter(run(grad, x, raws, statistics, squeezed, *chain, *ctx.rest))
+        if torch.is_grad_enabled() or is_batched(grad):
+            found = iter(without_autocast(grad, _by_reference, grad, x, statistics, chain, *ctx.rest))
+        else:
+            run = backward_op if _needs_dispatcher(grad) else functools.partial(without_autocast, grad, _run_backward)
+            found = iter(run(grad, x, raws, statistics, squeezed, *chain, *ctx.rest))
     gradients = [next(found) if flag else None for flag in flags]
     (dx,), dweights, dgammas, dbetas, dse = _split(gradients, [1, *ctx.lengths[4:]])
     dvectors = [v for pair in zip(dgammas, dbetas, strict=True) for v in (*pair, None, None)]
     return dx, dweights, dvectors, dse, grad if ctx.residual else None
+
+
+def _by_reference(
+    grad: Tensor, x: Tensor, statistics: Sequence[Tensor], chain: Chain, pool: bool, size: Sequence[int],
+    flags: Sequence[bool], backend: str,
+) -> Sequence[Tensor]:  # fmt: skip
+    """The wanted gradients by autograd and torch's own ops, where they will be differentiated or come in batches."""
+    again = torch.is_grad_enabled()
+    flat = [x, *itertools.chain(*chain.parameters())]
+    # Other tensors of the same value: an argument may come twice, or be made from another one.
+    with torch.enable_grad():
+        flat = [t.view_as(t) if wanted else t for t, wanted in zip(flat, flags, strict=True)]
+    (x,), weights, gammas, betas, se = _split(flat, [1, *map(len, chain.parameters())])
+    vectors = [v for gamma, beta, used in zip(gammas, betas, statistics, strict=True) for v in (gamma, beta, *used)]
+    chain = chain._replace(weights=weights, vectors=vectors, se=se)
+    with torch.enable_grad():
+        out, *_ = block.forward(reference.Reference(), to_nhwc(x), chain.layers(), chain.excitation(), None, pool)
+    wanted = [t for t, flag in zip(flat, flags, strict=True) if flag]
+    return torch.autograd.grad(out, wanted, grad, create_graph=again)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
@@ -165,28 +213,18 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
     return dx, dweights, dvectors, None, None, None, None, dse, None, None, dresidual, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "a fused block in training has no second derivatives: unpatch the model, or put its BatchNorms in eval mode"
-    )
-
-
-def _without_autocast(run: Callable[..., Any], *args: Any) -> Any:
-    """Dtypes are settled before (``training``): autocast would reach into the kernels."""
-    device = args[0].device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return run(*args)
-    return run(*args)
-
-
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, functools.partial(_without_autocast, run), key)
+        LIBRARY.impl(name, lambda x, *args: without_autocast(x, run, x, *args), key)
     torch.library.register_fake(f"effnet_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.effnet_kernels, name).default
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is a batch in disguise: of ``torch.vmap``, or of ``autograd.grad(is_grads_batched=True)``."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _needs_dispatcher(x: Tensor) -> bool:
@@ -194,6 +232,7 @@ def _needs_dispatcher(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
@@ -204,7 +243,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
-        output = _without_autocast(_run_forward, *arguments)
+        output = without_autocast(arguments[0], _run_forward, *arguments)
         _setup_context(ctx, arguments, output)
         ctx.mark_non_differentiable(*output[2])
         return output[0], *output[2]
@@ -224,7 +263,7 @@ def conv_block_train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     elif torch.is_grad_enabled():
         out, *statistics = _Direct.apply(arguments, x, *chain.weights, *chain.vectors, *chain.se, residual)
     else:
-        out, _, statistics, _ = _without_autocast(_run_forward, *arguments)
+        out, _, statistics, _ = without_autocast(x, _run_forward, *arguments)
     return out, statistics
 
 
@@ -233,4 +272,3 @@ backward_op = _define(_BACKWARD, _run_backward, _fake_backward)
 torch.library.register_autograd(
     "effnet_kernels::conv_block_train", _backward, setup_context=_setup_context_of_op, lib=LIBRARY
 )
-torch.library.register_autograd("effnet_kernels::conv_block_train_backward", _no_second_derivative, lib=LIBRARY)
