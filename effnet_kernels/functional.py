@@ -15,7 +15,8 @@ Conventions shared by all of them:
 * Gradients come from re-evaluating the reference op; running statistics receive none.
 
 Bad arguments raise InputTypeError (kind, dtype) or InputValueError (shape, range, device) before anything
-runs: they are Python's TypeError and ValueError, and RuntimeError as well, which torch's own ops raise. A backend that was named but cannot serve raises ValueError or RuntimeError with its reason.
+runs: Python's TypeError and ValueError, and RuntimeError as well, which torch's own ops raise. A backend that
+was named but cannot serve raises ValueError or RuntimeError with its reason.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from effnet_kernels import native
 from effnet_kernels.backends import requested
-from effnet_kernels.modules.guards import as_written, is_observed
+from effnet_kernels.modules.guards import as_written, check_class, is_observed
 from effnet_kernels.modules.reading import Unfusable
 from effnet_kernels.ops import native_cpu
 
@@ -79,9 +79,8 @@ class State:
         self.generation = native.generation()
         self.snapshot = self._snapshot()
         # A stride, a padding, ... in a list could be changed in place, which no comparison would see.
-        self.mutable = any(
-            isinstance(d.get(name), list) for d in self.dicts for name in ("stride", "padding", "dilation")
-        )
+        names = "stride", "padding", "dilation"
+        self.mutable = any(isinstance(d.get(name), list) for d in self.dicts for name in names)
 
     def still(self) -> bool:
         """Whether all is as it was."""
@@ -192,6 +191,7 @@ def calls_in(module: nn.Module) -> Iterator[tuple[Reader, nn.Module]]:
     """The calls of a block, or of a Sequential of such; raises Unfusable where there is anything else to run."""
     if is_observed(module):
         raise Unfusable("a module on the way has hooks or a forward of its own")
+    check_class(type(module))
     if type(module) is nn.Sequential:
         for child in module.__dict__["_modules"].values():
             yield from calls_in(child)
@@ -205,7 +205,7 @@ def join(read: Callable[[nn.Module], Route], model: nn.Module, x: Tensor) -> Ten
     """The result of all calls on the route as one, which is kept; None unless each of them is kept for its input."""
     try:
         route = read(model)
-    except Unfusable:
+    except (Unfusable, KeyError):
         return None
     links: list[Kept] = []
     form = Form.of(x)

@@ -64,18 +64,22 @@ def batch_norm_act(y: Tensor, bn: Sequence[Tensor], eps: float, act: str) -> Ten
     return FUNCTIONS[act](F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps))
 
 
+# The meta device, for one, has none, and asking whether it is on there is an error.
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a convolution of x; None where it leaves it alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(x: Tensor, run: Callable[..., Any], *args: Any) -> Any:
     """``run(*args)``: dtypes are settled before, and autocast of x's device would reach into the references."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return run(*args)
     return run(*args)

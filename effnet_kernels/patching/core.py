@@ -55,11 +55,10 @@ class StandIn:
     """A model with other things in place of some of its children, for its library's own forward to run on."""
 
     def __init__(self, model: nn.Module, children: dict[str, Any]) -> None:
-        self.__dict__.update(children)
-        self._model = model
+        self._model, self._children = model, children
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return self._children[name] if name in self._children else getattr(self._model, name)
 
 
 def register(stock: type[nn.Module], patched: type[nn.Module], *parts: Part) -> None:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch  # noqa: F401 (TorchScript looks here for what the stock forwards name)
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,

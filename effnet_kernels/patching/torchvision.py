@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch  # noqa: F401 (TorchScript looks here for what the stock forwards name)
 from torch import Tensor, nn
 from torchvision.models import efficientnet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
