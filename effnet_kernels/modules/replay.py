@@ -187,9 +187,9 @@ class Route(NamedTuple):
 BLOCKS: dict[type[nn.Module], Reader] = {}
 
 
-def calls_in(module: nn.Module) -> Iterator[tuple[Reader, nn.Module]]:
+def calls_in(module: nn.Module | None) -> Iterator[tuple[Reader, nn.Module]]:
     """The calls of a block, or of a Sequential of such; raises Unfusable where there is anything else to run."""
-    if is_observed(module):
+    if module is None or is_observed(module):
         raise Unfusable("a module on the way has hooks or a forward of its own")
     check_class(type(module))
     if type(module) is nn.Sequential:
