@@ -106,9 +106,13 @@ class Problem:
         se = None if self.se is None else SqueezeExciteWeights(*(leaf(t, vectors) for t in self.se[:4]))
         return Problem(leaf(self.x), layers, se, leaf(self.residual), self.pool, self.grad.to(dtype))
 
+    def forward(self, backend: str) -> Tensor:
+        """The output through our op."""
+        return conv_block(self.x, self.layers, self.se, residual=self.residual, pool=self.pool, backend=backend)[0]
+
     def run(self, backend: str) -> list[Tensor]:
         """The output and all gradients through our op."""
-        y, _ = conv_block(self.x, self.layers, self.se, residual=self.residual, pool=self.pool, backend=backend)
+        y = self.forward(backend)
         return [y, *torch.autograd.grad(y, self.leaves(), self.grad)]
 
     def stock(self) -> list[Tensor]:

@@ -41,9 +41,8 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_gradcheck(case):
-    problem = build(case).to(torch.float64, torch.float64)
+def function(problem: Problem, backend: str = "auto", frozen: bool = False):
+    """The block as a function of its leaves."""
 
     def call(*leaves):
         it = iter(leaves)
@@ -53,13 +52,101 @@ def test_gradcheck(case):
             layer._replace(
                 weight=None if layer.weight is None else next(it),
                 bn=BatchNorm(next(it), next(it), *layer.bn[2:]),
+                frozen=frozen,
             )
             for layer in problem.layers
         ]
         se = None if problem.se is None else problem.se._replace(**dict(zip(problem.se._fields[:4], it, strict=False)))
-        return conv_block(x, layers, se, residual=residual, pool=problem.pool)[0]
+        return conv_block(x, layers, se, residual=residual, pool=problem.pool, backend=backend)[0]
 
-    assert torch.autograd.gradcheck(call, problem.leaves())
+    return call
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradcheck(case, frozen):
+    problem = build(case).to(torch.float64, torch.float64)
+    assert torch.autograd.gradcheck(function(problem, frozen=frozen), problem.leaves())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_second_derivatives(case, frozen):
+    """Of everything, and where only x or only the last layer wants gradients."""
+    problem = build(case).to(torch.float64, torch.float64)
+    leaves = problem.leaves()
+    for wanted in (range(len(leaves)), [0], [len(leaves) - 1]):
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i in wanted)
+        assert torch.autograd.gradgradcheck(function(problem, frozen=frozen), leaves)
+
+
+def test_second_derivatives_of_every_backend(backend):
+    """And of one parameter in two places, and of a weight that is made from the input."""
+    problem = build(Case(se=True)).to(torch.float32, torch.float32)
+    shared, made = problem.layers[0].bn.gamma, problem.x.mean() * problem.layers[-1].weight
+    layers = [problem.layers[0], problem.layers[1], problem.layers[2]._replace(weight=made)]
+    layers[1] = layers[1]._replace(bn=layers[1].bn._replace(gamma=shared))
+
+    def second(backend):
+        y, _ = conv_block(problem.x, layers, problem.se, backend=backend)
+        grads = torch.autograd.grad(y.square().sum(), (problem.x, shared), create_graph=True)
+        leaves = problem.x, shared, problem.layers[2].weight
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves, retain_graph=True)
+
+    for got, expected in zip(second(backend), second("reference"), strict=True):
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+def test_gradients_in_batches(frozen, backend):
+    """``jacobian(vectorize=True)`` hands over all rows at once."""
+    problem = build(Case(se=True)).to(torch.float32, torch.float32)
+    call = function(problem, backend, frozen)
+    _, *rest = problem.leaves()
+
+    def few(x):
+        return call(x, *rest).flatten()[::61]
+
+    one, all_at_once = (torch.autograd.functional.jacobian(few, problem.x, vectorize=how) for how in (False, True))
+    assert (one - all_at_once).abs().max() <= 1e-4 * one.abs().max()
+
+
+class Copies(torch.autograd.graph.saved_tensors_hooks):
+    """Hooks that give back what they got through ``change``."""
+
+    def __init__(self, change):
+        super().__init__(lambda t: t, change)
+
+
+@pytest.mark.parametrize("case", [*SMALL, Case(se=True)], ids=str)
+def test_saved_tensors_may_come_back_in_other_memory(case, backend):
+    """As from ``save_on_cpu(pin_memory=True)``, which drops strides."""
+    problem = build(case).to(torch.float32, torch.float32)
+    expected = torch.autograd.grad(problem.forward(backend), problem.leaves(), problem.grad)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with Copies(lambda t, layout=layout: spread(t, layout)):
+            y = problem.forward(backend)
+        for a, b in zip(torch.autograd.grad(y, problem.leaves(), problem.grad), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def spread(t, layout):
+    """A copy in that layout and, for vectors and matrices, in every second element of a buffer."""
+    if t.dim() == 4:
+        return t.clone(memory_format=layout)
+    return t.new_full((*t.shape, 2), torch.nan)[..., 0].copy_(t)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.double(), lambda t: t[..., :-1] if t.dim() else t], ids=["dtype", "shape"]
+)
+def test_saved_tensors_that_are_others_are_refused(change, backend):
+    problem = build(Case()).to(torch.float32, torch.float32)
+    with Copies(change):
+        y = problem.forward(backend)
+    with pytest.raises(RuntimeError, match="kept for backward"):
+        y.sum().backward()
 
 
 def subset(problem: Problem, wanted: list[int], backend: str) -> None:
@@ -206,14 +293,6 @@ def test_a_change_of_what_was_kept_is_an_error(backend):
             change.mul_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
-
-
-def test_second_derivatives_are_refused(backend):
-    problem = build(Case()).to(torch.float32, torch.float32)
-    y, _ = conv_block(problem.x, problem.layers, backend=backend)
-    (grad,) = torch.autograd.grad(y.square().sum(), problem.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        grad.sum().backward()
 
 
 REGISTERED = [Case(se=True, residual=True, widths=(5, 17, 17, 5)), Case(kinds="p", widths=(4, 6), pool=True)]
