@@ -1,17 +1,21 @@
 """Where a fused call would be noticed or wrong, the stock forward runs: one test per guard."""
 
 import copy
+import functools
+import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from tests.models import timm_model
+from tests.models import images, timm_model
 from tests.patching.conftest import build
-
 
 BLOCKS = {"mbconv", "fused_mbconv", "train"}
 
@@ -115,6 +119,128 @@ def test_forward_on_the_instance(patched, fused):
     child = next(patched.children())
     child.forward = lambda x: nn.Conv2d.forward(child, x) * 2
     assert_stock(patched, fused)
+
+
+def circular(conv):
+    return lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), w, b, conv.stride, 0, (1, 1), conv.groups)
+
+
+def test_conv_forward_on_the_instance(patched, fused):
+    """How circular padding is put into networks."""
+    for conv in patched.modules():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+            conv._conv_forward = circular(conv)
+    assert_stock(patched, fused)
+    assert any("forward of its own" in reason for *_, reason in ek.report(patched).skipped)
+
+
+def _doubled(function):
+    @functools.wraps(function)
+    def doubled(*args, **kwargs):
+        return function(*args, **kwargs) * 2
+
+    return doubled
+
+
+REPLACED = [
+    (nn.Conv2d, "_conv_forward"),
+    (nn.Conv2d, "forward"),
+    (nn.SiLU, "forward"),
+    (nn.Module, "__call__"),
+    (nn.Module, "_call_impl"),
+    (F, "conv2d"),
+    (F, "silu"),
+    (F, "batch_norm"),
+    ("timm.layers", "BatchNormAct2d", "forward"),
+    ("timm.layers", "Conv2dSame", "forward"),
+    ("timm.models._efficientnet_blocks", "SqueezeExcite", "forward"),
+    ("timm.models._efficientnet_blocks", "InvertedResidual", "forward"),
+    ("timm.models._efficientnet_blocks", "EdgeResidual", "forward"),
+    (nn.Sequential, "forward"),
+    ("timm.models.efficientnet", "EfficientNet", "forward_features"),
+    ("timm.models.efficientnet", "EfficientNet", "forward"),
+    ("torchvision.ops", "Conv2dNormActivation", "forward"),
+    ("torchvision.models.efficientnet", "MBConv", "forward"),
+    ("torchvision.models.efficientnet", "EfficientNet", "_forward_impl"),
+    ("torchvision.ops", "StochasticDepth", "forward"),
+]
+
+
+@pytest.mark.parametrize("where", REPLACED, ids=lambda where: ".".join(getattr(p, "__name__", p) for p in where))
+@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
+def test_what_is_replaced_on_a_class_runs(name, where, backend, monkeypatch):
+    """Also once calls are kept; and when it is put back, the fused forward runs again, to the bit."""
+    *path, attribute = where
+    owner = path[0] if len(path) == 1 else getattr(importlib.import_module(path[0]), path[1])
+    model = build(name)
+    stock, x = copy.deepcopy(model), images(2, 37)
+    ek.patch(model, backend=backend)
+    with torch.no_grad():
+        kept = [model(x) for _ in range(4)][-1]
+        for grad in (False, True):
+            with monkeypatch.context() as patches, torch.set_grad_enabled(grad):
+                patches.setattr(owner, attribute, _doubled(getattr(owner, attribute)))
+                got, expected = model(x), stock(x)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert torch.equal(model(x), kept)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
+def test_what_was_replaced_before_the_first_import_runs(name):
+    """The functions are told by the file that they are from, not by when they were first seen."""
+    code = f"""if 1:
+        import copy, torch
+        from torch import nn
+        import torchvision
+        nn.SiLU.forward = lambda self, x: torch.relu(x) * 3
+        torchvision.models.efficientnet.MBConv.forward = lambda self, x: self.block(x)
+        from timm.models._efficientnet_blocks import InvertedResidual
+        InvertedResidual.forward = lambda b, x: b.bn3(b.conv_pwl(b.bn2(b.conv_dw(b.bn1(b.conv_pw(x))))))
+        import effnet_kernels
+        from tests.models import images
+        from tests.patching.conftest import build
+        model = build({name!r})
+        patched = effnet_kernels.patch(copy.deepcopy(model))
+        with torch.no_grad():
+            torch.testing.assert_close(patched(images(2, 37)), model(images(2, 37)), rtol=1e-3, atol=1e-3)
+        assert any("has been replaced" in reason for *_, reason in effnet_kernels.report(patched).skipped)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _child(model, name):
+    parent, _, last = name.rpartition(".")
+    return model.get_submodule(parent), last
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "path", ["conv_stem", "bn1.act", "blocks.3.0.conv_dw", "blocks.3.0.se", "blocks.3.0", "blocks.3"]
+)
+@pytest.mark.parametrize("kind", ["script", "trace", "loaded"])
+def test_a_child_that_is_a_script_module(path, kind, backend, tmp_path):
+    model = build("test_efficientnet")
+    inputs = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    with torch.no_grad():
+        expected = model(images(2, 37))
+        handle.remove()
+        child = model.get_submodule(path)
+        new = torch.jit.script(child) if kind == "script" else torch.jit.trace(child, inputs[0])
+    if kind == "loaded":
+        torch.jit.save(new, tmp_path / "child.pt")
+        new = torch.jit.load(tmp_path / "child.pt")
+    for late in (False, True):
+        patched = copy.deepcopy(model)
+        if late:
+            ek.patch(patched, backend=backend)
+        setattr(*_child(patched, path), new)
+        ek.patch(patched, backend=backend)
+        with torch.no_grad():
+            for _ in range(4):
+                torch.testing.assert_close(patched(images(2, 37)), expected, rtol=1e-4, atol=1e-4)
+        assert len(ek.report(patched).patched) > 3
+        ek.unpatch(patched)
 
 
 CHANGES = {

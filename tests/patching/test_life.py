@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from tests.models import BACKENDS, assert_as_accurate, in_double, in_two_threads, rms, timm_model
+from tests.models import BACKENDS, assert_as_accurate, images, in_double, in_two_threads, rms, timm_model
 from tests.ops.oracle import measuring
 from tests.patching.conftest import NAMES, build
 
@@ -306,3 +306,43 @@ def test_state_dict_through_a_file(model, x, backend):
     stock.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
     with torch.no_grad():
         assert_accurate(stock, model(x), x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_the_meta_device(model, training):
+    """Shapes without data, as deferred initialisation and counters of operations ask for them."""
+    expected = model.train(training)(images(2, 37))
+    for backend in ("auto", *BACKENDS):
+        patched = ek.patch(copy.deepcopy(model), backend=backend).to("meta")
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                y = patched(torch.empty(2, 3, 37, 37, device="meta"))
+            assert (y.shape, y.dtype, y.device.type) == (expected.shape, expected.dtype, "meta")
+
+
+@pytest.mark.parametrize(
+    "block", [ek.MBConv(8, 8), ek.FusedMBConv(8, 8), ek.SqueezeExcite(8), ek.DepthwiseConvBNAct(8)]
+)
+def test_single_modules_on_the_meta_device(block):
+    x = torch.empty(2, 8, 9, 9, device="meta")
+    for training in (False, True):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert copy.deepcopy(block).to("meta").train(training)(x).shape == x.shape
+
+
+def test_another_default_device(model, x, backend):
+    """What is set with ``set_default_device`` is for tensors that people make, not for a model that is elsewhere."""
+    stock = copy.deepcopy(model)
+    ek.patch(model, backend=backend)
+    torch.set_default_device("meta")
+    try:
+        with torch.no_grad():
+            outputs = [model(x) for _ in range(5)]
+        model.train()(x).square().sum().backward()
+    finally:
+        torch.set_default_device(None)
+    with torch.no_grad():
+        for y in outputs:
+            torch.testing.assert_close(y, stock(x), rtol=1e-4, atol=1e-4)
+    assert all(p.grad is not None and not p.grad.is_meta for p in model.parameters())

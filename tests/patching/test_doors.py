@@ -1,0 +1,115 @@
+"""One result, whichever door of a model people take: timm's and torchvision's ways in, eval and training."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import effnet_kernels as ek
+from tests.models import images, timm_model
+from tests.patching.conftest import build
+
+NAMES = ["test_efficientnet", "mobilenetv3_small_050", "tf_efficientnetv2_b0"]
+
+DOORS = {
+    "forward": lambda m, x: m(x),
+    "features, head": lambda m, x: m.forward_head(m.forward_features(x)),
+    "intermediates, head": lambda m, x: m.forward_head(m.forward_intermediates(x)[0]),
+    "some intermediates, head": lambda m, x: m.forward_head(m.forward_intermediates(x, indices=2)[0]),
+    "pre-logits, classifier": lambda m, x: m.get_classifier()(m.forward_head(m.forward_features(x), pre_logits=True)),
+}
+MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits(name, training, mode, backend):
+    """With and without checkpointing, and in the calls after the first, which are kept."""
+    model = ek.patch(build(name), backend=backend).train(training)
+    state = copy.deepcopy(model.state_dict())
+    first = None
+    for _ in range(3):
+        for checkpointing in (False, True):
+            model.set_grad_checkpointing(checkpointing)
+            for door, call in DOORS.items():
+                model.load_state_dict(state)
+                torch.manual_seed(0)
+                with MODES[mode]():
+                    y = call(model, images(2, 37))
+                first = y if first is None else first
+                assert torch.equal(y, first), (door, checkpointing)
+
+
+def modules_called(call):
+    """Whose ``forward`` runs."""
+    seen = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "forward":
+            seen.add(frame.f_locals.get("self"))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", NAMES)
+def test_stem_and_head_are_fused_behind_every_door(name, training, backend):
+    model = ek.patch(build(name), backend=backend).train(training)
+    norms = {getattr(model, part) for part in ("bn1", "bn2") if hasattr(model, part)}
+    for door in DOORS.values():
+        for checkpointing in (False, True):
+            model.set_grad_checkpointing(checkpointing)
+            assert not norms & modules_called(lambda door=door: door(model, images(2, 37)))
+    handle = model.bn1.register_forward_hook(lambda *_: None)
+    assert model.bn1 in modules_called(lambda: model(images(2, 37)))
+    handle.remove()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050"])
+def test_features_only(name, training, backend):
+    """The features of a backbone are the intermediates of the model, to the bit."""
+    whole = ek.patch(timm_model(name), backend=backend).train(training)
+    backbone = timm_model(name, features_only=True).train(training)
+    backbone.load_state_dict(whole.state_dict(), strict=False)
+    stock = copy.deepcopy(backbone)
+    ek.patch(backbone, backend=backend)
+    for checkpointing in (False, True):
+        backbone.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)
+        features = backbone(images(2, 64))
+        torch.manual_seed(0)
+        intermediates = whole.forward_intermediates(images(2, 64), intermediates_only=True)
+        torch.manual_seed(0)
+        expected = copy.deepcopy(stock)(images(2, 64))
+        for f, i, e in zip(features, intermediates, expected, strict=True):
+            assert torch.equal(f, i)
+            torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
+        for m in (backbone, whole):
+            m.load_state_dict(stock.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_torchvision(training, backend):
+    model = ek.patch(build("torchvision"), backend=backend).train(training)
+    state = copy.deepcopy(model.state_dict())
+    doors = [
+        model,
+        lambda x: model.classifier(torch.flatten(model.avgpool(model.features(x)), 1)),
+        lambda x: model.classifier(torch.flatten(model.avgpool([x := m(x) for m in model.features][-1]), 1)),
+    ]
+    outputs = []
+    for _ in range(3):
+        for door in doors:
+            model.load_state_dict(state)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                outputs.append(door(images(2, 37)))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
