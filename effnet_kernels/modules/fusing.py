@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import effnet_kernels.functional as F
+from effnet_kernels import native
 from effnet_kernels.backends import Problem, accelerates
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.reading import Geometry, Unfusable, check_calls, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
+from effnet_kernels.modules.wrapped import may_be_gathered
 
 # Instance attribute with the backend that patch() was asked for; absent where that is "auto".
 BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
@@ -202,7 +204,8 @@ def fuse(
     """
     if not _may_fuse(x):
         return None
-    plain = _is_plain(x)
+    gathered = not torch.compiler.is_compiling() and may_be_gathered(block)
+    plain = _is_plain(x) and not gathered
     if plain:
         y = replay.repeat(read, block, x)
         if y is not None:
@@ -221,6 +224,9 @@ def fuse(
             return y
     elif plain:
         return replay.run(read, block, children, backend, x, plan)
+    if gathered:
+        with native.keeping_no_copies():
+            return plan.run(x, backend)
     return plan.run(x, backend)
 
 
