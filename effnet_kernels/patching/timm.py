@@ -21,6 +21,7 @@ from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbconv, reading, squeeze_excite
 from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse, fuse_route
 from effnet_kernels.modules.replay import Route, calls_in
+from effnet_kernels.patching.classes import PatchedType
 from effnet_kernels.patching.core import UNSUPPORTED, Part, register
 
 
@@ -106,42 +107,42 @@ def route_with_pooled_head(model: nn.Module) -> Route:
     return Route([*modules, *pooled_head(model).values()], [*calls, (read_pooled_head, model)])
 
 
-class PatchedConvBnAct(blocks.ConvBnAct):
+class PatchedConvBnAct(blocks.ConvBnAct, metaclass=PatchedType):
     @functools.wraps(blocks.ConvBnAct.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(read_conv_bn_act, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedDepthwiseSeparableConv(blocks.DepthwiseSeparableConv):
+class PatchedDepthwiseSeparableConv(blocks.DepthwiseSeparableConv, metaclass=PatchedType):
     @functools.wraps(blocks.DepthwiseSeparableConv.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(depthwise_separable_conv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedInvertedResidual(blocks.InvertedResidual):
+class PatchedInvertedResidual(blocks.InvertedResidual, metaclass=PatchedType):
     @functools.wraps(blocks.InvertedResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(mbconv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedEdgeResidual(blocks.EdgeResidual):
+class PatchedEdgeResidual(blocks.EdgeResidual, metaclass=PatchedType):
     @functools.wraps(blocks.EdgeResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(fused_mbconv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedSqueezeExcite(blocks.SqueezeExcite):
+class PatchedSqueezeExcite(blocks.SqueezeExcite, metaclass=PatchedType):
     @functools.wraps(blocks.SqueezeExcite.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = squeeze_excite.forward(self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedEfficientNet(EfficientNet):
+class PatchedEfficientNet(EfficientNet, metaclass=PatchedType):
     """Stem and head fused; the head with its global pool where ``forward`` runs the whole model."""
 
     @functools.wraps(EfficientNet.forward_features)
@@ -171,7 +172,7 @@ class PatchedEfficientNet(EfficientNet):
         return self.classifier(y)
 
 
-class PatchedMobileNetV3(MobileNetV3):
+class PatchedMobileNetV3(MobileNetV3, metaclass=PatchedType):
     """Stem fused; the head stands behind the pool and has nothing to gain."""
 
     @functools.wraps(MobileNetV3.forward_features)
@@ -182,14 +183,14 @@ class PatchedMobileNetV3(MobileNetV3):
         return self.blocks(_stem(self, x)) if y is None else y
 
 
-class PatchedEfficientNetFeatures(EfficientNetFeatures):
+class PatchedEfficientNetFeatures(EfficientNetFeatures, metaclass=PatchedType):
     @functools.wraps(EfficientNetFeatures.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
         features = _features(self, x)
         return super().forward(x) if features is None else features
 
 
-class PatchedMobileNetV3Features(MobileNetV3Features):
+class PatchedMobileNetV3Features(MobileNetV3Features, metaclass=PatchedType):
     @functools.wraps(MobileNetV3Features.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
         features = _features(self, x)
