@@ -3,12 +3,14 @@
 They are built against PyTorch's stable ABI: one file serves every torch >= 2.11 and every Python.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,27 @@ def generation() -> int:
 
 # id of a weight -> (the weight, its version, its address, its packed copy).
 _packed: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def keeping_no_copies() -> Iterator[None]:
+    """For calls of this thread on weights whose versions say nothing: no packed copy is kept or used again."""
+    before = getattr(_thread, "keeps_no_copies", False)
+    _thread.keeps_no_copies = True
+    try:
+        yield
+    finally:
+        _thread.keeps_no_copies = before
 
 
 def packed(weight: Tensor) -> Tensor:
     """The copy of a convolution weight in the order that the kernels read, made once per version.
 
-    It is dropped with the weight. Writes that bypass torch's version counter (``weight.data.copy_``) are
-    left to the kernels, which compare a sample of the two on every call.
+    It is dropped with the weight, and not kept inside ``keeping_no_copies``. Writes that bypass torch's version
+    counter (``weight.data.copy_``) are left to the kernels, which compare a sample of the two on every call.
     """
-    if weight.is_inference():  # has no version counter
+    if weight.is_inference() or getattr(_thread, "keeps_no_copies", False):  # the first has no version counter
         return torch.ops.effnet_kernels_cpu.pack.default(weight)
     key, version, address = id(weight), weight._version, weight.data_ptr()
     entry = _packed.get(key)

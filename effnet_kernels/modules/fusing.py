@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
+from effnet_kernels import native
 from effnet_kernels.backends import Problem, accelerates
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
+from effnet_kernels.modules.wrapped import may_be_gathered
 from effnet_kernels.ops.common import autocast_dtype
 
 # Instance attribute with the backend that patch() was asked for; absent where that is "auto".
@@ -208,7 +210,8 @@ def fuse(
     """
     if not may_fuse(x):
         return None
-    plain = is_plain(x)
+    gathered = not torch.compiler.is_compiling() and may_be_gathered(block)
+    plain = is_plain(x) and not gathered
     if plain:
         y = replay.repeat(read, block, x)
         if y is not None:
@@ -224,6 +227,9 @@ def fuse(
             return _train(plan, x, backend)
         if plain and not block.__dict__["training"]:
             return replay.run(read, block, children or block.children(), backend, x, plan)
+        if gathered:
+            with native.keeping_no_copies():
+                return plan.run(x, backend)
         return plan.run(x, backend)
     except F.InputError:
         return None

@@ -67,7 +67,10 @@ def _check_calls(modules: Iterable[nn.Module | None], classes: set[type]) -> Non
             continue
         cls = type(module)
         if is_observed(module):
-            raise Unfusable(f"{cls.__name__} has hooks or a forward of its own, or is a ScriptModule")
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            raise Unfusable(
+                f"{cls.__name__} {'is a ScriptModule' if scripted else 'has hooks or a forward of its own'}"
+            )
         if cls not in classes:
             check_class(cls)
             classes.add(cls)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
 from effnet_kernels.modules import layers
+from effnet_kernels.modules.wrapped import own_class
 
 # Libraries add their own classes to these tables, see effnet_kernels/patching/.
 CONVOLUTIONS: dict[type, bool] = {nn.Conv2d: False, layers.Conv2dSame: True}  # True: padded as SAME
@@ -128,7 +129,7 @@ def squeeze_excite(se: nn.Module | None) -> SqueezeExciteWeights | None:
     """Weights, activation and gate of squeeze-and-excitation; None where there is none."""
     if se is None or type(se) is nn.Identity:
         return None
-    names = SQUEEZE_EXCITES.get(type(se))
+    names = SQUEEZE_EXCITES.get(type(se)) or SQUEEZE_EXCITES.get(own_class(se))
     if names is None:
         raise Unfusable(f"there is no op for {_name(se)}")
     children = se.__dict__["_modules"]

@@ -3,14 +3,15 @@
 A block is patched by swapping its ``__class__`` for a subclass without state of its own, whose forward is
 the fused call and whose ``super().forward`` is the fallback. So the model keeps its parameters, names,
 ``state_dict``, ``isinstance``, deepcopy and pickle. Which class becomes which is one table,
-``ADAPTERS``, filled by one file per library.
+``ADAPTERS``, filled by one file per library; what the new classes share is in ``classes.py``.
 """
 
+import copyreg
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 from torch import nn
 
@@ -19,6 +20,8 @@ from effnet_kernels.modules import replay
 from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan, plan_of
 from effnet_kernels.modules.guards import STANDS_FOR
 from effnet_kernels.modules.reading import Unfusable
+from effnet_kernels.modules.wrapped import as_gathered, exchange, gathered, own_class
+from effnet_kernels.patching.classes import PatchedType, rename
 
 Model = TypeVar("Model", bound=nn.Module)
 Row = tuple[str, str, str]
@@ -62,12 +65,42 @@ class StandIn:
 
 
 def register(stock: type[nn.Module], patched: type[nn.Module], *parts: Part) -> None:
-    """Enter one row into ``ADAPTERS``."""
+    """Enter one row into ``ADAPTERS``; the patched class gets the names of the stock one, also in pickles."""
     ADAPTERS[stock] = ADAPTERS[patched] = Adapter(stock, patched, parts)
     STANDS_FOR[patched] = stock
+    rename(stock, patched)
+    patched.__reduce_ex__ = _reduce  # type: ignore[method-assign]
     for part in parts:
         if part.calls is None:
             replay.BLOCKS[patched] = part.read
+
+
+def patched_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``patch`` gives to a module of class ``stock``: what a pickled one is loaded as."""
+    load_adapters()
+    return ADAPTERS[stock].patched if stock in ADAPTERS else stock
+
+
+def patched_instance(stock: type[nn.Module]) -> nn.Module:
+    """A module of ``patched_class(stock)`` without any state, as pickles are loaded."""
+    cls = patched_class(stock)
+    return cls.__new__(cls)
+
+
+def _reduce(module: object, protocol: SupportsIndex) -> tuple[Any, ...] | str:
+    """``__reduce_ex__`` of patched modules."""
+    reduced = object.__reduce_ex__(module, max(int(protocol), 2))
+    adapter = ADAPTERS.get(type(module))
+    if adapter is None or isinstance(reduced, str):  # a subclass, such as torch's wrappers
+        return reduced
+    return (patched_instance, (adapter.stock,), *reduced[2:])
+
+
+def _reduce_class(cls: PatchedType) -> tuple[Any, ...] | str:
+    return (patched_class, (ADAPTERS[cls].stock,)) if cls in ADAPTERS else cls.__qualname__
+
+
+copyreg.pickle(PatchedType, _reduce_class)
 
 
 @dataclass
@@ -92,8 +125,11 @@ def patch(model: Model, *, backend: str = "auto") -> Model:
     """Make the blocks, stem and head of a timm or torchvision model run as fused kernels.
 
     Works in place and may be called again, for instance with another backend. Parameters, buffers, names, the
-    ``state_dict`` and ``isinstance`` stay as they are. What cannot be fused runs its stock forward;
-    ``report`` lists it with the reason. Results are in channels-last memory.
+    ``state_dict``, ``isinstance`` and the names of classes stay as they are. What cannot be fused runs its stock
+    forward; ``report`` lists it with the reason. Results are in channels-last memory.
+
+    Only what is worth it by itself gets another class: not the modules inside a block that is fused as a whole, and
+    nothing inside a module that has a method ``fuse_model``, which looks for stock classes.
 
     Args:
         model: any module with blocks of timm or torchvision inside.
@@ -112,14 +148,23 @@ def patch(model: Model, *, backend: str = "auto") -> Model:
     check_backend(backend)
     before: list[tuple[nn.Module, type[nn.Module], str | None]] = []
     try:
-        for _, module in _known(model):
-            adapter = ADAPTERS.get(type(module))
-            if adapter is not None:
-                before.append((module, type(module), module.__dict__.get(BACKEND_ATTRIBUTE)))
-                _set(module, adapter.patched, None if backend == "auto" else backend)
+        known = _known(model)
+        stock, sharded = _meant_for_fuse_model(model), gathered(model)
+        inside: set[nn.Module] = set()  # of blocks that are fused as a whole
+        for _, module in known:
+            adapter = ADAPTERS.get(own_class(module))
+            if adapter is None:
+                continue
+            before.append((module, type(module), module.__dict__.get(BACKEND_ATTRIBUTE)))
+            if module in stock or module in inside:
+                _set(module, exchange(type(module), adapter.stock), None)
+                continue
+            _set(module, exchange(type(module), adapter.patched), None if backend == "auto" else backend)
+            if any(part.calls is None and _explain(module, part, sharded)[0] for part in adapter.parts):
+                inside.update(set(module.modules()) - {module})
     except BaseException:
-        for module, stock, previous in before:
-            _set(module, stock, previous)
+        for module, cls, previous in before:
+            _set(module, cls, previous)
         raise
     return model
 
@@ -132,9 +177,9 @@ def unpatch(model: Model) -> Model:
     """
     _check_module(model)
     for module in model.modules():
-        adapter = ADAPTERS.get(type(module))
+        adapter = ADAPTERS.get(own_class(module))
         if adapter is not None:
-            _set(module, adapter.stock, None)
+            _set(module, exchange(type(module), adapter.stock), None)
     return model
 
 
@@ -150,19 +195,25 @@ def report(model: nn.Module) -> PatchReport:
     """
     result = PatchReport()
     covered: set[nn.Module] = set()  # modules whose calls a fused part replaces
-    for name, module in _known(model):
+    known = _known(model)
+    stock, sharded = _meant_for_fuse_model(model), gathered(model)
+    for name, module in known:
         if module in covered:
             continue
-        adapter = ADAPTERS.get(type(module))
+        cls = own_class(module)
+        adapter = ADAPTERS.get(cls)
         if adapter is None:
-            result.skipped.append((name, type(module).__name__, UNSUPPORTED[type(module)]))
+            result.skipped.append((name, cls.__name__, UNSUPPORTED[cls]))
+            continue
+        if cls is adapter.stock and module in stock:
+            result.skipped.append((name, cls.__name__, stock[module]))
             continue
         for part in adapter.parts:
-            calls = dict(module.named_children()) if part.calls is None else part.calls(module)
+            calls = _calls(module, part)
             row_name = name
             if part.calls is not None:
                 row_name = " + ".join(f"{name}.{child}".lstrip(".") for child in calls)
-            fused, what = _explain(module, part, calls)
+            fused, what = _explain(module, part, sharded)
             row = (row_name, adapter.stock.__name__, what)
             (result.patched if fused else result.skipped).append(row)
             if fused:
@@ -170,30 +221,58 @@ def report(model: nn.Module) -> PatchReport:
     return result
 
 
-def _explain(module: nn.Module, part: Part, calls: dict[str, nn.Module]) -> tuple[bool, str]:
+def _calls(module: nn.Module, part: Part) -> dict[str, nn.Module]:
+    """The modules by name whose calls the part replaces."""
+    return dict(module.named_children()) if part.calls is None else part.calls(module)
+
+
+def _explain(module: nn.Module, part: Part, sharded: set[nn.Module]) -> tuple[bool, str]:
     """Whether the part is fused, and as what, or why not."""
     try:
-        plan = plan_of(part.read, module, None if part.calls is None else calls.values())
+        plan = plan_of(
+            lambda block: part.read(as_gathered(block) if block in sharded else block),
+            module,
+            None if part.calls is None else part.calls(module).values(),
+        )
     except Unfusable as reason:
         return False, str(reason)
-    if type(module) is ADAPTERS[type(module)].stock:
+    cls = own_class(module)
+    if cls is ADAPTERS[cls].stock:
         return False, f"not patched: {plan}"
     backend = module.__dict__.get(BACKEND_ATTRIBUTE)
     return True, str(plan) if backend is None else f"{plan} [{backend}]"
 
 
-def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of a known class; raises before the first if the model is no module or has none."""
+def _meant_for_fuse_model(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules inside one with a method ``fuse_model``, as torchvision's quantizable models have, and the reason.
+
+    It takes modules apart by their exact type, and cannot be told of another.
+    """
+    return {
+        inner: f"left to {type(module).__name__}.fuse_model()"
+        for module in model.modules()
+        if callable(getattr(module, "fuse_model", None))
+        for inner in module.modules()
+    }
+
+
+def _known(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of a known class; raises if the model is no module or has none."""
     _check_module(model)
-    for adapter, needed in _LIBRARIES.items():
-        if all(module in sys.modules for module in needed):
-            importlib.import_module(adapter)
-    known = [(name, m) for name, m in model.named_modules() if type(m) in ADAPTERS or type(m) in UNSUPPORTED]
+    load_adapters()
+    known = [(name, m) for name, m in model.named_modules() if own_class(m) in ADAPTERS or own_class(m) in UNSUPPORTED]
     if not known:
         raise ValueError(
             f"model must have blocks of timm or torchvision to patch, found none in {type(model).__name__}"
         )
-    yield from known
+    return known
+
+
+def load_adapters() -> None:
+    """Fill ``ADAPTERS`` for the libraries that are imported."""
+    for adapter, needed in _LIBRARIES.items():
+        if all(module in sys.modules for module in needed):
+            importlib.import_module(adapter)
 
 
 def _set(module: nn.Module, cls: type[nn.Module], backend: str | None) -> None:

@@ -22,6 +22,7 @@ from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbcon
 from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse, fuse_route
 from effnet_kernels.modules.guards import as_written
 from effnet_kernels.modules.replay import Route, calls_in
+from effnet_kernels.patching.classes import PatchedType
 from effnet_kernels.patching.core import UNSUPPORTED, Part, StandIn, register
 
 
@@ -80,42 +81,42 @@ def route_with_head(model: nn.Module) -> Route:
     return Route([*modules, *head(model).values()], [*calls, (read_head, model)])
 
 
-class PatchedConvBnAct(blocks.ConvBnAct):
+class PatchedConvBnAct(blocks.ConvBnAct, metaclass=PatchedType):
     @functools.wraps(blocks.ConvBnAct.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(read_conv_bn_act, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedDepthwiseSeparableConv(blocks.DepthwiseSeparableConv):
+class PatchedDepthwiseSeparableConv(blocks.DepthwiseSeparableConv, metaclass=PatchedType):
     @functools.wraps(blocks.DepthwiseSeparableConv.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(depthwise_separable_conv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedInvertedResidual(blocks.InvertedResidual):
+class PatchedInvertedResidual(blocks.InvertedResidual, metaclass=PatchedType):
     @functools.wraps(blocks.InvertedResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(mbconv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedEdgeResidual(blocks.EdgeResidual):
+class PatchedEdgeResidual(blocks.EdgeResidual, metaclass=PatchedType):
     @functools.wraps(blocks.EdgeResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(fused_mbconv.read, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedSqueezeExcite(blocks.SqueezeExcite):
+class PatchedSqueezeExcite(blocks.SqueezeExcite, metaclass=PatchedType):
     @functools.wraps(blocks.SqueezeExcite.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = squeeze_excite.forward(self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedEfficientNet(EfficientNet):
+class PatchedEfficientNet(EfficientNet, metaclass=PatchedType):
     @functools.wraps(EfficientNet.forward_features)
     def forward_features(self, x: Tensor) -> Tensor:
         y = fuse_route(route_with_head, self, x)
@@ -126,7 +127,7 @@ class PatchedEfficientNet(EfficientNet):
         return EfficientNet.forward_intermediates(_inside(self), x, *args, **kwargs)
 
 
-class PatchedMobileNetV3(MobileNetV3):
+class PatchedMobileNetV3(MobileNetV3, metaclass=PatchedType):
     """The head stands behind the pool and has nothing to gain."""
 
     @functools.wraps(MobileNetV3.forward_features)
@@ -139,13 +140,13 @@ class PatchedMobileNetV3(MobileNetV3):
         return MobileNetV3.forward_intermediates(_inside(self), x, *args, **kwargs)
 
 
-class PatchedEfficientNetFeatures(EfficientNetFeatures):
+class PatchedEfficientNetFeatures(EfficientNetFeatures, metaclass=PatchedType):
     @functools.wraps(EfficientNetFeatures.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
         return EfficientNetFeatures.forward(_inside(self), x)
 
 
-class PatchedMobileNetV3Features(MobileNetV3Features):
+class PatchedMobileNetV3Features(MobileNetV3Features, metaclass=PatchedType):
     @functools.wraps(MobileNetV3Features.forward)
     def forward(self, x: Tensor) -> list[Tensor]:
         return MobileNetV3Features.forward(_inside(self), x)

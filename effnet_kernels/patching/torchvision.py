@@ -20,6 +20,8 @@ from effnet_kernels.modules.fusing import (
     fuse_route,
 )
 from effnet_kernels.modules.replay import Route, calls_in
+from effnet_kernels.modules.wrapped import own_class
+from effnet_kernels.patching.classes import PatchedType
 from effnet_kernels.patching.core import Part, StandIn, register
 
 
@@ -96,7 +98,7 @@ def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
 
 def _conv_bn_act(module: nn.Module):  # type: ignore[no-untyped-def]
     """The convolution, BatchNorm, activation and BatchNorm module of a Conv2dNormActivation, patched or not."""
-    if type(module) is not PatchedConv2dNormActivation and type(module) is not Conv2dNormActivation:
+    if type(module) not in _CONV_NORM_ACTIVATIONS and own_class(module) not in _CONV_NORM_ACTIVATIONS:
         raise reading.Unfusable(f"{type(module).__name__} is not Conv2dNormActivation")
     layers = list(module.__dict__["_modules"].values())
     if len(layers) not in (2, 3):
@@ -110,35 +112,35 @@ def _shortcut(block: nn.Module) -> tuple[bool, nn.Module | None]:
     return d["use_res_connect"], reading.drop_path(d["_modules"]["stochastic_depth"])
 
 
-class PatchedConv2dNormActivation(Conv2dNormActivation):
+class PatchedConv2dNormActivation(Conv2dNormActivation, metaclass=PatchedType):
     @functools.wraps(Conv2dNormActivation.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(read_conv_norm_activation, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedMBConv(efficientnet.MBConv):
+class PatchedMBConv(efficientnet.MBConv, metaclass=PatchedType):
     @functools.wraps(efficientnet.MBConv.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(read_mbconv, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedFusedMBConv(efficientnet.FusedMBConv):
+class PatchedFusedMBConv(efficientnet.FusedMBConv, metaclass=PatchedType):
     @functools.wraps(efficientnet.FusedMBConv.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = fuse(read_fused_mbconv, self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedSqueezeExcitation(SqueezeExcitation):
+class PatchedSqueezeExcitation(SqueezeExcitation, metaclass=PatchedType):
     @functools.wraps(SqueezeExcitation.forward)
     def forward(self, x: Tensor) -> Tensor:
         y = squeeze_excite.forward(self, x)
         return super().forward(x) if y is None else y
 
 
-class PatchedEfficientNet(efficientnet.EfficientNet):
+class PatchedEfficientNet(efficientnet.EfficientNet, metaclass=PatchedType):
     @functools.wraps(efficientnet.EfficientNet._forward_impl)
     def _forward_impl(self, x: Tensor) -> Tensor:
         y = fuse_route(route, self, x)
@@ -150,6 +152,7 @@ def _behind(model: nn.Module) -> Any:
     return StandIn(model, {"features": lambda features: features})
 
 
+_CONV_NORM_ACTIVATIONS = (Conv2dNormActivation, PatchedConv2dNormActivation)
 reading.DROP_PATHS[StochasticDepth] = "p"
 for _se in (SqueezeExcitation, PatchedSqueezeExcitation):
     reading.SQUEEZE_EXCITES[_se] = ("fc1", "activation", "fc2", "scale_activation")

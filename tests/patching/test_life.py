@@ -96,13 +96,14 @@ def test_pickle_in_a_fresh_process(x, tmp_path):
     for name in NAMES:
         model = ek.patch(build(name), backend=BACKENDS[-1])
         with torch.no_grad():
-            samples.append((model, model(x)))
+            samples.append((model, model(x), [type(m) for m in model.modules()]))
     torch.save((samples, x), tmp_path / "models.pt")
     code = f"""
 import torch
 samples, x = torch.load({str(tmp_path / "models.pt")!r}, weights_only=False)
 import effnet_kernels
-for model, y in samples:
+for model, y, classes in samples:
+    assert [type(m) for m in model.modules()] == classes
     assert effnet_kernels.report(model).patched
     with torch.no_grad():
         torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
