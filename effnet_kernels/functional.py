@@ -327,8 +327,10 @@ def _check_map(name: str, x: Tensor) -> None:
         raise InputTypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise InputValueError(f"{name} must have shape [N, C, H, W], got {_describe(x)}")
-    if not x.is_floating_point() or x.layout is not torch.strided:
-        raise InputTypeError(f"{name} must be a dense floating-point tensor, got {x.dtype}, {x.layout}")
+    if not x.is_floating_point():
+        raise InputTypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise InputTypeError(f"{name} must be a dense tensor, got {x.layout}")
 
 
 # The checks below run at every call of every block, so each first asks for all that is wanted in one

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
 from effnet_kernels.ops.activations import FUNCTIONS
@@ -207,3 +208,20 @@ def skip_jumps(case: Case, dtype: torch.dtype) -> None:
     """A derivative that jumps has no neighbourhood: which side a value is rounded to is luck, stock's and ours."""
     if dtype != torch.float32 and {case.act, case.last_act} & {"relu", "relu6", "hardswish"}:
         pytest.skip("the derivative jumps within the rounding of a 16-bit map")
+
+
+def assert_memory_does_not_matter(problem: Problem, backend: str) -> None:
+    """Hooks on saved tensors may copy them, as ``save_on_cpu(pin_memory=True)`` does, which drops strides."""
+    expected = problem.run(backend)[1:]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with saved_tensors_hooks(lambda t: t, lambda t, layout=layout: _copy(t, layout)):
+            y = problem.forward(backend)
+        gradients = torch.autograd.grad(y, problem.leaves(), problem.grad)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+def _copy(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """In that layout or, of vectors and matrices, in every second element of a buffer."""
+    if t.dim() == 4:
+        return t.clone(memory_format=layout)
+    return t.new_full((*t.shape, 2), torch.nan)[..., 0].copy_(t)

@@ -3,11 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
 from tests.ops.special_values import lost_convolutions
-from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build, skip_jumps
+from tests.training.blocks import (
+    CASES,
+    Case,
+    Problem,
+    assert_as_accurate,
+    assert_memory_does_not_matter,
+    build,
+    skip_jumps,
+)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -112,30 +121,9 @@ def test_gradients_in_batches(frozen, backend):
     assert (one - all_at_once).abs().max() <= 1e-4 * one.abs().max()
 
 
-class Copies(torch.autograd.graph.saved_tensors_hooks):
-    """Hooks that give back what they got through ``change``."""
-
-    def __init__(self, change):
-        super().__init__(lambda t: t, change)
-
-
 @pytest.mark.parametrize("case", [*SMALL, Case(se=True)], ids=str)
 def test_saved_tensors_may_come_back_in_other_memory(case, backend):
-    """As from ``save_on_cpu(pin_memory=True)``, which drops strides."""
-    problem = build(case).to(torch.float32, torch.float32)
-    expected = torch.autograd.grad(problem.forward(backend), problem.leaves(), problem.grad)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        with Copies(lambda t, layout=layout: spread(t, layout)):
-            y = problem.forward(backend)
-        for a, b in zip(torch.autograd.grad(y, problem.leaves(), problem.grad), expected, strict=True):
-            assert torch.equal(a, b)
-
-
-def spread(t, layout):
-    """A copy in that layout and, for vectors and matrices, in every second element of a buffer."""
-    if t.dim() == 4:
-        return t.clone(memory_format=layout)
-    return t.new_full((*t.shape, 2), torch.nan)[..., 0].copy_(t)
+    assert_memory_does_not_matter(build(case).to(torch.float32, torch.float32), backend)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +131,7 @@ def spread(t, layout):
 )
 def test_saved_tensors_that_are_others_are_refused(change, backend):
     problem = build(Case()).to(torch.float32, torch.float32)
-    with Copies(change):
+    with saved_tensors_hooks(lambda t: t, change):
         y = problem.forward(backend)
     with pytest.raises(RuntimeError, match="kept for backward"):
         y.sum().backward()

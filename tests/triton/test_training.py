@@ -12,7 +12,7 @@ from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import Case, Problem, assert_as_accurate, build
+from tests.training.blocks import Case, Problem, assert_as_accurate, assert_memory_does_not_matter, build
 from tests.training.test_models import assert_as_accurate_as_stock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -58,6 +58,11 @@ class OnDevice(Problem):
 @pytest.mark.usefixtures("poison")
 def test_gradients(case, dtype):
     assert_as_accurate(OnDevice(**vars(build(case, dtype))), dtype, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("case", [CASES[0][0], Case(kinds="d", widths=(18, 18), hw=(5, 3)), CASES[10][0]], ids=str)
+def test_saved_tensors_may_come_back_in_other_memory(case):
+    assert_memory_does_not_matter(native(build(case).to(torch.float32, torch.float32)), "triton")
 
 
 @pytest.mark.parametrize("act", ["identity", "relu", "relu6", "silu", "hardswish"])

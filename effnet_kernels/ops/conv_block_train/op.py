@@ -194,17 +194,15 @@ def _by_reference(
     flags: Sequence[bool], backend: str,
 ) -> Sequence[Tensor]:  # fmt: skip
     """The wanted gradients by autograd and torch's own ops, where they will be differentiated or come in batches."""
-    again = torch.is_grad_enabled()
-    flat = [x, *itertools.chain(*chain.parameters())]
-    # Other tensors of the same value: an argument may come twice, or be made from another one.
+    again, tensors = torch.is_grad_enabled(), [x, *itertools.chain(*chain.parameters())]
     with torch.enable_grad():
-        flat = [t.view_as(t) if wanted else t for t, wanted in zip(flat, flags, strict=True)]
-    (x,), weights, gammas, betas, se = _split(flat, [1, *map(len, chain.parameters())])
-    vectors = [v for gamma, beta, used in zip(gammas, betas, statistics, strict=True) for v in (gamma, beta, *used)]
-    chain = chain._replace(weights=weights, vectors=vectors, se=se)
-    with torch.enable_grad():
+        # Other tensors of the same value: an argument may come twice, or be made from another one.
+        tensors = [t.view_as(t) if wanted else t for t, wanted in zip(tensors, flags, strict=True)]
+        (x,), weights, gammas, betas, se = _split(tensors, [1, *map(len, chain.parameters())])
+        vectors = [v for gamma, beta, used in zip(gammas, betas, statistics, strict=True) for v in (gamma, beta, *used)]
+        chain = chain._replace(weights=weights, vectors=vectors, se=se)
         out, *_ = block.forward(reference.Reference(), to_nhwc(x), chain.layers(), chain.excitation(), None, pool)
-    wanted = [t for t, flag in zip(flat, flags, strict=True) if flag]
+    wanted = [t for t, flag in zip(tensors, flags, strict=True) if flag]
     return torch.autograd.grad(out, wanted, grad, create_graph=again)
 
 
