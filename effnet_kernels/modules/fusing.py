@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import Problem, accelerates
+from effnet_kernels import internals
+from effnet_kernels.backends import accelerates
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.reading import Geometry, Unfusable, check_calls, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
@@ -48,7 +47,7 @@ class MBConvPlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
         dtype = _dtype(x)
-        if not accelerates(Problem("mbconv", x.device.type, dtype, kernel, stride), backend):
+        if not accelerates(backend, "mbconv", x.device.type, dtype, kernel, stride):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         y = F.mbconv(
@@ -90,7 +89,7 @@ class FusedMBConvPlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
         dtype = _dtype(x)
-        if not accelerates(Problem("fused_mbconv", x.device.type, dtype, kernel, stride), backend):
+        if not accelerates(backend, "fused_mbconv", x.device.type, dtype, kernel, stride):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         padding = padding_for(self.geometry, x.shape)
@@ -134,7 +133,7 @@ class DepthwisePlan(NamedTuple):
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
-        if not accelerates(Problem("depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride), backend):
+        if not accelerates(backend, "depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride):
             return None
         padding = padding_for(self.geometry, x.shape)
         y, _ = F.depthwise_conv_bn_act(x, *self.conv, self.act, stride=stride, padding=padding, backend=backend)
@@ -158,7 +157,7 @@ class PointwisePlan(NamedTuple):
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
-        if not accelerates(Problem("pointwise_conv_bn_act", x.device.type, dtype), backend):
+        if not accelerates(backend, "pointwise_conv_bn_act", x.device.type, dtype):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         y = F.pointwise_conv_bn_act(
@@ -181,7 +180,7 @@ class SqueezeExcitePlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
         # Under autocast the stock product keeps the dtype of x where the op would cast it.
-        if dtype != x.dtype or not accelerates(Problem("squeeze_excite", x.device.type, dtype), backend):
+        if dtype != x.dtype or not accelerates(backend, "squeeze_excite", x.device.type, dtype):
             return None
         return F.squeeze_excite(x, self.se, backend=backend)
 
@@ -242,7 +241,7 @@ def _is_plain(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.is_cpu
         and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
+        and not internals.dispatch_modes()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -262,14 +261,8 @@ def _train(plan: Plan, x: Tensor, norms: list[nn.BatchNorm2d], backend: str) -> 
 def _may_fuse(x: Tensor) -> bool:
     """Whether nobody watches, traces or transforms this call in a way that the ops would not take part in."""
     if torch.compiler.is_compiling():
-        return isinstance(x, Tensor) and not torch.onnx.is_in_onnx_export()
-    return (
-        type(x) is Tensor
-        and torch._C._get_tracing_state() is None
-        and not module_globals._has_any_global_hook()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-    )
+        return isinstance(x, Tensor) and internals.traceable() and not torch.onnx.is_in_onnx_export()
+    return type(x) is Tensor and not internals.watched()
 
 
 def _dtype(x: Tensor) -> torch.dtype:

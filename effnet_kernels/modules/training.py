@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import Problem, serves
+from effnet_kernels.backends import serves
 from effnet_kernels.modules.reading import Geometry, padding_for
 from effnet_kernels.training import ConvBNAct, conv_block, update_running_statistics
 
@@ -38,11 +38,11 @@ def train(
     ``norms``: the BatchNorms in training mode; the others normalise by their running statistics. ``dtype``: that of
     the convolutions. ``residual``: add x at the end.
     """
-    if x.dim() != 4 or not serves(Problem("conv_block_train", x.device.type, dtype), backend):
+    if x.dim() != 4 or not serves(backend, "conv_block_train", x.device.type, dtype):
         return None
     size, layers, trained = list(x.shape), [], []
     for (weight, bn), geometry, act in chain.layers:
-        norm = next((m for m in norms if m._parameters["weight"] is bn.gamma), None)
+        norm = next((m for m in norms if m.weight is bn.gamma), None)
         stride: tuple[int, int] = (1, 1)
         padding: tuple[int, ...] | None = None
         if geometry is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
+from effnet_kernels import internals
 from effnet_kernels.backends import check_backend
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan
@@ -160,6 +161,8 @@ def report(model: nn.Module) -> PatchReport:
 
 def _explain(module: nn.Module, part: Part, calls: dict[str, nn.Module]) -> tuple[bool, str]:
     """Whether the part is fused, and as what, or why not."""
+    if internals.refusal:
+        return False, internals.refusal
     try:
         check_calls(calls.values(), [])
         plan = part.read(module)

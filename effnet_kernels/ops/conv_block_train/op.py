@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_kernels import internals
 from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc
 from effnet_kernels.ops.conv_block_train import block
@@ -191,12 +192,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
 
 def _needs_dispatcher(x: Tensor) -> bool:
     """Whether somebody traces, transforms or watches the ops of this call."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or internals.dispatched()
 
 
 class _Direct(torch.autograd.Function):
