@@ -139,9 +139,7 @@ def test_where_a_variant_has_other_names_every_launch_goes_through_triton(monkey
     kernel, x = Kernel(), torch.ones(4).as_subclass(OnGpu)
     for sizes in ((4,), (5,), (6,)):
         triton_common.launch_kernel(kernel, 1, (x,), sizes, (), triton_common.Config((4,), 1))
-        monkeypatch.setattr(
-            torch.cuda, "is_current_stream_capturing", lambda: True
-        )  # no reason to raise
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # no reason to raise
     assert launched == [(4,), (5,), (6,)]
 
 
