@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction wheel clean help FORCE
+.PHONY: demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction wheel clean help FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -59,6 +59,23 @@ demo: build  ## run stock and patched models on a photograph; writes out/
 test: build  ## run the whole test suite
 	@echo "==> tests, $(TEST_PROCESSES) processes"
 	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+# The newest torch, in an environment of its own: constraints-latest.txt says which. The libraries are those of `make
+# build`, and the package is the source tree. Of the suite: whatever asks torch or Triton for something.
+LATEST := build/latest
+LATEST_TESTS := tests/test_internals.py tests/patching tests/modules tests/training tests/ops/test_registration.py \
+	tests/ops/test_gradients.py tests/ops/test_autocast.py tests/triton tests/test_ahead_of_time.py
+
+$(LATEST)/.requirements: constraints-latest.txt
+	@echo "==> environment in $(LATEST): the newest torch (a large download the first time)"
+	@test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	@$(LATEST)/bin/python -m pip --disable-pip-version-check --quiet install --requirement constraints-latest.txt
+	@touch $@
+
+test-latest: build $(LATEST)/.requirements  ## run what asks torch for something on the newest torch
+	@echo "==> tests on the newest torch, $(TEST_PROCESSES) processes"
+	@$(REQUIRE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(LATEST)/bin/python -m pytest -q -n $(TEST_PROCESSES) \
+		--dist worksteal $(or $(PYTEST_ARGS),$(LATEST_TESTS))
 
 SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
 SANITIZED_STATE := $(call digest,$(CPU) tests/sanitizers/faults.cpp)

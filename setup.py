@@ -189,7 +189,10 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [obj for result in pool.map(compile_one, jobs) for obj in result]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=[*torch_link, *SANITIZERS], target_lang="c++"
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=[*torch_link, "-lpthread", *SANITIZERS],
+            target_lang="c++",
         )
 
     def compiles(self, flags: list[str]) -> bool:

@@ -2,6 +2,7 @@
 // The kernels rely on these checks; a call that passes cannot touch memory outside its tensors.
 #pragma once
 
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -41,6 +42,10 @@ class SharedPool : public Pool {
 
  private:
   inline static std::atomic<int> callers{0};
+
+  // Of all threads only the one that forks is in the child, and no call forks: calls that ran are none of the
+  // child's, where nobody would end them.
+  inline static const int kAtFork = pthread_atfork(nullptr, nullptr, [] { callers = 0; });
 };
 
 inline SharedPool pool() { return {}; }

@@ -18,6 +18,9 @@ class Kept {
  public:
   using Call = std::function<void(const Tensor& out, const Tensor& x)>;
 
+  // A fork waits until no other thread is in here: the child would find the lock taken, for good.
+  Kept();
+
   int64_t add(Call call) {
     const std::lock_guard<std::mutex> lock(mutex_);
     calls_[++last_] = std::make_shared<const Call>(std::move(call));
@@ -41,9 +44,13 @@ class Kept {
   int64_t last_ = 0;
 };
 
-inline Kept& kept() {
-  static Kept* const calls = new Kept;  // never destroyed: torch may be gone by then
-  return *calls;
+// Made as the library is loaded, and never destroyed: torch may be gone by then.
+inline Kept* const kept_calls = new Kept;
+inline Kept& kept() { return *kept_calls; }
+
+inline Kept::Kept() {
+  const auto unlock = [] { kept().mutex_.unlock(); };
+  pthread_atfork([] { kept().mutex_.lock(); }, unlock, unlock);
 }
 
 template <auto kOp>

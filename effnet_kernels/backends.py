@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effnet_kernels import native
+from effnet_kernels.internals import constant
 
 ENVIRONMENT_VARIABLE = "EFFNET_KERNELS_BACKEND"
 
@@ -148,23 +149,23 @@ def implementation(problem: Problem, backend: str = "auto") -> Callable[..., Any
     return _resolve(problem, requested(backend))[1]
 
 
-def accelerates(problem: Problem, backend: str) -> bool:
-    """Whether a fused call is worth making: a backend was named, or ``auto`` finds a real kernel."""
+@constant
+def accelerates(backend: str, *problem: Any) -> bool:
+    """Whether a fused call is worth making: a backend was named, or ``auto`` finds a real kernel.
+
+    ``problem``: the fields of a ``Problem``, for torch.compile one by one.
+    """
     asked = requested(backend)
-    return asked != "auto" or _resolve(problem, asked)[0] != "reference"
+    return asked != "auto" or _resolve(Problem(*problem), asked)[0] != "reference"
 
 
-def serves(problem: Problem, backend: str) -> bool:
+@constant
+def serves(backend: str, *problem: Any) -> bool:
     """Whether a fused call is worth making and possible; a backend named without a kernel for it is no error."""
     try:
-        return accelerates(problem, backend) and bool(implementation(problem, backend))
+        return accelerates(backend, *problem) and bool(implementation(Problem(*problem), backend))
     except RuntimeError:
         return False
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton) here.
-for _constant in (accelerates, serves):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import effnet_kernels
-from effnet_kernels import tuning
+from effnet_kernels import internals, tuning
 from effnet_kernels.backends import Problem, automatic, implementation, order_measured
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
@@ -58,6 +58,8 @@ def info(options: argparse.Namespace) -> int:
     for name, (available, reason) in effnet_kernels.backends().items():
         print(f"  {name:<13} {'available' if available else 'missing':<10} {reason}")
     print(f"order on a GPU: {order_measured() or 'expected, not measured'}")
+    for name, without in internals.missing.items():
+        print(f"not in this torch: {name}; {without}")
     return 0
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_kernels import internals
+
 _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
 INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512", "avx512_bf16", "amx")
@@ -44,8 +46,11 @@ def cuda_available() -> tuple[bool, str]:
 
 def cuda_emulated() -> bool:
     """Whether tests/emulation has registered the CUDA kernels for CPU tensors."""
-    name = "effnet_kernels_cuda::mbconv"
-    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    try:
+        torch.library.get_kernel("effnet_kernels_cuda::mbconv", "CPU")
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def packed(weight: Tensor) -> Tensor:
     """
     if weight.is_inference() or getattr(_thread, "keeps_no_copies", False):  # the first has no version counter
         return torch.ops.effnet_kernels_cpu.pack.default(weight)
-    key, version, address = id(weight), weight._version, weight.data_ptr()
+    key, version, address = id(weight), internals.version(weight), weight.data_ptr()
     entry = _packed.get(key)
     if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == address:
         return entry[3]

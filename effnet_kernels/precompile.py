@@ -186,12 +186,12 @@ class _Elsewhere:
 def compiling_for(architecture: int) -> Iterator[None]:
     """Let Triton compile for GPUs of compute capability ``architecture`` / 10, whatever is here."""
     driver = triton.runtime.driver
-    before = driver._active
+    before = getattr(driver, "_active", None)  # its public name would look for a GPU
     driver.set_active(_Elsewhere(architecture))
     try:
         yield
     finally:
-        driver._active = before  # ``reset_active`` would look for a GPU
+        driver.set_active(before)  # nor ``reset_active``: None is what there is before the first look
 
 
 def compiled(launch: Launch) -> Any:

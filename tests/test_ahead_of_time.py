@@ -85,6 +85,43 @@ def test_each_complaint_is_made(launches, op, constants, generation):
     assert len(aot.complaints(launch, without, generation)) == 1
 
 
+SPILLED = """
+.text.kernel:
+{before}
+.L_x_0:
+    FFMA R3, R3, R4, R5 ;
+    {inside}
+    @P0 BRA `(.L_x_0) ;
+{behind}
+    EXIT ;
+{unreached}
+"""
+STORE, LOAD = "    STL [R1], R4 ;", "    LDL.LU R36, [R1] ;"
+
+
+@pytest.mark.parametrize(
+    ("before", "inside", "behind", "unreached", "complaints"),
+    [
+        (STORE, "", LOAD, "", 0),
+        (STORE, "", LOAD, ".L_x_1:\n    BRA `(.L_x_1) ;", 0),
+        (STORE, LOAD, "", "", 1),
+        ("", STORE, LOAD, "", 1),
+        (STORE, "", f"{LOAD}\n{LOAD}", "", 1),
+        (f"{STORE}\n{STORE}", "", LOAD, "", 1),
+        (STORE, "    BRX R2 ;", LOAD, "", 1),
+        ("", "", "", "", 1),
+    ],
+)
+def test_only_a_spill_of_one_value_around_all_loops_is_no_complaint(
+    launches, before, inside, behind, unreached, complaints
+):
+    listing = SPILLED.format(before=before, inside=inside, behind=behind, unreached=unreached)
+    instructions = tuple(line.split()[0] for line in listing.splitlines() if line.endswith(";"))
+    resources = CLEAN._replace(local=8, listing=listing, instructions=(*CLEAN.instructions, *instructions))
+    found = aot.complaints(launch_of(launches, "squeeze_excite_gate"), resources, 100)
+    assert len(found) == complaints
+
+
 COUNT_VARIANTS = """
 import torch
 from effnet_kernels import precompile

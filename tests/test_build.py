@@ -19,7 +19,10 @@ from tests.conftest import cuda_fault
 pytestmark = pytest.mark.skipif(not native._CPU_LIBRARY.exists(), reason="the CPU library is not built")
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "README.md", "CHANGELOG.md"]
+FILES = [
+    "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "constraints-latest.txt", "README.md",
+    "CHANGELOG.md",
+]  # fmt: skip
 PLANTED = 'static int planted = "no number";\n'
 LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
@@ -200,6 +203,27 @@ with_make = pytest.mark.skipif(
     shutil.which("make") is None or not [*importlib.metadata.Distribution.discover(name="pip")],
     reason="make or pip is not installed",
 )
+
+
+@with_make
+def test_make_has_an_environment_of_its_own_for_the_newest_torch(tree):
+    """Made anew when its pins change; the tests in it are there, and run on the libraries of ``make build``."""
+    tree.faultless()
+    assert tree.run("make", "build").returncode == 0
+    planned = tree.run("make", "--dry-run", "test-latest").stdout
+    assert re.search(r"build/latest/bin/python -m pip .* --requirement constraints-latest\.txt", planned)
+    run = re.search("EFFNET_KERNELS_REQUIRE_NATIVE=1 .*build/latest/bin/python -m pytest(?:.*\\\\\n)*.*", planned)
+    assert run
+    named = re.findall(r"\btests/\S+", run[0])
+    assert "tests/patching" in named
+    assert all((ROOT / name).exists() for name in named)
+    assert "setup.py" not in planned
+    stamp = tree.root / "build" / "latest" / ".requirements"
+    stamp.parent.mkdir(parents=True)
+    stamp.touch()
+    assert "--requirement" not in tree.run("make", "--dry-run", "test-latest").stdout
+    os.utime(tree.root / "constraints-latest.txt", (stamp.stat().st_mtime + 1,) * 2)
+    assert "--requirement" in tree.run("make", "--dry-run", "test-latest").stdout
 
 
 @with_make

@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not backends()["cpu"][0], reason=backends()["cpu"][1]),
 ]
 
-PRELUDE = """
-import os, threading, time
+PRELUDE = '''
+import os, signal, threading, time
 import torch
 import effnet_kernels as ek
 from effnet_kernels import native
@@ -31,9 +31,21 @@ def started():
 def model(stages, dtype=torch.float32):
     return ek.patch(calibrate(randomize(narrow(stages)), images(4, 64)).to(dtype), backend="cpu")
 
+def in_a_fork(function):
+    """Its result, a small number, in a child of this process; 255 where it raises, negative where it never ends."""
+    child = os.fork()
+    if child == 0:
+        result = 255
+        try:
+            signal.alarm(60)
+            result = function()
+        finally:
+            os._exit(result)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
 torch.set_num_threads(1)
 alone = started()
-"""
+'''
 
 
 def run(program: str) -> None:
@@ -132,5 +144,77 @@ def test_two_callers_share_the_threads():
                 break
         assert within, "the other call has always ended too early for this test"
         assert more[-1] == 0
+        """
+    )
+
+
+def test_a_fork_during_a_call_leaves_the_child_all_threads():
+    """The call of another thread is none of the child's: the first call there starts as many threads as any."""
+    run(
+        """
+        block, small = ek.MBConv(16, 16).eval(), images(1, 32, 16)
+        heavy, large = ek.MBConv(128, 128, exp_ratio=6.0).eval(), images(24, 56, 128)  # tens of GFLOP
+        large = large.contiguous(memory_format=torch.channels_last)
+        torch.set_num_threads(2)  # now: a thread that has used OpenMP's cannot fork and use them again
+        during = []
+
+        @torch.inference_mode()
+        def occupy():
+            during.append("begun")
+            heavy(large)
+            during.append("ended")
+
+        @torch.inference_mode()
+        def more():
+            before = started()
+            block(small)
+            return started() - before
+
+        for _ in range(20):  # until the fork is within the other call
+            during.clear()
+            other = threading.Thread(target=occupy)
+            other.start()
+            while not during:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            begun = during == ["begun"]
+            found = in_a_fork(more)
+            other.join()
+            if begun:
+                break
+        assert begun, "the other call has always ended too early for this test"
+        assert found == 1, found
+        """
+    )
+
+
+def test_a_fork_while_another_thread_looks_up_a_kept_call():
+    """What it looks them up under is locked in no child."""
+    run(
+        """
+        native.cpu_available()
+        forget, stop = torch.ops.effnet_kernels_cpu.forget.default, threading.Event()
+
+        def look_up():
+            try:
+                forget(-1)
+            except RuntimeError as error:
+                assert "-1" in str(error)
+                return 0
+            return 1
+
+        def until_told():
+            while not stop.is_set():
+                look_up()
+
+        other = threading.Thread(target=until_told)
+        other.start()
+        try:
+            for _ in range(100):
+                found = in_a_fork(look_up)
+                assert found == 0, found
+        finally:
+            stop.set()
+            other.join()
         """
     )

@@ -108,7 +108,7 @@ def compare(
         CPU also ``first``, the very first call, which packs weights or compiles. Or ``wrong`` / ``failed`` with the
         reason, and no time: a wrong result is not timed.
     """
-    torch._dynamo.reset()  # one case's compilations must not count against the next one's limit
+    torch.compiler.reset()  # one case's compilations must not count against the next one's limit
     with torch.inference_mode():
         exact, stock_output = exact_output(stock, x), stock(x)
     race = Race(x.device.type, guard, keep)

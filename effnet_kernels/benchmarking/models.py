@@ -8,11 +8,11 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_kernels.benchmarking import UserError
 
 LIBRARIES = ("timm", "torchvision")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -79,7 +79,7 @@ def calibrate(model: nn.Module, size: int = 192) -> None:
     Freshly built BatchNorms are identities: folding, swapping or dropping one would go unseen, and
     activations of deep seeded models fade or explode. Draws from torch's global generator.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:

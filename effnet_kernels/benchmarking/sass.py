@@ -67,6 +67,18 @@ def parts(listing: str) -> list[Part]:
     return [Part(nest, tuple(instructions)) for nest, instructions in found.items()]
 
 
+def in_loops(listing: str) -> list[str]:
+    """The mnemonics in all loops of the listing's kernel, those of slow paths included.
+
+    Raises:
+        ValueError: it cannot be told what is a loop.
+    """
+    blocks, edges = _blocks(_kernel(listing))
+    reached = {number: edges[number] for number in _reached([0], edges)}
+    numbers = set().union(*(loop.body for loop in _loops(blocks, reached)))
+    return [mnemonic for number in sorted(numbers) for mnemonic in blocks[number].instructions]
+
+
 def _kernel(listing: str) -> list[str]:
     """From the kernel's label to the next function's, which is a slow path."""
     lines = re.sub(r"/\*.*?\*/", "", listing).splitlines()

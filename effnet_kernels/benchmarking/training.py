@@ -145,7 +145,7 @@ def compare(
     exact = Step(copy.deepcopy(stock).double(), x.double(), None).gradients()
     scale = _rms(exact)
     allowed = ALLOWED * measure(_rms(Step(stock, x, amp).gradients() - exact)) + 1e-6 * scale
-    torch._dynamo.reset()  # as in ``contenders.compare``
+    torch.compiler.reset()  # as in ``contenders.compare``
     race = contenders.Race(x.device.type, guard, keep)
     for name in names:
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effnet_kernels.functional as F
 from effnet_kernels import native
-from effnet_kernels.backends import Problem, accelerates
+from effnet_kernels.backends import accelerates
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
@@ -55,7 +55,7 @@ class MBConvPlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
         dtype = _dtype(x)
-        if not accelerates(Problem("mbconv", x.device.type, dtype, kernel, stride), backend):
+        if not accelerates(backend, "mbconv", x.device.type, dtype, kernel, stride):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         y = F.mbconv(
@@ -98,7 +98,7 @@ class FusedMBConvPlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
         dtype = _dtype(x)
-        if not accelerates(Problem("fused_mbconv", x.device.type, dtype, kernel, stride), backend):
+        if not accelerates(backend, "fused_mbconv", x.device.type, dtype, kernel, stride):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         padding = padding_for(self.geometry, x.shape)
@@ -143,7 +143,7 @@ class DepthwisePlan(NamedTuple):
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         kernel, stride, _ = self.geometry
-        if not accelerates(Problem("depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride), backend):
+        if not accelerates(backend, "depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride):
             return None
         padding = padding_for(self.geometry, x.shape)
         y, _ = F.depthwise_conv_bn_act(x, *self.conv, self.act, stride=stride, padding=padding, backend=backend)
@@ -167,7 +167,7 @@ class PointwisePlan(NamedTuple):
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
-        if not accelerates(Problem("pointwise_conv_bn_act", x.device.type, dtype), backend):
+        if not accelerates(backend, "pointwise_conv_bn_act", x.device.type, dtype):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
         y = F.pointwise_conv_bn_act(x, *self.conv, self.act, residual=x if residual else None, backend=backend)
@@ -189,7 +189,7 @@ class SqueezeExcitePlan(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
         # Under autocast the stock product keeps the dtype of x where the op would cast it.
-        if dtype != x.dtype or not accelerates(Problem("squeeze_excite", x.device.type, dtype), backend):
+        if dtype != x.dtype or not accelerates(backend, "squeeze_excite", x.device.type, dtype):
             return None
         return F.squeeze_excite(x, self.se, backend=backend)
 

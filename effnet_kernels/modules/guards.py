@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from effnet_kernels import internals
 from effnet_kernels.modules.reading import Unfusable
 
 # What a call of a module goes through, as far as its class has it; of whole models, what leads to their blocks.
@@ -32,16 +31,8 @@ _FUNCTIONS = [
 def may_fuse(x: Tensor) -> bool:
     """Whether nobody watches, traces or transforms this call in a way that the ops would not take part in."""
     if torch.compiler.is_compiling():
-        return isinstance(x, Tensor) and not torch.onnx.is_in_onnx_export()
-    return (
-        type(x) is Tensor
-        and not x.is_meta
-        and torch._C._get_tracing_state() is None
-        and not module_globals._has_any_global_hook()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and _are(_FUNCTIONS)
-    )
+        return isinstance(x, Tensor) and internals.traceable() and not torch.onnx.is_in_onnx_export()
+    return type(x) is Tensor and not x.is_meta and not internals.watched() and _are(_FUNCTIONS)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -50,7 +41,7 @@ def is_plain(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.is_cpu
         and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
+        and not internals.dispatch_modes()
         and not torch.is_autocast_enabled("cpu")
     )
 

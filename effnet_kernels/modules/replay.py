@@ -13,15 +13,15 @@ comparison and one native call for all of them.
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from effnet_kernels import native
 from effnet_kernels.backends import requested
+from effnet_kernels.internals import hooks_registered, version
 from effnet_kernels.modules.guards import as_written, check_class, is_observed
 from effnet_kernels.modules.reading import Unfusable
 from effnet_kernels.ops import native_cpu
@@ -30,7 +30,7 @@ Reader = Callable[[nn.Module], Any]
 Modules = Iterable[nn.Module | None]
 _VALUES = (bool, int, float, str, tuple, type(None))
 _CONTENTS = ("_parameters", "_buffers", "_modules")
-_version, _address = attrgetter("_version"), Tensor.data_ptr
+_address = Tensor.data_ptr
 # How many calls of one block are known at a time: a server that alternates between batch sizes needs a few.
 FORMS = 4
 
@@ -72,9 +72,9 @@ class State:
         self.sizes = [*map(len, self.dicts)]  # a forward of its own adds an entry
         self.contents = [d[name] for d in self.dicts for name in _CONTENTS if d[name]]
         self.held = self._held()
-        self.handles = RemovableHandle.next_id
+        self.handles = hooks_registered()
         self.weights = [*weights]
-        self.versions, self.addresses = [*map(_version, self.weights)], [*map(_address, self.weights)]
+        self.versions, self.addresses = [*map(version, self.weights)], [*map(_address, self.weights)]
         self.backends = {backend: requested(backend) for backend in backends}
         self.generation = native.generation()
         self.snapshot = self._snapshot()
@@ -90,17 +90,17 @@ class State:
             if not self._compare():
                 return False
             self.snapshot = snapshot
-        if [*map(_version, self.weights)] != self.versions or [*map(_address, self.weights)] != self.addresses:
+        if [*map(version, self.weights)] != self.versions or [*map(_address, self.weights)] != self.addresses:
             return False
         if native.generation() != self.generation or not all(map(as_written, self.classes)):
             return False
         if any(requested(backend) != asked for backend, asked in self.backends.items()):
             return False
-        if self.handles != RemovableHandle.next_id:
+        if self.handles != hooks_registered():
             # Somebody has registered a hook somewhere: look whether it was here.
             if any(map(is_observed, self.modules)):
                 return False
-            self.handles = RemovableHandle.next_id
+            self.handles = hooks_registered()
         return True
 
     def _snapshot(self) -> native.Snapshot:

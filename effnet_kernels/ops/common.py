@@ -1,13 +1,14 @@
 """What all ops share: the library handle, output allocation, reference arithmetic, registration."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from effnet_kernels import internals
 from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.activations import FUNCTIONS
 
@@ -102,8 +103,7 @@ class Op:
             or torch.is_grad_enabled()
             or type(args[0]) is not Tensor
             or args[0].is_meta
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
+            or internals.dispatched()
         ):
             return self.overload(*args)
         return self.run(*args)
@@ -141,12 +141,19 @@ def register(
 def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
     """``setup_context`` and ``backward`` that save an op's inputs and differentiate its reference."""
 
-    def is_leaf(argument: Any) -> bool:
+    def length(argument: Any) -> int | None:
         # Gradients of a tensor list come back as a list; a list of numbers is one argument.
-        return isinstance(argument, list) and any(not isinstance(item, Tensor) for item in argument)
+        tensors = isinstance(argument, list) and all(isinstance(item, Tensor) for item in argument)
+        return len(argument) if tensors else None
+
+    def nested(leaves: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+        items = iter(leaves)
+        return [next(items) if n is None else [next(items) for _ in range(n)] for n in lengths]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        leaves, ctx.spec = tree_flatten(inputs[:-1], is_leaf=is_leaf)
+        ctx.lengths = [length(argument) for argument in inputs[:-1]]
+        lists = [[argument] if n is None else argument for argument, n in zip(inputs, ctx.lengths, strict=False)]
+        leaves = [*itertools.chain.from_iterable(lists)]
         ctx.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
@@ -156,7 +163,7 @@ def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Calla
         tensors = iter(t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors)
         leaves = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
         with torch.enable_grad():
-            outputs = without_autocast(leaves[0], reference, *tree_unflatten(leaves, ctx.spec))
+            outputs = without_autocast(leaves[0], reference, *nested(leaves, ctx.lengths))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]
         wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -167,6 +174,6 @@ def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Calla
         result: list[Tensor | None] = [None] * len(leaves)
         for i, grad in zip(wanted, grads, strict=True):
             result[i] = grad
-        return *tree_unflatten(result, ctx.spec), None
+        return *nested(result, ctx.lengths), None
 
     return setup_context, backward

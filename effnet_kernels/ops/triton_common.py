@@ -199,7 +199,8 @@ class Config(NamedTuple):
         return f"{'x'.join(map(str, self.block))} w{self.num_warps} s{self.num_stages}"
 
 
-# By key: a compiled variant, and what its launch takes. The variant is kept because its module goes with it.
+# By key: a compiled variant, and what its launch takes; nothing where that is not known, and all launches go through
+# Triton. The variant is kept because its module goes with it.
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
@@ -238,7 +239,7 @@ def launch_kernel(
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
     )  # fmt: skip
     compiled = _compiled.get(key)
-    if compiled is not None and not _listened_to():
+    if compiled and not _listened_to():
         _, run, function, metadata, stream = compiled
         run(programs, 1, 1, stream(device), function, metadata, None, None, None, *tensors, *sizes, *constants)
         return
@@ -250,8 +251,16 @@ def launch_kernel(
         *tensors, *sizes, *constants, num_warps=config.num_warps, num_stages=config.num_stages
     )
     if compiled is None and variant is not None:  # None: a hook on compilation has declined
+        _compiled[key] = _launch_of(variant)
+
+
+def _launch_of(variant: Any) -> tuple[Any, ...]:
+    """A compiled variant, and what its launch takes: names that Triton does not document."""
+    try:
         stream = triton.runtime.driver.active.get_current_stream
-        _compiled[key] = (variant, variant.run, variant.function, variant.packed_metadata, stream)
+        return variant, variant.run, variant.function, variant.packed_metadata, stream
+    except AttributeError:  # in this Triton they have others
+        return ()
 
 
 def _listened_to() -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 from torch import nn
 
+from effnet_kernels import internals
 from effnet_kernels.backends import check_backend
 from effnet_kernels.modules import replay
 from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan, plan_of
@@ -228,6 +229,8 @@ def _calls(module: nn.Module, part: Part) -> dict[str, nn.Module]:
 
 def _explain(module: nn.Module, part: Part, sharded: set[nn.Module]) -> tuple[bool, str]:
     """Whether the part is fused, and as what, or why not."""
+    if internals.refusal:
+        return False, internals.refusal
     try:
         plan = plan_of(
             lambda block: part.read(as_gathered(block) if block in sharded else block),

@@ -245,13 +245,13 @@ def test_a_compiled_training_step(backend):
     """Forward and backward as one graph each; buffers are updated inside."""
     model = ek.patch(narrow_b0(), backend=backend)
     twin = copy.deepcopy(model)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         expected, got = (backward(m, images(4, 40, seed=seed)) for m in (model, compiled))
         for a, b in zip(expected, got, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_other_norms_train_as_stock(backend, chains):

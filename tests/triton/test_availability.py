@@ -123,6 +123,26 @@ def test_nothing_is_compiled_during_a_capture(monkeypatch):
         triton_common.launch_kernel(Kernel(), 1, (x,), (4,), (), triton_common.Config((4,), 1))
 
 
+def test_where_a_variant_has_other_names_every_launch_goes_through_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_common, "_compiled", {})
+    monkeypatch.setattr(triton_common.triton.runtime, "driver", mock.Mock())
+    launched = []
+
+    class Kernel:
+        fn = staticmethod(lambda: None)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(arguments[1:]) or mock.Mock(spec=["run"])
+
+    kernel, x = Kernel(), torch.ones(4).as_subclass(OnGpu)
+    for sizes in ((4,), (5,), (6,)):
+        triton_common.launch_kernel(kernel, 1, (x,), sizes, (), triton_common.Config((4,), 1))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # no reason to raise
+    assert launched == [(4,), (5,), (6,)]
+
+
 def test_a_variant_is_compiled_for_every_size_that_needs_64_bits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_kernels import internals
 from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc, without_autocast
 from effnet_kernels.ops.conv_block_train import block, reference
@@ -178,7 +179,7 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         # Running statistics may have moved on; those that were used are in ``statistics``.
         vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
         chain = ctx.chain._replace(weights=weights, vectors=vectors, se=se)
-        if torch.is_grad_enabled() or is_batched(grad):
+        if torch.is_grad_enabled() or internals.batched(grad):
             found = iter(without_autocast(grad, _by_reference, grad, x, statistics, chain, *ctx.rest))
         else:
             run = backward_op if _needs_dispatcher(grad) else functools.partial(without_autocast, grad, _run_backward)
@@ -220,19 +221,13 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
     return getattr(torch.ops.effnet_kernels, name).default
 
 
-def is_batched(x: Tensor) -> bool:
-    """Whether x is a batch in disguise: of ``torch.vmap``, or of ``autograd.grad(is_grads_batched=True)``."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
-
-
 def _needs_dispatcher(x: Tensor) -> bool:
     """Whether somebody traces, transforms or watches the ops of this call."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.is_meta
-        or bool(torch._C._len_torch_dispatch_stack())
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or internals.dispatched()
     )
 
 

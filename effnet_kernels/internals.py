@@ -1,0 +1,118 @@
+"""Every name of torch that the package uses and torch does not document: what each is for, and what is done without it.
+
+Before a fused call may stand for the calls of stock modules it must be known who watches them and what has changed
+since; torch has no public question for that. The names are looked up once, when this module is imported. Where a torch
+lacks one, the answer is the careful one, results stay those of stock, and ``missing`` says what it costs. What there is
+of this kind for Triton stands in ``ops/triton_common.py`` and ``precompile.py``.
+"""
+
+import itertools
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.jit import is_tracing
+from torch.utils.hooks import RemovableHandle
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Names that this torch lacks, and what is done without each.
+missing: dict[str, str] = {}
+_STOCK = "blocks run their stock forward"
+
+
+def _find(name: str, without: str, otherwise: Any = None) -> Any:
+    """``torch.<name>``; where that is not there, ``otherwise``."""
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        missing[f"torch.{name}"] = without
+        return otherwise
+
+
+# Hooks on all modules would not see the modules that a fused call leaves out.
+_any_global_hook = _find("nn.modules.module._has_any_global_hook", _STOCK)
+# vmap, grad and the other transforms of torch.func: the ops have no rules for them.
+_transform = _find("_C._functorch.peek_interpreter_stack", _STOCK, lambda: True)
+# Forward-mode differentiation: neither have they for that. A number that changes, read where it is.
+_find("autograd.forward_ad._current_level", _STOCK)
+# What a module is made of, in its dictionary: nn.Module's own __getattr__ takes several times as long (``reading``).
+MODULE_ENTRIES = (
+    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+    "_backward_pre_hooks",
+)  # fmt: skip
+missing.update({f"torch.nn.Module.{name}": _STOCK for name in MODULE_ENTRIES if name not in nn.Module().__dict__})
+
+# Why no block can be fused with this torch; None where it can.
+refusal = f"this torch has no {', '.join(missing)}" if missing else None
+
+# Batches in disguise, of vmap and of ``autograd.grad(is_grads_batched=True)``: the kernels have no rules for these.
+_batches = [
+    _find(f"_C._functorch.{name}", "batches of gradients of a fused block are torch's own error", lambda t: False)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+]
+# Dispatch modes see every op: they are active where this is not 0.
+dispatch_modes: Callable[[], int] = _find(
+    "_C._len_torch_dispatch_stack", "ops go through torch's dispatcher, and no call is replayed", lambda: 1
+)
+_counter = itertools.count()  # what cannot be counted counts as changed
+
+
+def _version(t: Tensor) -> int:
+    return next(_counter)
+
+
+# How often a tensor was written to in place.
+version: Callable[[Tensor], int] = _version
+if _find("Tensor._version", "weights are packed at every call, and no call is replayed") is not None:
+    version = attrgetter("_version")
+
+
+def _hooks_registered() -> int:
+    return RemovableHandle.next_id
+
+
+# How many hooks were ever registered, on whatever module.
+hooks_registered: Callable[[], int] = _hooks_registered
+if _find("utils.hooks.RemovableHandle.next_id", "replayed calls look for hooks each time") is None:
+    hooks_registered = _counter.__next__
+
+
+def watched() -> bool:
+    """Whether hooks on all modules, a trace or a transform have to see the modules of this call."""
+    return (
+        refusal is not None
+        or is_tracing()
+        or _any_global_hook()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def batched(t: Tensor) -> bool:
+    """Whether a tensor is a batch of them."""
+    return any(is_batch(t) for is_batch in _batches)
+
+
+def dispatched() -> bool:
+    """Whether a mode or a transform has to see the ops of this call."""
+    return bool(dispatch_modes()) or _transform() is not None
+
+
+def constant(function: Function) -> Function:
+    """Let torch.compile call the function as it traces, and take the result for a constant.
+
+    This is torch.compiler.assume_constant_result without importing the compiler, and Triton with it. Arguments must be
+    plain values: torch 2.14 hands over named tuples with nothing in them.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def traceable() -> bool:
+    """Whether blocks may be fused under torch.compile: not where it traces what is marked ``constant``."""
+    return refusal is None and not torch.compiler.is_dynamo_compiling()
