@@ -422,12 +422,20 @@ def _geometry(size: Sequence[int], weight: Tensor, stride: Pair, padding: Pair |
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     if len(padding) == 2:
         padding = [padding[0], padding[0], padding[1], padding[1]]
-    if len(padding) != 4 or any(p < 0 for p in padding):
+    holds = _holds_for_every_size if torch.compiler.is_compiling() else bool
+    if len(padding) != 4 or any(holds(p < 0) for p in padding):
         raise ValueError(f"padding must be one, two or four ints >= 0, got {padding}")
     top, bottom, left, right = padding
-    if size[2] + top + bottom < kh or size[3] + left + right < kw:
+    if holds(size[2] + top + bottom < kh) or holds(size[3] + left + right < kw):
         raise ValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(size)} with padding {padding}")
     return stride, padding
+
+
+def _holds_for_every_size(condition: bool) -> bool:
+    """Where sizes are symbols, a plain ``if`` would be a guard on them, which export cannot always prove."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _autocasting(x: Tensor) -> bool:
