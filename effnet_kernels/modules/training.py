@@ -51,7 +51,7 @@ def train(
         layer = ConvBNAct(weight, bn, act, stride, padding, frozen=norm is None)
         size = layer.output_size(size)
         values = size[0] * size[2] * size[3]
-        if values <= (norm is not None):  # nothing to compute, or nothing to take statistics of: torch's own error
+        if values <= int(norm is not None):  # nothing to compute, or nothing to take statistics of: torch's own error
             return None
         layers.append(layer)
         trained.append((norm, values))
