@@ -13,6 +13,8 @@ from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.activations import FUNCTIONS
 
 LIBRARY = torch.library.Library("effnet_kernels", "DEF")
+_OPTIONAL_LIST = "Optional[List[Tensor]]"  # a type in a schema
+_IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def conv_output_size(size: int, kernel: int, stride: int, before: int, after: int) -> int:
@@ -130,9 +132,7 @@ def register(
     return op
 
 
-def define(
-    schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], decomposition: Callable[..., Any]
-) -> Any:
+def define(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], decomposition: Callable[..., Any]) -> Any:
     """Define an op in the dispatcher by its kernel, its fake kernel and what it is in stock ops.
 
     All three take the arguments of the schema. The kernel is one for all devices: with one for each, export takes
@@ -159,10 +159,6 @@ def _with_lists(overload: Any, function: Callable[..., Any]) -> Callable[..., An
         return function(*filled)
 
     return call
-
-
-_OPTIONAL_LIST = "Optional[List[Tensor]]"
-_IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def _decompose_in_export(overload: Any, decomposition: Callable[..., Any]) -> None:
