@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_kernels import internals
 from effnet_kernels.ops.activations import ACTIVATIONS, GATES
 from effnet_kernels.ops.common import autocast_dtype
 from effnet_kernels.ops.depthwise_conv_bn_act.op import op as _depthwise_conv_bn_act
@@ -438,10 +439,11 @@ def _geometry(size: Sequence[int], weight: Tensor, stride: Pair, padding: Pair |
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     if len(padding) == 2:
         padding = [padding[0], padding[0], padding[1], padding[1]]
-    if len(padding) != 4 or any(p < 0 for p in padding):
+    holds = internals.for_every_size if torch.compiler.is_compiling() else bool
+    if len(padding) != 4 or any(holds(p < 0) for p in padding):
         raise InputValueError(f"padding must be one, two or four ints >= 0, got {padding}")
     top, bottom, left, right = padding
-    if size[2] + top + bottom < kh or size[3] + left + right < kw:
+    if holds(size[2] + top + bottom < kh) or holds(size[3] + left + right < kw):
         raise InputValueError(f"the {kh}x{kw} kernel does not fit x of shape {tuple(size)} with padding {padding}")
     return stride, padding
 

@@ -6,8 +6,11 @@ lacks one, the answer is the careful one, results stay those of stock, and ``mis
 of this kind for Triton stands in ``ops/triton_common.py`` and ``precompile.py``.
 """
 
+import contextlib
 import itertools
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -54,6 +57,13 @@ _batches = [
     _find(f"_C._functorch.{name}", "batches of gradients of a fused block are torch's own error", lambda t: False)
     for name in ("is_batchedtensor", "is_legacy_batchedtensor")
 ]
+# What a call of a module goes through on its way to forward, and a convolution behind it. Where they have other names, to
+# replace those goes unnoticed.
+CALL, CONV_FORWARD = "_call_impl", "_conv_forward"
+# Attribute that FSDP puts on every module whose weights it gathers, and the module of its way to replicate, which puts
+# none; and of another one. Where they have other names, wrapped blocks run their stock forward.
+GATHERED = "_is_fsdp_managed_module"
+REPLICATE, REPLICATE_BY_DDP = (f"torch.distributed._composable.replicate{how}" for how in ("_with_fsdp", ""))
 # Dispatch modes see every op: they are active where this is not 0.
 dispatch_modes: Callable[[], int] = _find(
     "_C._len_torch_dispatch_stack", "ops go through torch's dispatcher, and no call is replayed", lambda: 1
@@ -100,6 +110,48 @@ def batched(t: Tensor) -> bool:
 def dispatched() -> bool:
     """Whether a mode or a transform has to see the ops of this call."""
     return bool(dispatch_modes()) or _transform() is not None
+
+
+# Leaves dispatch modes aside: whoever traces a model that asks a library something would note the question.
+without_modes: Callable[[], AbstractContextManager[Any]] = _find(
+    "utils._python_dispatch._disable_current_modes", "exported programs may ask the library for its instruction set",
+    contextlib.nullcontext,
+)  # fmt: skip
+_implicit = _find("_C.DispatchKey.CompositeImplicitAutograd", "exported programs keep our ops when they are decomposed")
+_autograd = _find("_C.DispatchKey.AutogradCPU", "exported programs keep our ops when they are decomposed")
+
+
+def decompose_in_export(op: Any, decomposition: Callable[..., Any]) -> None:
+    """Enter ``decomposition`` where the tables of torch.export, and of converters built on them, look for it.
+
+    Compilers look there too, but have to keep the op. Export alone has Python kernels for autograd beside the
+    entry, and only while it decomposes a program by a table that has this op.
+    """
+    if _implicit is None or _autograd is None or not hasattr(op, "py_impl"):
+        return
+
+    def entry(*args: Any) -> Any:
+        kernels = op.py_kernels
+        if kernels.get(_implicit) is entry and _autograd in kernels:
+            return decomposition(*args)
+        # Inductor starts from export's table, and then refuses ops in it that were kept.
+        inductor = sys.modules.get("torch._inductor.decomposition")
+        if inductor is not None:
+            for table in (inductor.decompositions, inductor.select_decomp_table()):
+                table.pop(op, None)
+        return NotImplemented
+
+    op.py_impl(_implicit)(entry)
+
+
+def for_every_size(condition: bool) -> bool:
+    """Whether a condition holds whatever the sizes are that are symbols in it.
+
+    A plain ``if`` would be a guard on them, which export cannot always prove.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def constant(function: Function) -> Function:

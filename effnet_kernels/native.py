@@ -64,15 +64,21 @@ def _cuda_library() -> tuple[bool, str]:
     except OSError as error:
         return False, f"{_CUDA_LIBRARY.name} does not load: {error}"
     for i in range(torch.cuda.device_count()):
-        refusal = torch.ops.effnet_kernels_cuda.refusal(i)
+        refusal = _ask(torch.ops.effnet_kernels_cuda.refusal, i)
         if refusal:
             return False, f"{_CUDA_LIBRARY.name} has no code for {torch.cuda.get_device_name(i)}: {refusal}"
     return True, "CUDA C++"
 
 
+def _ask(op: Any, *args: Any) -> Any:
+    """What an op of a library answers; whoever traces the model that asks does not see it."""
+    with internals.without_modes():
+        return op(*args)
+
+
 def instruction_set() -> str:
     """The instruction set in use, one of ``INSTRUCTION_SETS`` less ``auto``."""
-    return INSTRUCTION_SETS[torch.ops.effnet_kernels_cpu.instruction_set()]
+    return INSTRUCTION_SETS[_ask(torch.ops.effnet_kernels_cpu.instruction_set)]
 
 
 def set_instruction_set(name: str) -> None:
@@ -83,7 +89,7 @@ def set_instruction_set(name: str) -> None:
     """
     if name not in INSTRUCTION_SETS:
         raise ValueError(f"instruction set must be one of {INSTRUCTION_SETS}, got {name!r}")
-    refusal = torch.ops.effnet_kernels_cpu.set_instruction_set(INSTRUCTION_SETS.index(name))
+    refusal = _ask(torch.ops.effnet_kernels_cpu.set_instruction_set, INSTRUCTION_SETS.index(name))
     if refusal:
         raise ValueError(f"instruction set {name!r} cannot run on this machine: {refusal}")
     _packed.clear()  # the layout of the copies belongs to the instruction set

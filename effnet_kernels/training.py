@@ -160,6 +160,10 @@ def update_running_statistics(bn: nn.BatchNorm2d, statistics: Tensor, values: in
     if momentum is None:
         momentum = 0.0
     mean, var = statistics.unbind()
-    running_mean, running_var = bn.running_mean.data, bn.running_var.data  # type: ignore[union-attr]
+    running_mean, running_var = bn.running_mean, bn.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    if not torch.compiler.is_compiling():  # which knows no versions
+        running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * values / (values - 1))

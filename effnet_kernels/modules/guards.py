@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_kernels import internals
+from effnet_kernels.internals import CALL, CONV_FORWARD
 from effnet_kernels.modules.reading import Unfusable
 
 # What a call of a module goes through, as far as its class has it; of whole models, what leads to their blocks.
-_METHODS = ("forward", "_conv_forward", "forward_features", "forward_intermediates", "_forward_impl")
+_METHODS = ("forward", CONV_FORWARD, "forward_features", "forward_intermediates", "_forward_impl")
 # By patched class, the stock one whose forward it replaces.
 STANDS_FOR: dict[type, type] = {}
 # By class, the methods of the stock class that it stands for, as (class, name, method).
@@ -22,9 +23,10 @@ _FUNCTIONS = [
     (owner, name, getattr(owner, name))
     for owner, names in (
         (F, ("conv2d", "batch_norm", "pad", "silu", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid")),
-        (nn.Module, ("__call__", "_call_impl")),
+        (nn.Module, ("__call__", CALL)),
     )
     for name in names
+    if hasattr(owner, name)
 ]
 
 
@@ -80,8 +82,8 @@ def is_observed(module: nn.Module) -> bool:
             or d["_backward_hooks"]
             or d["_backward_pre_hooks"]
             or "forward" in d
-            or "_conv_forward" in d
-            or "_call_impl" in d
+            or CONV_FORWARD in d
+            or CALL in d
         )
     except KeyError:  # not Python's modules: compiled by TorchScript
         return True

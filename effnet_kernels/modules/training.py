@@ -51,7 +51,7 @@ def train(chain: Chain, x: Tensor, dtype: torch.dtype, residual: bool, backend: 
         layer = ConvBNAct(weight, bn, act, stride, padding, frozen=not norm.training)
         size = layer.output_size(size)
         values = size[0] * size[2] * size[3]
-        if values <= norm.training:  # nothing to compute, or nothing to take statistics of: torch's own error
+        if values <= int(norm.training):  # nothing to compute, or nothing to take statistics of: torch's own error
             return None
         layers.append(layer)
         counts.append(values)

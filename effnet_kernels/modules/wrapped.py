@@ -6,16 +6,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-# Instance attribute that FSDP puts on every module whose weights it gathers, and its way to replicate, which does not.
-_GATHERED = "_is_fsdp_managed_module"
-_REPLICATE = "torch.distributed._composable.replicate_with_fsdp"
+from effnet_kernels.internals import GATHERED, REPLICATE, REPLICATE_BY_DDP
 
 # Classes that torch puts in front of a module's own, as in FSDPConv2d(FSDPModule, Conv2d). Their work is done by
 # hooks; forward is that of the module's own class.
 _MIXINS = {
     "torch.distributed.fsdp": "FSDPModule",
-    _REPLICATE: "ReplicateModule",
-    "torch.distributed._composable.replicate": "DDP",
+    REPLICATE: "ReplicateModule",
+    REPLICATE_BY_DDP: "DDP",
 }
 # By wrapping class and what is to be wrapped instead.
 _exchanged: dict[tuple[type, type], type] = {}
@@ -70,15 +68,15 @@ def _mixins() -> list[type]:
 
 def may_be_gathered(block: nn.Module) -> bool:
     """Whether FSDP may write the weights anew before each call, into the same tensors and past their versions."""
-    if _GATHERED in block.__dict__:
+    if GATHERED in block.__dict__:
         return True
-    replicate = sys.modules.get(_REPLICATE)
+    replicate = sys.modules.get(REPLICATE)
     return replicate is not None and bool(replicate.ReplicateModule.__subclasses__())
 
 
 def gathered(model: nn.Module) -> set[nn.Module]:
     """The modules whose weights are there during a call only: FSDP gathers them before it."""
-    found = {module for module in model.modules() if _GATHERED in module.__dict__}
+    found = {module for module in model.modules() if GATHERED in module.__dict__}
     for module in model.modules():
         if module not in found and any(mixin in type(module).__mro__ for mixin in _mixins()):
             found.update(module.modules())

@@ -34,8 +34,11 @@ def to_nhwc(x: Tensor) -> Tensor:
     """x itself when its memory is dense [N, H, W, C] to the letter, else a copy that is.
 
     ``is_contiguous(memory_format=...)`` says yes to ambiguous strides where C, H or W is 1, so the
-    strides are written out.
+    strides are written out. Where an op is decomposed for export, sizes may be symbols, and a comparison would
+    hold for one size only; the stock ops that follow there do not need it.
     """
+    if torch.compiler.is_exporting() and type(x) not in (Tensor, torch.nn.Parameter):
+        return x.contiguous(memory_format=torch.channels_last)
     _, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
@@ -55,7 +58,9 @@ def convolve(
     Libraries' own 16-bit convolutions define nothing: oneDNN's on AMX take a NaN to pixels whose window it is not in.
     """
     top, bottom, left, right = padding
-    x = F.pad(x, (left, right, top, bottom)) if any(padding) else x
+    # A symbol may be zero for one size of the image and not for the next.
+    if any(type(pad) is not int or pad for pad in padding):
+        x = F.pad(x, (left, right, top, bottom))
     return F.conv2d(wide(x), wide(weight), stride=list(stride), groups=x.shape[1] // weight.shape[1])
 
 
@@ -126,16 +131,47 @@ def register(
     serves ``problem(*args)``. The gradient re-evaluates ``reference``: it needs nothing but the op's
     inputs, so inference-only kernels stay differentiable.
     """
-    name = schema[: schema.index("(")]
-    qualified = f"effnet_kernels::{name}"
-    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    op = Op(getattr(torch.ops.effnet_kernels, name).default, problem)
+
+    def run(*args: Any) -> Any:
+        return op.run(*args)
+
+    overload = define(
+        schema, run=run, fake=lambda *args: fake(*args[:-1]), decomposition=lambda *args: reference(*args[:-1])
+    )
+    op = Op(overload, problem)
     setup_context, backward = _gradient(reference)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, op.run, key)
-    torch.library.register_fake(qualified, lambda *args: fake(*args[:-1]), lib=LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
     return op
+
+
+def define(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], decomposition: Callable[..., Any]) -> Any:
+    """Define an op in the dispatcher by its kernel, its fake kernel and what it is in stock ops.
+
+    All three take the arguments of the schema. The kernel is one for all devices: with one for each, export takes
+    the op for a primitive and never looks for a decomposition.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    overload = getattr(torch.ops.effnet_kernels, name).default
+    LIBRARY.impl(name, _with_lists(schema, run), "CompositeExplicitAutograd")
+    torch.library.register_fake(overload.name(), _with_lists(schema, fake), lib=LIBRARY)
+    internals.decompose_in_export(overload, _with_lists(schema, decomposition))
+    return overload
+
+
+def _with_lists(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with [] in place of None, which is how AOTInductor passes an empty list."""
+    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    positions = [i for i, argument in enumerate(arguments) if argument.startswith("Tensor[]?")]
+
+    def call(*args: Any) -> Any:
+        filled = list(args)
+        for i in positions:
+            if filled[i] is None:
+                filled[i] = []
+        return function(*filled)
+
+    return call
 
 
 def _gradient(reference: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from effnet_kernels import internals
 from effnet_kernels.backends import Problem, implementation
-from effnet_kernels.ops.common import LIBRARY, empty_nhwc, to_nhwc, without_autocast
+from effnet_kernels.ops.common import LIBRARY, define, empty_nhwc, to_nhwc, without_autocast
 from effnet_kernels.ops.conv_block_train import block, reference
 from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite, wide_dtype, work
 
 _LAYERS = (
     # Per layer: a weight (none at all for a single BatchNorm); gamma, beta, running mean and variance; the epsilon;
     # whether the running statistics normalise; the activation; stride (2) and padding (4).
-    "Tensor[] weights, Tensor[] vectors, float[] eps, bool[] frozen, str[] acts, SymInt[] geometry, "
-    "Tensor[] se, str se_act, str se_gate"
+    "Tensor[]? weights, Tensor[] vectors, float[] eps, bool[] frozen, str[] acts, SymInt[] geometry, "
+    "Tensor[]? se, str se_act, str se_gate"
 )
 _FORWARD = (
     f"conv_block_train(Tensor x, {_LAYERS}, Tensor? residual, bool pool, str backend) "
@@ -29,7 +29,7 @@ _FORWARD = (
 )
 # `needs`: one bool per tensor, in the order of layers.Needs; the result has the gradients of those that are True.
 _BACKWARD = (
-    "conv_block_train_backward(Tensor grad, Tensor? x, Tensor?[] raws, Tensor[] statistics, Tensor[] squeezed, "
+    "conv_block_train_backward(Tensor grad, Tensor? x, Tensor?[] raws, Tensor[] statistics, Tensor[]? squeezed, "
     f"{_LAYERS}, bool pool, SymInt[] size, bool[] needs, str backend) -> Tensor[]"
 )
 
@@ -213,12 +213,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, lambda x, *args: without_autocast(x, run, x, *args), key)
-    torch.library.register_fake(f"effnet_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.effnet_kernels, name).default
+    return define(
+        schema,
+        run=lambda x, *args: without_autocast(x, run, x, *args),
+        fake=fake,
+        decomposition=lambda *args: run(*args[:-1], "reference"),
+    )
 
 
 def _needs_dispatcher(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ def problem(x: Tensor, weight: Tensor, bn: object, eps: float, stride: list[int]
 
 op = register(
     "fused_mbconv(Tensor x, Tensor weight, Tensor[] bn, float eps, int[2] stride, SymInt[4] padding, str act, "
-    "Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual, str backend) -> Tensor",
+    "Tensor? project_weight, Tensor[]? project_bn, float project_eps, bool residual, str backend) -> Tensor",
     fake=fake,
     reference=reference.run,
     problem=problem,

@@ -23,9 +23,9 @@ def problem(
 
 
 op = register(
-    "mbconv(Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, "
+    "mbconv(Tensor x, Tensor? expand_weight, Tensor[]? expand_bn, float expand_eps, "
     "Tensor weight, Tensor[] bn, float eps, int[2] stride, SymInt[4] padding, str act, "
-    "Tensor[] se, str se_act, str se_gate, "
+    "Tensor[]? se, str se_act, str se_gate, "
     "Tensor project_weight, Tensor[] project_bn, float project_eps, str project_act, "
     "bool residual, str backend) -> Tensor",
     fake=fake,
