@@ -57,8 +57,8 @@ _batches = [
     _find(f"_C._functorch.{name}", "batches of gradients of a fused block are torch's own error", lambda t: False)
     for name in ("is_batchedtensor", "is_legacy_batchedtensor")
 ]
-# What a call of a module goes through on its way to forward, and a convolution behind it. Where they have other names, to
-# replace those goes unnoticed.
+# What a call of a module goes through on its way to forward, and a convolution behind it. Where they have other names,
+# it goes unnoticed if somebody replaces them.
 CALL, CONV_FORWARD = "_call_impl", "_conv_forward"
 # Attribute that FSDP puts on every module whose weights it gathers, and the module of its way to replicate, which puts
 # none; and of another one. Where they have other names, wrapped blocks run their stock forward.
