@@ -13,7 +13,7 @@ from effnet_kernels.internals import CALL, CONV_FORWARD
 from effnet_kernels.modules.reading import Unfusable
 
 # What a call of a module goes through, as far as its class has it; of whole models, what leads to their blocks.
-_METHODS = ("forward", CONV_FORWARD, "forward_features", "forward_intermediates", "_forward_impl")
+_METHODS = ("forward", CONV_FORWARD, "forward_features", "forward_intermediates", "_forward_impl", "_collect")
 # By patched class, the stock one whose forward it replaces.
 STANDS_FOR: dict[type, type] = {}
 # By class, the methods of the stock class that it stands for, as (class, name, method).

@@ -9,7 +9,7 @@ the fused call and whose ``super().forward`` is the fallback. So the model keeps
 import copyreg
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
@@ -41,6 +41,7 @@ class Adapter(NamedTuple):
     stock: type[nn.Module]
     patched: type[nn.Module]
     parts: tuple[Part, ...]
+    meant: Callable[[nn.Module], bool]  # of a class for models of all kinds: whether this one is of ours
 
 
 # By stock and by patched class.
@@ -56,7 +57,10 @@ _LIBRARIES = {
 
 
 class StandIn:
-    """A model with other things in place of some of its children, for its library's own forward to run on."""
+    """A model with other things in place of some of its children, for its library's own forward to run on.
+
+    Of a ModuleDict it has the length and the items, too.
+    """
 
     def __init__(self, model: nn.Module, children: dict[str, Any]) -> None:
         self._model, self._children = model, children
@@ -64,10 +68,21 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         return self._children[name] if name in self._children else getattr(self._model, name)
 
+    def __len__(self) -> int:
+        return len(self._model._modules)
 
-def register(stock: type[nn.Module], patched: type[nn.Module], *parts: Part) -> None:
+    def items(self) -> Iterable[tuple[str, Any]]:
+        return [(name, self._children.get(name, child)) for name, child in self._model._modules.items()]
+
+
+def register(
+    stock: type[nn.Module],
+    patched: type[nn.Module],
+    *parts: Part,
+    meant: Callable[[nn.Module], bool] = lambda module: True,
+) -> None:
     """Enter one row into ``ADAPTERS``; the patched class gets the names of the stock one, also in pickles."""
-    ADAPTERS[stock] = ADAPTERS[patched] = Adapter(stock, patched, parts)
+    ADAPTERS[stock] = ADAPTERS[patched] = Adapter(stock, patched, parts, meant)
     STANDS_FOR[patched] = stock
     rename(stock, patched)
     patched.__reduce_ex__ = _reduce  # type: ignore[method-assign]
@@ -263,12 +278,17 @@ def _known(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module of a known class; raises if the model is no module or has none."""
     _check_module(model)
     load_adapters()
-    known = [(name, m) for name, m in model.named_modules() if own_class(m) in ADAPTERS or own_class(m) in UNSUPPORTED]
+    known = [(name, m) for name, m in model.named_modules() if own_class(m) in UNSUPPORTED or _is_meant(m)]
     if not known:
         raise ValueError(
             f"model must have blocks of timm or torchvision to patch, found none in {type(model).__name__}"
         )
     return known
+
+
+def _is_meant(module: nn.Module) -> bool:
+    adapter = ADAPTERS.get(own_class(module))
+    return adapter is not None and adapter.meant(module)
 
 
 def load_adapters() -> None:

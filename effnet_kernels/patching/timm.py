@@ -1,10 +1,11 @@
 """timm's blocks, and the stem and head of its EfficientNet and MobileNetV3 models."""
 
 import functools
+from collections import OrderedDict  # noqa: F401 (TorchScript looks here for what the stock forwards name)
 from collections.abc import Callable
 from typing import Any
 
-import torch  # noqa: F401 (TorchScript looks here for what the stock forwards name)
+import torch  # noqa: F401 (the same)
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,
@@ -12,6 +13,7 @@ from timm.layers import (
     activations,
     activations_me,
 )
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models import _efficientnet_blocks as blocks
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
@@ -152,6 +154,33 @@ class PatchedMobileNetV3Features(MobileNetV3Features, metaclass=PatchedType):
         return MobileNetV3Features.forward(_inside(self), x)
 
 
+class PatchedFeatureDictNet(FeatureDictNet, metaclass=PatchedType):
+    """What features_only with a ``feature_cls`` makes of a model: its children, called one after the other."""
+
+    @functools.wraps(FeatureDictNet._collect)
+    def _collect(self, x: Tensor) -> dict[str, Tensor]:
+        return FeatureDictNet._collect(_inside(self), x)
+
+
+class PatchedFeatureListNet(FeatureListNet, metaclass=PatchedType):
+    @functools.wraps(FeatureListNet._collect)
+    def _collect(self, x: Tensor) -> dict[str, Tensor]:
+        return FeatureListNet._collect(_inside(self), x)
+
+
+class PatchedFeatureHookNet(FeatureHookNet, metaclass=PatchedType):
+    @functools.wraps(FeatureHookNet.forward)
+    def forward(self, x: Tensor) -> Any:
+        return FeatureHookNet.forward(_inside(self), x)
+
+
+def starts_with_stem(net: nn.Module) -> bool:
+    """Whether a net of features begins with a stem of which nothing but the result is asked for."""
+    names = list(stem(net))
+    inner = set(names[:-1])
+    return bool(inner) and [*net._modules][: len(names)] == names and not inner & {*getattr(net, "return_layers", ())}
+
+
 def _children(model: nn.Module, *names: str) -> dict[str, nn.Module]:
     children = model.__dict__["_modules"]
     return {name: children[name] for name in names if name in children}
@@ -159,7 +188,7 @@ def _children(model: nn.Module, *names: str) -> dict[str, nn.Module]:
 
 def _inside(model: nn.Module) -> Any:
     """The model as timm's own forward methods see it, whichever they are: with stem and head as one call each."""
-    if not as_written(type(model)):
+    if not as_written(type(model)) or (isinstance(model, nn.ModuleDict) and not starts_with_stem(model)):
         return model
     modules = _as_one(model, read_stem, stem(model))
     if isinstance(model, EfficientNet):
@@ -215,6 +244,9 @@ register(EfficientNet, PatchedEfficientNet, Part(read_stem, stem), Part(read_hea
 register(MobileNetV3, PatchedMobileNetV3, Part(read_stem, stem))
 register(EfficientNetFeatures, PatchedEfficientNetFeatures, Part(read_stem, stem))
 register(MobileNetV3Features, PatchedMobileNetV3Features, Part(read_stem, stem))
+register(FeatureDictNet, PatchedFeatureDictNet, Part(read_stem, stem), meant=starts_with_stem)
+register(FeatureListNet, PatchedFeatureListNet, Part(read_stem, stem), meant=starts_with_stem)
+register(FeatureHookNet, PatchedFeatureHookNet, Part(read_stem, stem), meant=starts_with_stem)
 UNSUPPORTED[blocks.CondConvResidual] = "there is no op for CondConv"
 UNSUPPORTED[blocks.UniversalInvertedResidual] = "there is no op for the universal inverted residual"
 UNSUPPORTED[blocks.MobileAttention] = "there is no op for attention"

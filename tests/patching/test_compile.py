@@ -40,6 +40,17 @@ def test_one_graph_with_the_ops_in_it(name, x, backend):
     assert len(targets) == len(ek.report(model).patched)
 
 
+def test_features_in_one_graph(x, backend):
+    timm = pytest.importorskip("timm")
+    net = timm.models.FeatureListNet(build("test_efficientnet"), flatten_sequential=True)
+    ek.patch(net, backend=backend)
+    targets = []
+    with torch.no_grad():
+        features = torch.compile(net, fullgraph=True, backend=counting(targets))(x)
+        assert all(map(torch.equal, features, net(x)))
+    assert len(targets) == len(ek.report(net).patched) == 1 + sum(map(len, build("test_efficientnet").blocks))
+
+
 def test_gradients_through_aot(x, backend):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     gradients = []

@@ -96,6 +96,72 @@ def test_features_only(name, training, backend):
             m.load_state_dict(stock.state_dict(), strict=False)
 
 
+def feature_net(cls, model):
+    """What timm makes of a model for ``features_only=True, feature_cls=...``: its children in a ModuleDict."""
+    return getattr(pytest.importorskip("timm").models, cls)(copy.deepcopy(model), flatten_sequential=True)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("test_efficientnet", "FeatureListNet"),
+        ("test_efficientnet", "FeatureHookNet"),
+        ("mobilenetv3_small_050", "FeatureDictNet"),
+    ],
+)
+def test_features_of_a_rebuilt_model(name, cls, training, backend):
+    stock = build(name).train(training)
+    whole, net = ek.patch(copy.deepcopy(stock), backend=backend), feature_net(cls, stock)
+    stock_class, state = type(net), copy.deepcopy(net.state_dict())
+    ek.patch(net, backend=backend)
+    assert ("conv_stem + bn1", cls) in [row[:2] for row in ek.report(net).patched]
+    for checkpointing in (False, True):
+        net.set_grad_checkpointing(checkpointing)
+        for mode in MODES.values():
+            net.load_state_dict(state)
+            whole.load_state_dict(stock.state_dict())
+            features = []
+            torch.manual_seed(0)
+            with mode():
+                assert net.bn1 not in modules_called(lambda: features.append(net(images(2, 37))))  # noqa: B023
+            torch.manual_seed(0)
+            with mode():
+                expected = whole.forward_intermediates(images(2, 37), intermediates_only=True)
+            got = [*features[0].values()] if cls == "FeatureDictNet" else features[0]
+            assert len(got) == len(expected)
+            assert all(map(torch.equal, got, expected))
+    assert type(ek.unpatch(net)) is stock_class
+
+
+@pytest.mark.parametrize("cls", ["FeatureListNet", "FeatureDictNet"])
+def test_features_from_inside_the_stem(cls, backend):
+    """What the convolution alone gives can be asked for, too; then nothing is left out."""
+    stock = feature_net(cls, build("test_efficientnet"))
+    early = ek.patch(copy.deepcopy(stock), backend=backend)
+    for net in (stock, early):
+        net.return_layers["conv_stem"] = "stem"
+    late = ek.patch(copy.deepcopy(stock), backend=backend)
+    with torch.no_grad():
+        expected, *features = [net(images(2, 37)) for net in (stock, early, late)]
+    assert type(late) is type(stock)
+    assert len(expected) == 6
+    for got in features:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_features_of_other_models_are_not_ours():
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet", features_only=True)
+    with pytest.raises(ValueError, match="found none in FeatureListNet"):
+        ek.patch(net)
+    net.blocks = build("test_efficientnet").blocks  # some that are, inside
+    cls = type(net)
+    ek.patch(net)
+    assert type(net) is cls
+    assert all("FeatureListNet" not in row for row in ek.report(net).skipped)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_torchvision(training, backend):
     model = ek.patch(build("torchvision"), backend=backend).train(training)
