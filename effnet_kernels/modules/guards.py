@@ -36,6 +36,7 @@ def may_fuse(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not x.is_meta
+        and not x.is_nested
         and torch._C._get_tracing_state() is None
         and not module_globals._has_any_global_hook()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -80,7 +81,7 @@ def _check_calls(modules: Iterable[nn.Module | None], classes: set[type]) -> Non
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: hooks, or a method put on the instance."""
+    """Whether a call of the module does more than its class says: hooks, a method put on the instance, ``compile``."""
     d = module.__dict__
     try:
         return bool(
@@ -91,6 +92,7 @@ def is_observed(module: nn.Module) -> bool:
             or "forward" in d
             or "_conv_forward" in d
             or "_call_impl" in d
+            or (d.get("_compiled_call_impl") is not None and not torch.compiler.is_compiling())
         )
     except KeyError:  # not Python's modules: compiled by TorchScript
         return True
