@@ -262,8 +262,8 @@ def fuse_route(read: Callable[[nn.Module], replay.Route], model: nn.Module, x: T
 def _train(plan: Plan, x: Tensor, backend: str) -> Tensor | None:
     """The result with gradients, or by statistics of the batch; None as ``fuse``."""
     chain, dtype = plan.chain(), _dtype(x)
-    if chain is None:
-        return None
+    if chain is None or (torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()):
+        return None  # of tensors from inference mode nothing may be kept for backward: torch's own error
     shortcut, drop_path = getattr(plan, "shortcut", False), getattr(plan, "drop_path", None)
     residual = shortcut and drop_path is None and dtype == x.dtype
     y = train(chain, x, dtype, residual, backend)

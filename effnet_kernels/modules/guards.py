@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_kernels import internals
-from effnet_kernels.internals import CALL, CONV_FORWARD
+from effnet_kernels.internals import CALL, COMPILED, CONV_FORWARD
 from effnet_kernels.modules.reading import Unfusable
 
 # What a call of a module goes through, as far as its class has it; of whole models, what leads to their blocks.
@@ -34,7 +34,7 @@ def may_fuse(x: Tensor) -> bool:
     """Whether nobody watches, traces or transforms this call in a way that the ops would not take part in."""
     if torch.compiler.is_compiling():
         return isinstance(x, Tensor) and internals.traceable() and not torch.onnx.is_in_onnx_export()
-    return type(x) is Tensor and not x.is_meta and not internals.watched() and _are(_FUNCTIONS)
+    return type(x) is Tensor and not x.is_meta and not x.is_nested and not internals.watched() and _are(_FUNCTIONS)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -73,7 +73,7 @@ def _check_calls(modules: Iterable[nn.Module | None], classes: set[type]) -> Non
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: hooks, or a method put on the instance."""
+    """Whether a call of the module does more than its class says: hooks, a method put on the instance, ``compile``."""
     d = module.__dict__
     try:
         return bool(
@@ -84,6 +84,7 @@ def is_observed(module: nn.Module) -> bool:
             or "forward" in d
             or CONV_FORWARD in d
             or CALL in d
+            or (d.get(COMPILED) is not None and not torch.compiler.is_compiling())
         )
     except KeyError:  # not Python's modules: compiled by TorchScript
         return True

@@ -27,8 +27,13 @@ ACTIVATIONS: dict[type, str] = {
     nn.Hardswish: "hardswish",
 }
 GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-SQUEEZE_EXCITES: dict[type, tuple[str, str, str, str]] = {}  # names of its reduce, act, expand and gate
+SQUEEZE_EXCITES: dict[type, tuple[str, ...]] = {}  # names of its reduce, act, expand, gate and, if any, pool
 DROP_PATHS: dict[type, str] = {layers.DropPath: "drop_prob"}  # attribute with the probability
+# Settings that forward reads and no op has, with the values that the ops stand for.
+_FIXED: dict[type, dict[str, tuple[Any, ...]]] = {
+    nn.ReLU6: {"min_val": (0.0,), "max_val": (6.0,)},
+    nn.AdaptiveAvgPool2d: {"output_size": (1, (1, 1))},
+}
 
 
 # Kernel, stride and padding of a convolution; padding is None where the input's size decides (SAME).
@@ -57,7 +62,7 @@ def pointwise(conv: nn.Module) -> Tensor:
     d = conv.__dict__
     if d["groups"] != 1 or pair(d["stride"], "stride") != (1, 1):
         raise Unfusable("a pointwise convolution is strided or grouped")
-    if not CONVOLUTIONS[type(conv)] and pair(d["padding"], "padding") != (0, 0):
+    if not CONVOLUTIONS[type(conv)] and (pair(d["padding"], "padding") != (0, 0) or d["padding_mode"] != "zeros"):
         raise Unfusable("a pointwise convolution is padded")
     return weight
 
@@ -114,6 +119,7 @@ def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, 
     name = "identity" if act is None else ACTIVATIONS.get(type(act))
     if name is None:
         raise Unfusable(f"there is no op for activation {_name(act)}")
+    _check_fixed(act)
     parameters, buffers = d["_parameters"], d["_buffers"]
     gamma, beta = parameters.get("weight"), parameters.get("bias")
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
@@ -121,6 +127,8 @@ def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, 
         raise Unfusable("BatchNorm has no weight or bias")
     if mean is None or var is None:
         raise Unfusable("BatchNorm has no running statistics")
+    if mean.requires_grad or var.requires_grad:
+        raise Unfusable("running statistics of a BatchNorm want gradients")
     _check_plain(gamma, beta, mean, var)
     return BatchNorm(gamma, beta, mean, var, d["eps"]), name
 
@@ -133,13 +141,18 @@ def squeeze_excite(se: nn.Module | None) -> SqueezeExciteWeights | None:
     if names is None:
         raise Unfusable(f"there is no op for {_name(se)}")
     children = se.__dict__["_modules"]
-    reduce, act, expand, gate = names
+    reduce, act, expand, gate, *pools = names
+    for pool in pools:
+        if type(children[pool]) is not nn.AdaptiveAvgPool2d:
+            raise Unfusable(f"there is no op for {_name(children[pool])} in squeeze-and-excitation")
+        _check_fixed(children[pool])
     act_name = ACTIVATIONS.get(type(children[act]))
     if act_name is None:
         raise Unfusable(f"there is no op for {_name(children[act])} in squeeze-and-excitation")
     gate_name = GATES.get(type(children[gate]))
     if gate_name is None:
         raise Unfusable(f"there is no op for gate {_name(children[gate])}")
+    _check_fixed(children[act])
     w_reduce, b_reduce = _fully_connected(children[reduce])
     w_expand, b_expand = _fully_connected(children[expand])
     return SqueezeExciteWeights(w_reduce, b_reduce, w_expand, b_expand, act_name, gate_name)
@@ -170,6 +183,12 @@ def no_op(module: nn.Module | None, what: str) -> None:
     """Raise Unfusable unless the module is absent or Identity."""
     if module is not None and type(module) is not nn.Identity:
         raise Unfusable(f"{what} ({_name(module)})")
+
+
+def _check_fixed(module: nn.Module | None) -> None:
+    for name, values in _FIXED.get(type(module), {}).items():
+        if module.__dict__[name] not in values:
+            raise Unfusable(f"{_name(module)} has {name} {module.__dict__[name]!r}")
 
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -210,6 +229,7 @@ def _fully_connected(conv: nn.Module) -> tuple[Tensor, Tensor]:
         raise Unfusable("a convolution in squeeze-and-excitation has no weight or bias")
     _check_plain(weight, bias)
     plain = weight.shape[2:] == (1, 1) and d["groups"] == 1
+    plain = plain and d["padding_mode"] == "zeros"
     if not plain or pair(d["stride"], "stride") != (1, 1) or pair(d["padding"], "padding") != (0, 0):
         raise Unfusable("a convolution in squeeze-and-excitation is not a plain 1x1")
     return weight, bias

@@ -30,6 +30,8 @@ Reader = Callable[[nn.Module], Any]
 Modules = Iterable[nn.Module | None]
 _VALUES = (bool, int, float, str, tuple, type(None))
 _CONTENTS = ("_parameters", "_buffers", "_modules")
+# The containers of every module: what is in them is compared, or tells of hooks, which ``is_observed`` sees.
+_OWN = frozenset(vars(nn.Module()))
 _address = Tensor.data_ptr
 # How many calls of one block are known at a time: a server that alternates between batch sizes needs a few.
 FORMS = 4
@@ -69,6 +71,9 @@ class State:
             (d, itemgetter(*[name for name, value in d.items() if type(value) in _VALUES])) for d in self.dicts
         ]
         self.values = self._values()
+        # Anything else (a torch.Size, a number of NumPy's, ...) has to be the same object.
+        others = ([(d, name) for name in d.keys() - _OWN if type(d[name]) not in _VALUES] for d in self.dicts)
+        self.others = [*chain.from_iterable(others)]
         self.sizes = [*map(len, self.dicts)]  # a forward of its own adds an entry
         self.contents = [d[name] for d in self.dicts for name in _CONTENTS if d[name]]
         self.held = self._held()
@@ -78,9 +83,9 @@ class State:
         self.backends = {backend: requested(backend) for backend in backends}
         self.generation = native.generation()
         self.snapshot = self._snapshot()
-        # A stride, a padding, ... in a list could be changed in place, which no comparison would see.
-        names = "stride", "padding", "dilation"
-        self.mutable = any(isinstance(d.get(name), list) for d in self.dicts for name in names)
+        # A stride in a list, an epsilon in a tensor, ... could be changed in place, which no comparison would see.
+        names = "stride", "padding", "dilation", "groups", "eps"
+        self.mutable = any(not isinstance(d.get(name), _VALUES) for d in self.dicts for name in names)
 
     def still(self) -> bool:
         """Whether all is as it was."""
@@ -123,7 +128,8 @@ class State:
         return [get(d) for d, get in self.settings]
 
     def _held(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self.contents))]
+        held = chain.from_iterable(map(dict.values, self.contents))
+        return [*held, *(d.get(name) for d, name in self.others)]
 
 
 class Kept:

@@ -155,7 +155,7 @@ def _behind(model: nn.Module) -> Any:
 _CONV_NORM_ACTIVATIONS = (Conv2dNormActivation, PatchedConv2dNormActivation)
 reading.DROP_PATHS[StochasticDepth] = "p"
 for _se in (SqueezeExcitation, PatchedSqueezeExcitation):
-    reading.SQUEEZE_EXCITES[_se] = ("fc1", "activation", "fc2", "scale_activation")
+    reading.SQUEEZE_EXCITES[_se] = ("fc1", "activation", "fc2", "scale_activation", "avgpool")
 
 register(Conv2dNormActivation, PatchedConv2dNormActivation, Part(read_conv_norm_activation))
 register(efficientnet.MBConv, PatchedMBConv, Part(read_mbconv))
