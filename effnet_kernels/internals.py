@@ -60,7 +60,7 @@ _batches = [
 # What a call of a module goes through on its way to forward, and a convolution behind it. Where they have other names,
 # it goes unnoticed if somebody replaces them.
 CALL, CONV_FORWARD = "_call_impl", "_conv_forward"
-# Where ``module.compile()`` leaves what is called then. Where it has another name, a compiled child of a fused block is not.
+# Where ``module.compile()`` leaves what is called then. Where it has another name, it is left out with the module.
 COMPILED = "_compiled_call_impl"
 # Attribute that FSDP puts on every module whose weights it gathers, and the module of its way to replicate, which puts
 # none; and of another one. Where they have other names, wrapped blocks run their stock forward.
