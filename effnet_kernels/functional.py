@@ -12,7 +12,8 @@ Conventions shared by all of them:
 * ``act`` is one of identity, relu, relu6, silu, hardswish.
 * ``backend`` names a backend, or leaves the choice to ``use_backend`` and the environment ("auto").
 * Under autocast, ``x`` and the convolution weights are cast as the stock convolution would cast them.
-* Gradients come from re-evaluating the reference op; running statistics receive none.
+* Gradients, of any order, come from re-evaluating the reference op; running statistics receive none. The
+  transforms of ``torch.func`` have no rules for the ops.
 
 Bad arguments raise InputTypeError (kind, dtype) or InputValueError (shape, range, device) before anything
 runs: Python's TypeError and ValueError, and RuntimeError as well, which torch's own ops raise. A backend that

@@ -57,9 +57,9 @@ _batches = [
     _find(f"_C._functorch.{name}", "batches of gradients of a fused block are torch's own error", lambda t: False)
     for name in ("is_batchedtensor", "is_legacy_batchedtensor")
 ]
-# What a call of a module goes through on its way to forward, and a convolution behind it. Where they have other names,
-# it goes unnoticed if somebody replaces them.
-CALL, CONV_FORWARD = "_call_impl", "_conv_forward"
+# What a call of a module goes through on its way to forward, and a convolution and a BatchNorm behind it. Where they
+# have other names, it goes unnoticed if somebody replaces them.
+CALL, CONV_FORWARD, CHECK_INPUT = "_call_impl", "_conv_forward", "_check_input_dim"
 # Where ``module.compile()`` leaves what is called then. Where it has another name, it is left out with the module.
 COMPILED = "_compiled_call_impl"
 # Attribute that FSDP puts on every module whose weights it gathers, and the module of its way to replicate, which puts

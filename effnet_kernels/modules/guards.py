@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_kernels import internals
-from effnet_kernels.internals import CALL, COMPILED, CONV_FORWARD
+from effnet_kernels.internals import CALL, CHECK_INPUT, COMPILED, CONV_FORWARD
 from effnet_kernels.modules.reading import Unfusable
 
 # What a call of a module goes through, as far as its class has it; of whole models, what leads to their blocks.
-_METHODS = ("forward", CONV_FORWARD, "forward_features", "forward_intermediates", "_forward_impl", "_collect")
+_METHODS = (
+    "forward", CONV_FORWARD, CHECK_INPUT, "forward_features", "forward_intermediates", "_forward_impl", "_collect",
+)  # fmt: skip
 # By patched class, the stock one whose forward it replaces.
 STANDS_FOR: dict[type, type] = {}
 # By class, the methods of the stock class that it stands for, as (class, name, method).
@@ -23,6 +25,8 @@ _FUNCTIONS = [
     (owner, name, getattr(owner, name))
     for owner, names in (
         (F, ("conv2d", "batch_norm", "pad", "silu", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid")),
+        (torch, ("batch_norm", "sigmoid")),
+        (Tensor, ("mean", "sigmoid")),
         (nn.Module, ("__call__", CALL)),
     )
     for name in names
@@ -83,6 +87,7 @@ def is_observed(module: nn.Module) -> bool:
             or d["_backward_pre_hooks"]
             or "forward" in d
             or CONV_FORWARD in d
+            or CHECK_INPUT in d
             or CALL in d
             or (d.get(COMPILED) is not None and not torch.compiler.is_compiling())
         )

@@ -49,7 +49,7 @@ def pair(value: Any, what: str) -> tuple[int, int]:
     if type(value) is tuple and len(value) == 2:
         return value
     values = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+    if len(values) not in (1, 2) or not all(type(v) is int for v in values):
         raise Unfusable(f"a convolution has {what} {value!r}")
     return values[0], values[-1]
 
@@ -133,9 +133,9 @@ def batch_norm(bn: nn.Module, act: nn.Module | None = None) -> tuple[BatchNorm, 
     return BatchNorm(gamma, beta, mean, var, d["eps"]), name
 
 
-def squeeze_excite(se: nn.Module | None) -> SqueezeExciteWeights | None:
+def squeeze_excite(se: nn.Module) -> SqueezeExciteWeights | None:
     """Weights, activation and gate of squeeze-and-excitation; None where there is none."""
-    if se is None or type(se) is nn.Identity:
+    if type(se) is nn.Identity:
         return None
     names = SQUEEZE_EXCITES.get(type(se)) or SQUEEZE_EXCITES.get(own_class(se))
     if names is None:

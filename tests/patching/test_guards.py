@@ -142,8 +142,23 @@ def _larger(function):
     return larger
 
 
+def test_check_of_the_input_on_the_instance(fused):
+    """A BatchNorm calls it, and it may have something to say."""
+    model = ek.patch(build("torchvision"), backend="reference")
+
+    def refuse(x):
+        raise ValueError("mine")
+
+    next(m for m in model.features[1].modules() if isinstance(m, nn.BatchNorm2d))._check_input_dim = refuse
+    with torch.no_grad(), pytest.raises(ValueError, match="mine"):
+        model(images(2, 37))
+
+
 REPLACED = [
     (nn.Conv2d, "_conv_forward"),
+    (torch, "batch_norm"),
+    (torch.Tensor, "mean"),
+    (torch.Tensor, "sigmoid"),
     (nn.Conv2d, "forward"),
     (nn.SiLU, "forward"),
     (nn.Module, "__call__"),
