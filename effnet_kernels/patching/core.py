@@ -104,7 +104,7 @@ def patched_instance(stock: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(module: object, protocol: SupportsIndex) -> tuple[Any, ...] | str:
-    """``__reduce_ex__`` of patched modules."""
+    """``__reduce_ex__`` of patched modules, without their class: cloudpickle would take that apart."""
     reduced = object.__reduce_ex__(module, max(int(protocol), 2))
     adapter = ADAPTERS.get(type(module))
     if adapter is None or isinstance(reduced, str):  # a subclass, such as torch's wrappers

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 
 import pytest
@@ -235,3 +236,16 @@ def test_parametrized_block(patched_before):
     assert type(block) is stock
     parametrize.remove_parametrizations(copied, "factor")
     assert isinstance(type(copied), PatchedType)
+
+
+def test_a_pickled_module_does_not_hold_its_class():
+    """cloudpickle, of which this is the way in, would pickle that by value: another class wherever it is loaded."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, thing):
+            assert not isinstance(thing, PatchedType)
+            return NotImplemented
+
+    file = io.BytesIO()
+    Pickler(file).dump(ek.patch(build("test_efficientnet")))
+    assert ek.report(pickle.loads(file.getvalue())).patched
