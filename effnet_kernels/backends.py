@@ -155,8 +155,9 @@ def accelerates(backend: str, *problem: Any) -> bool:
 
     ``problem``: the fields of a ``Problem``, for torch.compile one by one.
     """
-    asked = requested(backend)
-    return asked != "auto" or _resolve(Problem(*problem), asked)[0] != "reference"
+    wanted = Problem(*problem)
+    asked = "auto" if wanted.device == "meta" else requested(backend)  # without data there is nothing to compute
+    return asked != "auto" or _resolve(wanted, asked)[0] != "reference"
 
 
 @constant

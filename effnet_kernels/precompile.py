@@ -155,7 +155,6 @@ def record_module(module: nn.Module, x: Tensor, generation: int) -> list[Launch]
 
     with (
         torch.inference_mode(not module.training),
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it does not know "meta"
         mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
     ):
         return record(call, generation)

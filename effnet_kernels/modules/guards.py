@@ -38,7 +38,7 @@ def may_fuse(x: Tensor) -> bool:
     """Whether nobody watches, traces or transforms this call in a way that the ops would not take part in."""
     if torch.compiler.is_compiling():
         return isinstance(x, Tensor) and internals.traceable() and not torch.onnx.is_in_onnx_export()
-    return type(x) is Tensor and not x.is_meta and not x.is_nested and not internals.watched() and _are(_FUNCTIONS)
+    return type(x) is Tensor and not x.is_nested and not internals.watched() and _are(_FUNCTIONS)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -107,7 +107,6 @@ class Op:
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or type(args[0]) is not Tensor
-            or args[0].is_meta
             or internals.dispatched()
         ):
             return self.overload(*args)

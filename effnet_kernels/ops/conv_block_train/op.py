@@ -223,12 +223,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
 
 def _needs_dispatcher(x: Tensor) -> bool:
     """Whether somebody traces, transforms or watches the ops of this call."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.is_meta
-        or internals.dispatched()
-    )
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or internals.dispatched()
 
 
 class _Direct(torch.autograd.Function):
