@@ -124,10 +124,18 @@ def test_a_loop_of_unknown_trips_is_an_error():
 
 COMPILE = """
 import json, torch
-from effnet_kernels import precompile
+from effnet_kernels import functional as F, precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 
 launches = precompile.record_model("efficientnet_b0", 224, 1, torch.float16, 90)
+
+class PooledHead(torch.nn.Module):
+    def forward(self, x):
+        weight, vector = x.new_empty(1280, 320, 1, 1), x.new_empty(1280)
+        return F.pointwise_conv_bn_act(x, weight, F.BatchNorm(vector, vector, vector, vector), pool=True)
+
+x = torch.empty(1, 320, 7, 7, dtype=torch.float16, device="meta")
+launches += precompile.record_module(PooledHead().eval(), x, 90)
 
 def launch(op, **wanted):
     return next(l for l in launches if l.op == op and all(l.constant(name) == v for name, v in wanted.items()))
