@@ -157,27 +157,30 @@ class DepthwisePlan(NamedTuple):
 
 
 class PointwisePlan(NamedTuple):
-    """1x1 convolution, BatchNorm, activation, shortcut (or not)."""
+    """1x1 convolution, BatchNorm, activation, then global average pool or shortcut (or neither)."""
 
     conv: F.ConvBN
     act: str
     shortcut: bool
     drop_path: nn.Module | None
     norms: Sequence[nn.BatchNorm2d]
+    pool: bool = False
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         dtype = _dtype(x)
         if not accelerates(backend, "pointwise_conv_bn_act", x.device.type, dtype):
             return None
         residual = self.shortcut and self.drop_path is None and dtype == x.dtype
-        y = F.pointwise_conv_bn_act(x, *self.conv, self.act, residual=x if residual else None, backend=backend)
+        y = F.pointwise_conv_bn_act(
+            x, *self.conv, self.act, residual=x if residual else None, pool=self.pool, backend=backend
+        )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
     def chain(self) -> Chain:
-        return Chain([(self.conv, None, self.act)], self.norms)
+        return Chain([(self.conv, None, self.act)], self.norms, pool=self.pool)
 
     def __str__(self) -> str:
-        return f"pointwise {self.act}" + " + shortcut" * self.shortcut
+        return f"pointwise {self.act}" + " + pool" * self.pool + " + shortcut" * self.shortcut
 
 
 class SqueezeExcitePlan(NamedTuple):

@@ -18,6 +18,7 @@ class Chain(NamedTuple):
     layers: Sequence[tuple[F.ConvBN, Geometry | None, str]]  # geometry None: 1x1
     norms: Sequence[nn.BatchNorm2d]  # one per layer
     se: F.SqueezeExciteWeights | None = None
+    pool: bool = False
 
     def tensors(self) -> list[Tensor]:
         """Everything that may want a gradient."""
@@ -55,7 +56,7 @@ def train(chain: Chain, x: Tensor, dtype: torch.dtype, residual: bool, backend: 
             return None
         layers.append(layer)
         counts.append(values)
-    y, statistics = conv_block(x, layers, chain.se, residual=x if residual else None, backend=backend)
+    y, statistics = conv_block(x, layers, chain.se, residual=x if residual else None, pool=chain.pool, backend=backend)
     for norm, measured, values in zip(chain.norms, statistics, counts, strict=True):
         if norm.training and norm.track_running_stats:
             update_running_statistics(norm, measured, values)

@@ -19,6 +19,7 @@ from effnet_kernels.modules.fusing import (
     fuse,
     fuse_route,
 )
+from effnet_kernels.modules.guards import as_written, is_observed, may_fuse
 from effnet_kernels.modules.replay import Route, calls_in
 from effnet_kernels.modules.wrapped import own_class
 from effnet_kernels.patching.classes import PatchedType
@@ -84,10 +85,31 @@ def read_fused_mbconv(block: nn.Module) -> FusedMBConvPlan:
     return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, project, act, *_shortcut(block), norms)
 
 
+def head(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ``read_head`` replaces."""
+    children = model.__dict__["_modules"]
+    inner = getattr(children.get("features"), "_modules", {})
+    last = {f"features.{name}": module for name, module in [*inner.items()][-1:]}
+    return last | ({"avgpool": children["avgpool"]} if "avgpool" in children else {})
+
+
+def read_head(model: nn.Module) -> PointwisePlan:
+    """The plan of an EfficientNet's last 1x1 convolution and global average pool."""
+    children = model.__dict__["_modules"]
+    pool, layers = children["avgpool"], _sequence(children["features"], nn.Sequential)
+    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
+        raise reading.Unfusable(f"global pool {pool}")
+    if not layers:
+        raise reading.Unfusable("there are no features")
+    conv, bn, act, norm = _conv_bn_act(layers[-1])
+    return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, False, None, [norm], pool=True)
+
+
 def route(model: nn.Module) -> Route:
-    """All features."""
-    features = model.__dict__["_modules"]["features"]
-    return Route([features], [*calls_in(features)])
+    """All features, and head with its global pool."""
+    children = model.__dict__["_modules"]
+    *calls, _ = calls_in(children["features"])
+    return Route([children["features"], children["avgpool"]], [*calls, (read_head, model)])
 
 
 def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
@@ -141,15 +163,33 @@ class PatchedSqueezeExcitation(SqueezeExcitation, metaclass=PatchedType):
 
 
 class PatchedEfficientNet(efficientnet.EfficientNet, metaclass=PatchedType):
+    """The last convolution runs together with the global pool."""
+
     @functools.wraps(efficientnet.EfficientNet._forward_impl)
     def _forward_impl(self, x: Tensor) -> Tensor:
-        y = fuse_route(route, self, x)
-        return super()._forward_impl(x) if y is None else efficientnet.EfficientNet._forward_impl(_behind(self), y)
+        return efficientnet.EfficientNet._forward_impl(_inside(self), x)
 
 
-def _behind(model: nn.Module) -> Any:
-    """The model as torchvision's own forward sees it, once its features are there."""
-    return StandIn(model, {"features": lambda features: features})
+def _inside(model: Any) -> Any:
+    """The model as torchvision's own forward sees it: features give what is pooled where both are one call."""
+    features = model.features
+    plain = type(features) is nn.Sequential and as_written(nn.Sequential) and not is_observed(features)
+    if not plain or len(features) == 0 or not as_written(type(model)):
+        return model
+
+    def pooled(x: Tensor) -> Tensor:
+        if not may_fuse(x):
+            return features(x)
+        y = fuse_route(route, model, x)
+        if y is None:
+            *trunk, last = features
+            for module in trunk:
+                x = module(x)
+            y = fuse(read_head, model, x, head(model).values())
+            return last(x) if y is None else y
+        return y
+
+    return StandIn(model, {"features": pooled, "avgpool": lambda x: x if x.dim() == 2 else model.avgpool(x)})
 
 
 _CONV_NORM_ACTIVATIONS = (Conv2dNormActivation, PatchedConv2dNormActivation)
@@ -161,4 +201,4 @@ register(Conv2dNormActivation, PatchedConv2dNormActivation, Part(read_conv_norm_
 register(efficientnet.MBConv, PatchedMBConv, Part(read_mbconv))
 register(efficientnet.FusedMBConv, PatchedFusedMBConv, Part(read_fused_mbconv))
 register(SqueezeExcitation, PatchedSqueezeExcitation, Part(squeeze_excite.read))
-register(efficientnet.EfficientNet, PatchedEfficientNet)
+register(efficientnet.EfficientNet, PatchedEfficientNet, Part(read_head, head))

@@ -10,7 +10,7 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.patching import core
-from tests.models import images, timm_model
+from tests.models import images, timm_model, torchvision_model
 from tests.patching.conftest import NAMES, build
 
 
@@ -106,6 +106,12 @@ def test_what_cannot_be_fused_is_explained(name, kind, reason):
 def test_squeeze_excite_is_fused_where_its_block_is_not():
     model = ek.patch(timm_model("efficientnet_b0_gn"), backend="reference")
     assert {kind for _, kind, _ in ek.report(model).patched} == {"SqueezeExcite"}
+
+
+def test_folded_head_of_torchvision():
+    names = {name: detail for name, _, detail in ek.report(ek.patch(torchvision_model("efficientnet_b0"))).patched}
+    assert "pool" in names["features.8 + avgpool"]
+    assert "features.8" not in names
 
 
 def test_model_inside_another():
