@@ -24,11 +24,12 @@ def three(name, backend, training=False):
 
 
 def assert_as_accurate(patched, stock, exact):
-    """At most twice stock's error and a few roundings of a sum as long as these are."""
+    """The rule of docs/training.md: twice stock's error, and the rounding of the longest sums, here over all pixels."""
+    noise = 3 * 2**-24 * (1 + (2 * 37 * 37) ** 0.5)
     floor = max(rms(e) for e in exact) * 2**-24  # some vanish: nothing passes a normalised map
     for p, s, e in zip(patched, stock, exact, strict=True):
         assert p.dtype == s.dtype
-        assert rms(p - e) <= 2 * rms(s - e) + 2**-20 * rms(e) + floor
+        assert rms(p - e) <= 2 * rms(s - e) + noise * rms(e) + floor
 
 
 def on(model, function, *inputs):
