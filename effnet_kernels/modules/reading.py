@@ -143,9 +143,7 @@ def squeeze_excite(se: nn.Module) -> SqueezeExciteWeights | None:
     children = se.__dict__["_modules"]
     reduce, act, expand, gate, *pools = names
     for pool in pools:
-        if type(children[pool]) is not nn.AdaptiveAvgPool2d:
-            raise Unfusable(f"there is no op for {_name(children[pool])} in squeeze-and-excitation")
-        _check_fixed(children[pool])
+        check_mean(children[pool])
     act_name = ACTIVATIONS.get(type(children[act]))
     if act_name is None:
         raise Unfusable(f"there is no op for {_name(children[act])} in squeeze-and-excitation")
@@ -156,6 +154,13 @@ def squeeze_excite(se: nn.Module) -> SqueezeExciteWeights | None:
     w_reduce, b_reduce = _fully_connected(children[reduce])
     w_expand, b_expand = _fully_connected(children[expand])
     return SqueezeExciteWeights(w_reduce, b_reduce, w_expand, b_expand, act_name, gate_name)
+
+
+def check_mean(pool: nn.Module) -> None:
+    """Raise Unfusable unless a pool is torchvision's way to the mean over H and W."""
+    if type(pool) is not nn.AdaptiveAvgPool2d:
+        raise Unfusable(f"there is no op for {_name(pool)} as a global pool")
+    _check_fixed(pool)
 
 
 def padding_for(geometry: Geometry, shape: Sequence[int]) -> tuple[int, ...] | None:

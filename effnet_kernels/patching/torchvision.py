@@ -96,9 +96,8 @@ def head(model: nn.Module) -> dict[str, nn.Module]:
 def read_head(model: nn.Module) -> PointwisePlan:
     """The plan of an EfficientNet's last 1x1 convolution and global average pool."""
     children = model.__dict__["_modules"]
-    pool, layers = children["avgpool"], _sequence(children["features"], nn.Sequential)
-    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
-        raise reading.Unfusable(f"global pool {pool}")
+    reading.check_mean(children["avgpool"])
+    layers = _sequence(children["features"], nn.Sequential)
     if not layers:
         raise reading.Unfusable("there are no features")
     conv, bn, act, norm = _conv_bn_act(layers[-1])
