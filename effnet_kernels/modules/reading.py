@@ -57,6 +57,11 @@ def pair(value: Any, what: str) -> tuple[int, int]:
 def pointwise(conv: nn.Module) -> Tensor:
     """The weight of a plain 1x1 convolution."""
     weight = _weight(conv)
+    _check_1x1(conv, weight)
+    return weight
+
+
+def _check_1x1(conv: nn.Module, weight: Tensor) -> None:
     if weight.shape[2:] != (1, 1):
         raise Unfusable(f"a pointwise convolution has a {tuple(weight.shape[2:])} kernel")
     d = conv.__dict__
@@ -64,7 +69,6 @@ def pointwise(conv: nn.Module) -> Tensor:
         raise Unfusable("a pointwise convolution is strided or grouped")
     if not CONVOLUTIONS[type(conv)] and (pair(d["padding"], "padding") != (0, 0) or d["padding_mode"] != "zeros"):
         raise Unfusable("a pointwise convolution is padded")
-    return weight
 
 
 def is_pointwise(conv: nn.Module) -> bool:
@@ -228,13 +232,10 @@ def _check_plain(*tensors: Tensor) -> None:
 def _fully_connected(conv: nn.Module) -> tuple[Tensor, Tensor]:
     if type(conv) is not nn.Conv2d:
         raise Unfusable(f"{_name(conv)} in squeeze-and-excitation is not a plain convolution")
-    d = conv.__dict__
-    weight, bias = d["_parameters"].get("weight"), d["_parameters"].get("bias")
+    parameters = conv.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None or bias is None:
         raise Unfusable("a convolution in squeeze-and-excitation has no weight or bias")
     _check_plain(weight, bias)
-    plain = weight.shape[2:] == (1, 1) and d["groups"] == 1
-    plain = plain and d["padding_mode"] == "zeros"
-    if not plain or pair(d["stride"], "stride") != (1, 1) or pair(d["padding"], "padding") != (0, 0):
-        raise Unfusable("a convolution in squeeze-and-excitation is not a plain 1x1")
+    _check_1x1(conv, weight)
     return weight, bias
