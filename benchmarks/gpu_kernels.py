@@ -19,12 +19,29 @@ from benchmarks.cases import DTYPES
 from benchmarks.gpu import CALLS, COMMAND
 from benchmarks.gpu_parts import GPU, ROOT, Scope
 from effnet_kernels import precompile
+from effnet_kernels.benchmarking import tuner
 from effnet_kernels.benchmarking.environment import commit
 from effnet_kernels.ops import triton_common
 from effnet_kernels.precompile import Launch
 
 FILE = ROOT / "build" / "gpu-kernels.zip"
+CLASSES = 5  # of each model
 SIZE = 64  # nothing is specialised on sizes
+
+
+def neighbours(scope: Scope, generation: int) -> Iterator[Launch]:
+    """The tiles one step away from those of the largest launches at large batches, for the part ``tune``."""
+    dtype = DTYPES[scope.dtype]
+    for model, size, batch in (scope.flagship, *scope.models):
+        if batch == scope.batch:
+            found = precompile.distinct(precompile.record_model(model, size, batch, dtype, generation))
+            found = [launch for launch in found if launch.constants[-len(launch.config.block) :] == launch.config.block]
+            for launch in sorted(found, key=_elements, reverse=True)[:CLASSES]:
+                yield from map(launch.with_tile, tuner.neighbours(launch.config))
+
+
+def _elements(launch: Launch) -> int:
+    return sum(t.numel() for t in launch.tensors if t is not None)
 
 
 def launches(scope: Scope, generation: int) -> Iterator[Launch]:
@@ -50,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.time()
     found = list(launches(GPU, triton_common.generation_of(options.architecture // 10)))
     progress = functools.partial(print, flush=True)
-    count = precompile.pack(options.out, found, options.architecture, options.jobs, progress)
+    more = list(neighbours(GPU, triton_common.generation_of(options.architecture // 10)))
+    count = precompile.pack(options.out, found, options.architecture, options.jobs, progress, optional=more)
     size = options.out.stat().st_size >> 10
     print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB\n\nThe calls (docs/gpu.md):")
     for call in CALLS:

@@ -1,5 +1,6 @@
 """The parts of a run of ``benchmarks.gpu``, in order of worth: functions of the record, each in its own process."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -15,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 import effnet_kernels
-from benchmarks import cases, dispatch, shapes
+from benchmarks import cases, dispatch, gpu_profile, shapes
 from benchmarks.cases import Case
 from benchmarks.gpu_record import TAIL, OutOfTimeError, Record
 from benchmarks.shapes import Op
 from effnet_kernels import native, tuning
 from effnet_kernels.benchmarking import contenders, timing
 from effnet_kernels.benchmarking.contenders import AUTOTUNED, CHANNELS_LAST, COMPILED, STOCK, ours
-from effnet_kernels.benchmarking.models import create_model, noise
+from effnet_kernels.benchmarking.training import build as training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Network = tuple[str, int, int]  # model, size, batch
@@ -39,6 +40,8 @@ class Scope(NamedTuple):
     ops: tuple[Op, ...]
     batch: int  # of ops and blocks
     blocks: int  # of each kind
+    counted: tuple[str, ...]  # blocks of the flagship
+    rounds: int | None  # of the search for tiles
     eager: tuple[str, ...]
     backends: tuple[str, ...]
     trainers: tuple[str, ...]  # backends in training
@@ -52,6 +55,11 @@ class Scope(NamedTuple):
     def model_cases(self) -> Iterator[Case]:
         for network in self.models:
             yield cases.model_case(*network, self.dtype, self.device)
+
+    def large_cases(self) -> Iterator[Case]:
+        """The models at the batch size of the ops: what kernels are tuned for."""
+        yield self.flagship_case()
+        yield from (case for case in self.model_cases() if case.batch == self.batch)
 
     def training_cases(self) -> Iterator[Case]:
         for network in self.training:
@@ -111,6 +119,8 @@ GPU = Scope(
     ops=OPS,
     batch=128,
     blocks=4,
+    counted=("blocks.1.0", "blocks.1.1", "blocks.2.1", "blocks.4.1", "blocks.5.1"),
+    rounds=1,
     eager=(STOCK, CHANNELS_LAST),
     backends=("triton", "cuda"),
     trainers=("triton",),
@@ -127,6 +137,8 @@ SMOKE = GPU._replace(
     ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("fused", (8, 8), 8, 3, 1)),
     batch=2,
     blocks=1,
+    counted=(),
+    rounds=1,
     eager=(CHANNELS_LAST,),
     backends=("cpu", "reference"),
     trainers=("cpu", "reference"),
@@ -296,6 +308,41 @@ def _measure(record: Record, scope: Scope, wanted: Iterable[Case], contenders: S
         raise OutOfTimeError
 
 
+def launches(record: Record, scope: Scope) -> None:
+    """Every launch of the flagship, of the other models at large batches and of a training step, with its time."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for case in scope.large_cases():
+        stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
+        for name in names((), scope.backends):
+            model = contenders.patched(stock, name.removeprefix(f"{contenders.OURS} "))
+            with torch.inference_mode():
+                found.setdefault(case.title, {})[name] = gpu_profile.launches(functools.partial(model, x))
+            record.part("launches", launches=found)
+    case = next(scope.training_cases())
+    stock, x = case.make()
+    for name in names((), scope.trainers):
+        step = training_step(name, stock, x, case.amp, contenders.patched)
+        found.setdefault(f"{case.title}, training", {})[name] = gpu_profile.launches(step)
+        record.part("launches", launches=found)
+
+
+def counters(record: Record, scope: Scope) -> None:
+    """Nsight Compute over the kernels of the ops and of some blocks; its pages lie beside the record."""
+    tool = gpu_profile.profiler()
+    if tool is None or scope.device == "cpu":
+        record.part("counters", reason="there is no Nsight Compute" if tool is None else "there is no GPU")
+        return
+    report = record.file.with_suffix(".ncu-rep")
+    output = _run(record, gpu_profile.command(tool, report, record.until - 40))  # both pages take time, too
+    titles = [line.removeprefix("counted: ") for line in output.splitlines() if line.startswith("counted: ")]
+    record.part("counters", output=output[-TAIL:])
+    for page in ("raw", "source"):
+        text = _run(record, gpu_profile.reading(tool, report, page))
+        gpu_profile.keep(text, record.file.with_suffix(f".{page}.csv.gz"))
+        if page == "raw":
+            record.part("counters", kernels=gpu_profile.summary(text, titles))
+
+
 def order(record: Record, scope: Scope) -> None:
     """What ``python -m benchmarks.dispatch`` would make of the measurements."""
     levels = record.content["levels"]
@@ -311,17 +358,17 @@ def tune(record: Record, scope: Scope) -> None:
         return
     from effnet_kernels.benchmarking import tuner
 
-    name, size, batch = scope.flagship
-    dtype = cases.DTYPES[scope.dtype]
-    model = contenders.patched(create_model(name).to(scope.device, dtype, memory_format=torch.channels_last), "triton")
-    x = noise(batch, size, dtype=dtype, device=scope.device).to(memory_format=torch.channels_last)
     tiles: list[dict[str, Any]] = []
-    for tuned in tuner.tune(model, x, minutes=record.left() / 60):
-        before, after = str(tuned.before), str(tuned.after)
-        seconds = {"seconds_before": tuned.seconds_before, "seconds_after": tuned.seconds_after}
-        key = tuning.class_name(tuned.problem_class)
-        tiles.append({"op": tuned.op, "class": key, "before": before, "after": after, **seconds})
-        record.part("tune", tiles=tiles)
+    for case in scope.large_cases():
+        stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
+        for tuned in tuner.tune(
+            contenders.patched(stock, "triton"), x, minutes=record.left() / 60, rounds=scope.rounds
+        ):
+            before, after = str(tuned.before), str(tuned.after)
+            seconds = {"seconds_before": tuned.seconds_before, "seconds_after": tuned.seconds_after}
+            key = tuning.class_name(tuned.problem_class)
+            tiles.append({"op": tuned.op, "class": key, "before": before, "after": after, **seconds})
+            record.part("tune", tiles=tiles)
 
 
 class Part(NamedTuple):
@@ -339,6 +386,8 @@ PARTS = {
     "blocks": Part(blocks, 0.3),
     "ops": Part(ops, 0.4),
     "order": Part(order, 0.1, 1.0),
+    "launches": Part(launches, 0.2, again=False),
+    "counters": Part(counters, 0.4, 30.0, again=False),
     "models": Part(models, 0.35),
     "training": Part(training, 0.2),
     "compiled": Part(compiled, 1.0, 30.0),
@@ -348,7 +397,7 @@ PARTS = {
     "tune": Part(tune, 1.0),
 }
 # Two calls are what a machine that is there for a quarter of an hour has time for.
-FIRST = ("build", "ceilings", "tests", "flagship", "blocks", "ops", "order")
+FIRST = ("build", "ceilings", "tests", "flagship", "blocks", "ops", "order", "launches", "counters")
 SECOND = ("build", "flagship", "models", "training", "compiled", "autotuned", "memcheck")
 
 

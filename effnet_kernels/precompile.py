@@ -79,6 +79,12 @@ class Launch(NamedTuple):
         dtype = None if self.op == "squeeze_excite_gate" else self.dtype
         return self.op, self.kernel.fn.__name__, dtype, self.config
 
+    def with_tile(self, config: triton_common.Config) -> "Launch":
+        """The same with another tile; of kernels whose last constants are those of the tile."""
+        sides = len(config.block)
+        assert self.constants[-sides:] == self.config.block
+        return self._replace(constants=(*self.constants[:-sides], *config.block), config=config)
+
     def variant(self) -> tuple[Any, ...]:
         """What the compiled code depends on."""
         types = tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in self.tensors)
@@ -224,6 +230,7 @@ def pack(
     architecture: int,
     jobs: int = 1,
     progress: Callable[[str], None] = lambda line: None,
+    optional: Sequence[Launch] = (),
 ) -> int:
     """Compile every variant among ``launches`` and write them to ``file``, a zip archive; returns how many.
 
@@ -231,6 +238,7 @@ def pack(
         architecture: ten times the compute capability: 90 for H100 and H200.
         jobs: so many threads compile.
         progress: told what is being done.
+        optional: more of them, left out where they do not compile.
 
     Raises:
         ValueError: this version of Triton computes its keys in another way.
@@ -241,13 +249,19 @@ def pack(
         raise IsADirectoryError(f"{file} is a folder")
     backend = make_backend(GPUTarget("cuda", architecture, 32))
     with compiling_for(architecture), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        wanted, variants = distinct(launches), []
-        for variant in pool.map(compiled, wanted):
-            variants.append(variant)
-            if len(variants) % 20 == 0:
-                progress(f"{len(variants)} of {len(wanted)} kernels")
+        needed = distinct(launches)
+        every = distinct([*needed, *optional])
+        wanted = []
+        for launch, future in zip(every, [pool.submit(compiled, launch) for launch in every], strict=True):
+            try:
+                wanted.append((launch, future.result()))
+            except Exception:  # a tile that is too small for an instruction, or too large: Triton has many errors
+                if launch in needed:
+                    raise
+            if len(wanted) % 20 == 0:
+                progress(f"{len(wanted)} of {len(every)} kernels")
     kernels, cubins = [], {}
-    for launch, kernel in zip(wanted, variants, strict=True):
+    for launch, kernel in wanted:
         options = backend.parse_options(
             {
                 "num_warps": launch.config.num_warps,

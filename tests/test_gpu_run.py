@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_kernels, gpu_parts, gpu_record, report
+from benchmarks import gpu, gpu_kernels, gpu_parts, gpu_profile, gpu_record, report
 from benchmarks.cases import Case, op_case
 from benchmarks.gpu_record import OutOfTimeError, Record
 from effnet_kernels import native
@@ -44,7 +44,7 @@ def contenders_of(record: Record, title: str = "a convolution") -> dict:
 def test_every_measuring_part(record):
     """In this process; the record on disk has whatever was measured."""
     pytest.importorskip("timm")
-    for part in ("build", "ceilings", "flagship", "blocks", "ops", "order", "models", "training", "tune"):
+    for part in ("build", "ceilings", "flagship", "blocks", "ops", "order", "launches", "models", "training", "tune"):
         gpu.run_part(part, "cpu", (record.file, None), float("inf"))
     content = json.loads(record.file.read_text())
     assert {name: part["status"] for name, part in content["parts"].items()} == dict.fromkeys(content["parts"], "done")
@@ -699,4 +699,34 @@ def test_tables_plots_and_predictions_from_a_record(tmp_path):
     assert "Shares are of what a copy reached in the same run, 3000 GB/s." in text
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"benchmark-a-gpu-{level}.png" for level in ("model", "op", "block", "training_model")
+    }
+
+
+def test_a_page_of_counters_becomes_lines_by_case():
+    """Nsight Compute's CSV: names, units, one row per launch; markers stand between the cases."""
+    stalls = [f"smsp__average_warps_issue_stalled_{why}_per_issue_active.ratio" for why in ("wait", "barrier")]
+    header = ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread", *stalls]
+    rows = [
+        header,
+        ["", "", "us", "register/thread", "inst", "inst"],
+        ["0", "spin_kernel(long)", "1", "8", "0", "0"],
+        [
+            "1",
+            "void effnet::cuda::(anonymous namespace)::pointwise_kernel<__half, 64>(Args)",
+            "12.5",
+            "92",
+            "0.5",
+            "1,000.25",
+        ],
+        ["2", "kernel", "3", "40", "2", ""],
+        ["3", "spin_kernel(long)", "1", "8", "0", "0"],
+        ["4", "kernel", "4", "40", "", ""],
+    ]
+    page = "==PROF== read\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    assert gpu_profile.summary(page, ["a", "b"]) == {
+        "a": [
+            "pointwise_kernel<__half, 64>: time 12.5 us, registers 92, stalled barrier 1000.2, stalled wait 0.5",
+            "kernel: time 3 us, registers 40, stalled wait 2.0",
+        ],
+        "b": ["kernel: time 4 us, registers 40"],
     }

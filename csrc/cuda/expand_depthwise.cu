@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   const int images = static_cast<int>(p.n - image0 < args.images ? p.n - image0 : args.images);
   const int oh0 = tile * args.rows, oh1 = oh0 + args.rows < p.oh ? oh0 + args.rows : p.oh;
   const int ih0 = max(0, oh0 * kStrideW - p.window.top);
-  const int ih1 = min(p.h, (oh1 - 1) * kStrideW - p.window.top + kKernel);
-  const int map_pixels = max(0, ih1 - ih0) * p.w;  // of one image; with several images the strip is the map
+  // Of several images all rows, also those below the last window: they lie one behind the other in x.
+  const int ih1 = args.images > 1 ? p.h : min(p.h, (oh1 - 1) * kStrideW - p.window.top + kKernel);
+  const int map_pixels = max(0, ih1 - ih0) * p.w;  // of one image
   const int pixels = images * map_pixels;
 
   load_affine<T>(expand_affine, p.expand_bn, c0, kChannels, p.c_mid);
@@ -272,10 +273,9 @@ ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
     const int64_t tile = BlockTile<kChannels>::kRows;
     while ((plan.images + 1) * pixels <= tile && S::bytes(p.window.kh, (plan.images + 1) * pixels) <= limit)
       ++plan.images;
-    plan.shared_bytes = static_cast<int>(S::bytes(p.window.kh, plan.images * pixels));
-  } else {
-    plan.shared_bytes = static_cast<int>(bytes(plan.rows));
   }
+  plan.shared_bytes =
+      static_cast<int>(plan.images > 1 ? S::bytes(p.window.kh, plan.images * pixels) : bytes(plan.rows));
   // Expanded rows over rows, and idle channels: what the block computes over what is wanted.
   const double expanded =
       static_cast<double>(plan.tiles) *

@@ -10,6 +10,7 @@ Classes that move the most data come first, so that a short budget is well spent
 
 import contextlib
 import importlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ def tune(
     x: Tensor,
     *,
     minutes: float = 10.0,
+    rounds: int | None = None,
     measure: Measure | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Tuned]:
@@ -83,6 +85,7 @@ def tune(
         model: a patched model on the GPU, in eval mode.
         x: its input, [N, 3, H, W]. Activations of one forward are kept, all of them.
         minutes: no class is begun after so long.
+        rounds: so many steps of the search at most, of each class; by default until no neighbour is faster.
         measure: seconds of each call; by default a median of CUDA graph replays.
         progress: told what is being done.
     """
@@ -95,7 +98,7 @@ def tune(
             progress(f"out of time after {i - 1} of {len(classes)} classes")
             return
         progress(f"{i}/{len(classes)} {key[0]} {tuning.class_name(key[1])}")
-        yield _tune_class(key, classes[key], measure)
+        yield _tune_class(key, classes[key], measure, rounds)
 
 
 def save(device_name: str, tuned: Tuned) -> None:
@@ -149,7 +152,7 @@ def neighbours(config: Config) -> list[Config]:
     return found
 
 
-def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure) -> Tuned:
+def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, rounds: int | None) -> Tuned:
     def using(config: Config) -> timing.Call:
         def run() -> None:
             triton_common.chosen[key] = config
@@ -161,7 +164,7 @@ def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure) 
     before = best = triton_common.chosen[key]
     expected = [[t.clone() for t in launch()] for launch in launches]
     rejected: set[Config] = set()
-    while True:
+    for _ in itertools.count() if rounds is None else range(rounds):
         candidates = [config for config in neighbours(best) if config not in rejected]
         right = [config for config in candidates if _right(key, config, launches, expected)]
         rejected.update(set(candidates) - set(right))

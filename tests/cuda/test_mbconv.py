@@ -21,6 +21,10 @@ SHAPES = [
     MBConv(5, (5, 5), cin=16, mid=64, cout=16, residual=True),  # as many as fit
     MBConv(3, (5, 6), cin=7, mid=9, cout=5, act="hardswish"),  # an odd number of channels
     MBConv(130, (1, 1), cin=8, mid=16, cout=8),
+    # Several images in a block, and rows below the last window.
+    MBConv(3, (8, 8), cin=8, mid=16, cout=8, kernel=(3, 3), stride=(2, 2), padding="none"),
+    MBConv(5, (6, 6), cin=16, mid=40, cout=8, kernel=(5, 5), stride=(2, 2), padding="none"),
+    MBConv(4, (4, 7), cin=16, mid=40, cout=8, kernel=(3, 3), stride=(2, 2), padding="none"),
 ]
 
 

@@ -191,6 +191,72 @@ def test_autocast(backend):
     assert agreement(patched, stock, exact).ok
 
 
+@torch.inference_mode()
+def test_another_resolution_and_batch_and_back(backend):
+    """A graph captured before, and calls after every change: as accurate as stock, the same bits on the way back."""
+    model, x = narrow_model(torch.float16)
+    patched = ek.patch(copy.deepcopy(model), backend=backend)
+    graph, first = timing.Graph(patched, x), patched(x)
+    before = model(x)
+    for batch, size in ((2, 65), (3, 33), (1, 33), (5, 48)):
+        other = images(batch, size).to(x)
+        assert agreement(patched(other), model(other), exact_output(model, other)).ok
+    assert torch.equal(patched(x), first)
+    graph()
+    assert all(torch.equal(output, first) for output in graph.outputs)
+    assert agreement(model(x), before, exact_output(model, x)).ok, "stock beside it"
+
+
+@torch.inference_mode()
+def test_two_streams_at_a_time(backend):
+    """Calls that overlap share no memory: each has the bits that it has alone."""
+    model, x = narrow_model(torch.float16)
+    patched = ek.patch(model, backend=backend)
+    inputs = [x, images(3, 40).to(x)]
+    alone = [patched(each) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    found: list[list[Tensor]] = [[], []]
+    for _ in range(5):
+        for stream, each, outputs in zip(streams, inputs, found, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(patched(each))
+    torch.cuda.synchronize()
+    for outputs, expected in zip(found, alone, strict=True):
+        assert all(torch.equal(output, expected) for output in outputs)
+
+
+def test_a_gradient_scaler(backend):
+    """AMP training: gradients as near to float64's as stock's, and a step whose gradients overflow is left out."""
+    model, x = narrow_model(torch.float32)
+    model.train()
+    exact = Step(copy.deepcopy(model).double(), x.double(), None).gradients()
+
+    def step(model: torch.nn.Module, x: Tensor, scale: float) -> tuple[Tensor, float]:
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 1e-2), torch.amp.GradScaler("cuda", init_scale=scale)
+        with torch.autocast("cuda", torch.float16):
+            y = model(x)
+        generator = torch.Generator().manual_seed(2)  # as Step's
+        grad = (torch.randn(y.shape, generator=generator) / y.numel() ** 0.5).to(y)
+        scaler.scale((y * grad).sum()).backward()
+        scaler.unscale_(optimizer)
+        gradients = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+        scaler.step(optimizer)
+        scaler.update()
+        return gradients, scaler.get_scale()
+
+    patched = ek.patch(copy.deepcopy(model), backend=backend)
+    stock_gradients, stock_scale = step(copy.deepcopy(model), x, 256.0)
+    gradients, scale = step(patched, x, 256.0)
+    assert scale == stock_scale == 256.0
+    error, stock_error = (found.sub(exact).square().mean().sqrt() for found in (gradients, stock_gradients))
+    assert error <= 2 * stock_error
+    before = [p.clone() for p in patched.parameters()]
+    _, scale = step(patched, x, 2.0**40)
+    assert scale == 2.0**39
+    assert all(torch.equal(p, old) for p, old in zip(patched.parameters(), before, strict=True))
+
+
 def test_a_training_step_in_a_graph():
     """Forward, backward and update replayed: parameters and running statistics move as step by step."""
     available, reason = backends()["triton"]
