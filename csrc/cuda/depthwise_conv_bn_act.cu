@@ -64,7 +64,7 @@ struct Traits {
   static constexpr int kOpen = (kKernel + kStride - 1) / kStride;    // output rows that an input row adds to
   static constexpr int kTaps = kKernel * kKernel;
   static constexpr int kRows = kTaps + 2;                      // in shared memory: taps, scale, shift
-  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;  // floats that one load from there brings
+  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;  // floats that one load from there brings: 1, 2, 4
   static constexpr int kQuads = kChannels / kQuad;
 };
 
@@ -86,6 +86,9 @@ __device__ __forceinline__ void load_shared(const float* const (&quads)[Tr::kQua
     if constexpr (Tr::kQuad == 4) {
       const float4 four = *reinterpret_cast<const float4*>(quads[i] + row * 4);
       out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
+    } else if constexpr (Tr::kQuad == 2) {
+      const float2 two = *reinterpret_cast<const float2*>(quads[i] + row * 2);
+      out[0] = two.x, out[1] = two.y;
     } else {
       out[0] = quads[i][row];
     }
@@ -274,12 +277,11 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
 // file.
 template <class T, int kKernel, int kStride, bool kVectorised>
 struct Choose {
-  static constexpr bool kWide = kIs16Bit<T> && kKernel == 3;
-  static constexpr int kChannels = kWide ? 8 : 4;
-  static constexpr int kWidth = kIs16Bit<T> && kKernel == 5 && kStride == 1 ? 4 : 2;
-  static constexpr bool kFour = !kWide && (kKernel == 3 || (kIs16Bit<T> && kKernel == 5 && kStride == 2));
-  using type =
-      Traits<T, kKernel, kStride, kVectorised ? kChannels : 1, kWidth, kFour || !kVectorised ? 4 : 3>;
+  static constexpr bool k5x5 = kKernel == 5 && kIs16Bit<T>;
+  static constexpr int kChannels = k5x5 ? 2 : 4;
+  static constexpr int kWidth = kIs16Bit<T> && kKernel <= 5 ? 4 : 2;
+  static constexpr int kBlocks = k5x5 ? 5 : kKernel == 3 ? 4 : 3;
+  using type = Traits<T, kKernel, kStride, kVectorised ? kChannels : 1, kWidth, kVectorised ? kBlocks : 4>;
 };
 
 // Strips and tiles come from the shape and dtype alone: they decide in which order sums are added up.

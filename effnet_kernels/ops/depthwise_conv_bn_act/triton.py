@@ -121,11 +121,12 @@ def kernel(
             updated += (y,)
         acc = updated
 
-    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, c, c_ok)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
+    exact: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
+    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, c, c_ok, exact)
     total = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
     for o in tl.static_range(ROWS):
-        y = activate(acc[o] * scale[None, :] + shift[None, :], ACT, dtype == tl.float32)
+        y = activate(acc[o] * scale[None, :] + shift[None, :], ACT, exact)
         ok = (column < ow)[:, None] & c_ok[None, :] & (row + o < oh)
         at = y_ptr + (row + o).to(tl.int64) * ow * C + (column[:, None] * C + c[None, :])
         tl.store(at, narrow(y, dtype), mask=ok)

@@ -148,7 +148,7 @@ def kernel(
                 windows, weight_ptr, ok, h, w, mid, height, width, stride_c, stride_h, stride_w,
                 C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
             )  # fmt: skip
-            scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, mid, mid < C_MID)
+            scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, mid, mid < C_MID, exact)
             part = activate(part * scale[:, None] + shift[:, None], ACT, exact)
             if C_MID % BLOCK_MID != 0:
                 part = tl.where((mid < C_MID)[:, None], part, 0.0)  # 0 * inf is not 0
@@ -156,7 +156,7 @@ def kernel(
             project = tl.load(project_ptr + n[:, None] * C_MID + mid[None, :], mask=mask, other=0.0)
             acc = dot(project, narrow(part, dtype), acc)
         scale, shift = bn_affine(
-            project_gamma_ptr, project_beta_ptr, project_mean_ptr, project_var_ptr, project_eps, n, n < C_OUT
+            project_gamma_ptr, project_beta_ptr, project_mean_ptr, project_var_ptr, project_eps, n, n < C_OUT, exact
         )
         y = acc * scale[:, None] + shift[:, None]
     else:
@@ -164,7 +164,7 @@ def kernel(
             windows, weight_ptr, ok, h, w, n, height, width, stride_c, stride_h, stride_w,
             C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
         )  # fmt: skip
-        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_MID)
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_MID, exact)
         y = activate(y * scale[:, None] + shift[:, None], ACT, exact)
     at = (first + tl.arange(0, BLOCK_M))[None, :] * channels + n[:, None]
     mask = (n < channels)[:, None] & ok[None, :]

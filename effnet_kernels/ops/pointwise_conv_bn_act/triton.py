@@ -93,7 +93,7 @@ def kernel(
                 gate = tl.load(gate_ptr + image * C_IN + k[None, :], mask=k_ok, other=0.0)
                 weight = narrow(weight.to(tl.float32) * gate.to(tl.float32), dtype)
             acc = dot(weight, tl.trans(x), acc)
-        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT)
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, exact)
         y = activate(acc * scale[:, None] + shift[:, None], ACT, exact)
         mask = (n < C_OUT)[:, None] & row_ok[None, :]
         at = (image * map_pixels + rows)[None, :] * C_OUT + n[:, None]
