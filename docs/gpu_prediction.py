@@ -87,9 +87,20 @@ def work(launch: Launch) -> Work:
         return _fused(launch, all_bytes)
     if launch.op == "depthwise_conv_bn_act" and launch.kernel.fn.__name__ == "kernel":
         return _depthwise(launch, all_bytes)
-    # The gate: every image reads both weights.
-    weights = sum(t.numel() * t.itemsize for t in tensors[2:])
-    return Work(all_bytes, all_bytes + weights * (tensors[0].shape[0] - 1), 0)
+    return _gate(launch, all_bytes) if launch.op == "squeeze_excite_gate" else Work(all_bytes, all_bytes, 0)
+
+
+def _gate(launch: Launch, all_bytes: float) -> Work:
+    """Weights are read for each group of images; hidden units come in parts, which every slice of channels reads."""
+    images, block_r, block_c = launch.config.block
+    groups = -(-int(launch.sizes[0]) // images)
+    if launch.kernel.fn.__name__ == "hidden_kernel":
+        parts, sums, *weights = (float(t.numel() * t.itemsize) for t in launch.tensors if t is not None)
+        moved = parts + sums * -(-launch.constant("R") // block_r)
+    else:
+        gate, parts, *weights = (float(t.numel() * t.itemsize) for t in launch.tensors if t is not None)
+        moved = gate + parts * -(-launch.constant("C") // block_c)
+    return Work(all_bytes - parts, moved + sum(weights) * groups, 0)
 
 
 def _pointwise(launch: Launch, all_bytes: float) -> Work:

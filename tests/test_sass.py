@@ -186,8 +186,8 @@ def test_compiled_kernels_run_their_loops_as_often_as_the_launch_says():
     assert wide["HGMMA.64x64x16.F32"] == 2 * 1280 // 16
     assert sum(wide.values()) > 1.5 * sum(narrow.values())
 
-    # A second tile of pixels, and a second round of 16 tiles' sums in each of 9 blocks of channels.
+    # A second tile of pixels, and a second round of sums: of 16 tiles, 4 images and 128 channels on 128 lanes.
     (_, one), (_, two) = found["pool"]
     assert (one["HGMMA.64x64x16.F32"], two["HGMMA.64x64x16.F32"]) == (2 * 320 // 16, 2 * 2 * 320 // 16)
     (_, one), (_, two) = found["gate"]
-    assert two["LDG.E.128"] - one["LDG.E.128"] == 2 * 9
+    assert two["LDG.E.128"] - one["LDG.E.128"] == 16 * 4 * 128 // (4 * 128)

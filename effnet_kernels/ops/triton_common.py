@@ -170,16 +170,22 @@ def dot(a, b, acc):
 
 
 @callee
-def mean_of_sums(sums_ptr, tiles, pixels, c, C: tl.constexpr, TILES: tl.constexpr):
-    """Means of the channels c of one image from the sums of its tiles, [tiles, C]: in order, ``TILES`` rows at once."""
-    total = tl.zeros(c.shape, tl.float32)
-    first = 0
+def mean_of_sums(at, ok, tiles, pixels, C: tl.constexpr, TILES: tl.constexpr):
+    """Means from the sums of tiles, [tiles, C]: of the channels whose sums of the first tile are ``at``, where ``ok``.
+
+    ``TILES`` rows are loaded at once and added to those before them, and all are added up at the end. 0 where masked.
+    """
+    # The first rows are not added to zeros: ptxas would put additions between the loads, which then wait in turn.
+    t = tl.arange(0, TILES)
+    sums = tl.load(at[None, :] + t[:, None] * C, mask=ok[None, :] & (t < tiles)[:, None], other=0.0).to(tl.float32)
+    first = TILES
     while first < tiles:  # not `for`: the interpreter cannot count to a tensor under numpy 2.4
         t = first + tl.arange(0, TILES)
-        ok = (t < tiles)[:, None] & (c < C)[None, :]
-        total += tl.sum(tl.load(sums_ptr + t[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32), 0)
+        mask = ok[None, :] & (t < tiles)[:, None]
+        sums += tl.load(at[None, :] + t[:, None] * C, mask=mask, other=0.0).to(tl.float32)
         first += TILES
-    return tl.div_rn(total, tl.zeros(c.shape, tl.float32) + pixels)
+    total = tl.sum(sums, 0)
+    return tl.div_rn(total, tl.zeros(total.shape, tl.float32) + pixels)
 
 
 # ---- host code ----

@@ -1,10 +1,11 @@
-"""Micro-batches of ``mbconv``: as many images as fit the L2, and the same bits."""
+"""Micro-batches of ``mbconv``: as many images as fit the L2, and the same bits; and so those of the gate."""
 
 import pytest
 import torch
 
+from effnet_kernels import functional as F
 from effnet_kernels.ops.mbconv import triton as mbconv
-from tests.ops.cases import MBConv
+from tests.ops.cases import MBConv, Squeeze
 from tests.ops.device import native
 from tests.ops.inputs import build
 
@@ -47,3 +48,13 @@ def test_the_same_bits(expand, se, monkeypatch):
     sliced = problem.call("triton")
     assert launched == ([2, 2, 2, 2, 1, 1] if expand else [2, 2, 1])
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
+
+
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_a_gate_has_the_same_bits_beside_any_other_images():
+    """A program has four images of this size, and the last one fewer; hidden units and channels end within a tile."""
+    mean, se = native(build(Squeeze(7, (3, 3), c=1000, reduced=130), torch.float32, gate_only=True)).args
+    whole = F.squeeze_excite_gate(mean, se, backend="triton")
+    for images in (slice(0, 1), slice(1, 7), slice(3, 5)):
+        assert torch.equal(F.squeeze_excite_gate(mean[images], se, backend="triton"), whole[images])

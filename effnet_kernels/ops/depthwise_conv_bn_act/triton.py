@@ -142,7 +142,7 @@ def mean_kernel(mean_ptr, sums_ptr, tiles, pixels, C: tl.constexpr, BLOCK_C: tl.
     channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n = (tl.program_id(0) // channel_blocks).to(tl.int64)
     c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = mean_of_sums(sums_ptr + n * tiles * C, tiles, pixels, c, C, TILES)
+    mean = mean_of_sums(sums_ptr + n * tiles * C + c, c < C, tiles, pixels, C, TILES)
     tl.store(mean_ptr + n * C + c, mean, mask=c < C)
 
 

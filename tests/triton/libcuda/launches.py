@@ -138,13 +138,19 @@ def check(launch: Launch, kernel: Any, programs: int, warps: int, **arguments: T
 
 def one(call: Callable[..., Any], *arguments: Any, first: bool) -> tuple[Any, Launch]:
     """The call's result and its only launch, for which nothing but the first call loads anything."""
+    result, (launch,) = some(call, *arguments, first=[first])
+    return result, launch
+
+
+def some(call: Callable[..., Any], *arguments: Any, first: Sequence[bool]) -> tuple[Any, list[Launch]]:
+    """The call's result and its launches, and which of them load a kernel."""
     variants = len(compiled)
     result = call(*arguments)
-    loads, (launch,) = journal()
-    assert (loads, len(compiled) - variants) == (([launch.name], 1) if first else ([], 0))
-    if first:
-        assert launch.shared == shared[-1]
-    return result, launch
+    loads, launches = journal()
+    new = [launch for launch, loaded in zip(launches, first, strict=True) if loaded]
+    assert (loads, len(compiled) - variants) == ([launch.name for launch in new], len(new))
+    assert [launch.shared for launch in new] == shared[variants:]
+    return result, launches
 
 
 def half(*shape: int) -> Tensor:
@@ -195,27 +201,41 @@ def test_pointwise_conv_bn_act_with_more_shared_memory_than_goes_without_asking(
     same_variant(launches)
 
 
-SE = ("w_reduce_ptr", "b_reduce_ptr", "w_expand_ptr", "b_expand_ptr")
-
-
 def gate_arguments(images: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     return torch.empty(images, 64), (half(8, 64, 1, 1), half(8), half(64, 8, 1, 1), half(64))
 
 
+def check_gate(launches: Sequence[Launch], y: Tensor, sums: Tensor, se: Sequence[Tensor], pixels: int) -> None:
+    """Both kernels, and that the second one reads what the first one fills."""
+    hidden, last = launches
+    parts = int.from_bytes(bytes.fromhex(hidden.parameters[0]), "little")
+    images = len(y)
+    check(
+        hidden, gate.hidden_kernel, images, 4,
+        parts_ptr=parts, sums_ptr=sums, weight_ptr=se[0], images=images, tiles=1, pixels=pixels,
+    )  # fmt: skip
+    check(
+        last, gate.gate_kernel, images, 4,
+        gate_ptr=y, parts_ptr=parts, b_reduce_ptr=se[1], weight_ptr=se[2], b_expand_ptr=se[3], images=images,
+    )  # fmt: skip
+
+
 def test_squeeze_excite_gate():
-    launches = []
+    found = []
     for images in (3, 5):
         mean, se = gate_arguments(images)
-        y, launch = one(gate.run, mean, se, "silu", "sigmoid", first=not launches)
-        check(launch, gate.kernel, images, 2, gate_ptr=y, sums_ptr=mean, **named(SE, se), tiles=1, pixels=1)
-        launches.append(launch)
-    same_variant(launches)
+        y, launches = some(gate.run, mean, se, "silu", "sigmoid", first=[not found] * 2)
+        check_gate(launches, y, mean, se, 1)
+        found.append(launches)
+    for same in zip(*found, strict=True):
+        same_variant(same)
     for pixels in (2**31 + 3, 2**40):  # 64 bits for the one, 32 for the other
         mean, se = gate_arguments(2)
         y, sums = torch.empty_like(mean), mean[:, None]
-        _, launch = one(gate.launch_sums, y, sums, pixels, se, "silu", "sigmoid", first=pixels < 2**40)
-        check(launch, gate.kernel, 2, 2, gate_ptr=y, sums_ptr=sums, **named(SE, se), tiles=1, pixels=pixels)
-        assert launch.function != launches[0].function
+        _, launches = some(gate.launch_sums, y, sums, pixels, se, "silu", "sigmoid", first=[pixels < 2**40, False])
+        check_gate(launches, y, sums, se, pixels)
+        assert launches[0].function != found[0][0].function
+        assert launches[1].function == found[0][1].function
 
 
 def test_fused_mbconv():
