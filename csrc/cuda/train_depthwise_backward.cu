@@ -124,6 +124,10 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
   for (int i = 0; i < kWidth; ++i) {
     if (t.works && x_column + i >= 0 && x_column + i < p.w) inside |= 1u << i;
   }
+  // Of its own, and not `inside != 0`: in the 3x3 window of stride 2 in bf16 ptxas (CUDA 12.8 to 13.0) turns
+  // `outside || inside == 0` into outside || (bit 0 && bit 1), without the two negations. So full strips were
+  // left out, and threads without a strip read past the ring. tests/test_cuda_cubins.py looks for it.
+  const bool any_inside = t.works && x_column + kWidth > 0 && x_column < p.w;
 
   const int top_step = p.window.top / kStride;
   const int first_step = top_step + t.tile_h * g.rows;
@@ -220,7 +224,7 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
       for (int phase = 0; phase < kStride; ++phase) {
         const int row = step * kStride + phase - p.window.top;
         if (phase > 0) load_row(row);
-        if (row < 0 || row >= p.h || inside == 0) continue;
+        if (row < 0 || row >= p.h || !any_inside) continue;
         float a[kWidth * kChannels], slope[kWidth * kChannels];
         {
           float scale[kChannels], shift[kChannels];

@@ -71,13 +71,14 @@ def sigmoid(x, EXACT: tl.constexpr):
     """1 / (1 + exp(-x)), NaN only for NaN: the exponential of -|x| cannot overflow.
 
     Rounding |x| log2(e) costs exp2 up to 80 ulp at |x| = 80, which vanishes in a 16-bit result. ``EXACT`` splits
-    |x| into n ln(2) + r, |r| <= ln(2) / 2, first: every product with the upper part of ln(2) is exact.
+    |x| into n ln(2) + r, |r| <= ln(2) / 2, first: every product with the upper part of ln(2) is exact. A GPU's exp2 is
+    zero instead of a subnormal number, where x times it would still be a normal one: it gets 64 - n, in -95 ... 64.
     """
     if EXACT or _INTERPRETED:
         a = tl.minimum(tl.abs(x), 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
         n = tl.floor(a * 1.4426950408889634 + 0.5)
         r = (a - n * 0.693359375) + n * 2.12194440e-4
-        e = tl.exp2(r * -1.4426950408889634) * tl.exp2(-n)
+        e = tl.exp2(r * -1.4426950408889634) * tl.exp2(64.0 - n) * 5.421010862427522e-20  # 2^-64
         y = tl.where(x < 0, e, 1.0) / (1.0 + e)
     else:
         # Two hardware approximations within 2 ulp, where exp2 and / would add a dozen instructions for subnormals. All
