@@ -62,12 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--architecture", type=int, default=90, help="ten times the GPU's compute capability")
+    parser.add_argument("--tune", action="store_true", help="also the tiles that the part tune tries first")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     options = parser.parse_args(arguments)
     began = time.time()
-    found = list(launches(GPU, triton_common.generation_of(options.architecture // 10)))
+    generation = triton_common.generation_of(options.architecture // 10)
+    found = list(launches(GPU, generation))
     progress = functools.partial(print, flush=True)
-    more = list(neighbours(GPU, triton_common.generation_of(options.architecture // 10)))
+    more = list(neighbours(GPU, generation)) if options.tune else []
     count = precompile.pack(options.out, found, options.architecture, options.jobs, progress, optional=more)
     size = options.out.stat().st_size >> 10
     print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB\n\nThe calls (docs/gpu.md):")

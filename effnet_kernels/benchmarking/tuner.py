@@ -152,7 +152,7 @@ def neighbours(config: Config) -> list[Config]:
     return found
 
 
-def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, rounds: int | None) -> Tuned:
+def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, rounds: int | None = None) -> Tuned:
     def using(config: Config) -> timing.Call:
         def run() -> None:
             triton_common.chosen[key] = config

@@ -31,18 +31,23 @@ supports = common.supports
 def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -> common.Config:
     """(pixels, output channels, input channels) of a tile; it depends on nothing that changes from call to call.
 
-    Rows are output channels: 64 are what one warpgroup's matrix instruction takes, 128 what fills it on Blackwell; of
-    the two, what leaves fewer rows idle, or 128 where the product narrows: there maps are small and x is what a tile
-    reads most of. Accumulators of 64 registers a thread leave room for 12 warps on a multiprocessor. float32 has no
-    matrix instruction of its own precision: its tiles are what the registers hold.
+    Rows are output channels: 64 are what one warpgroup's matrix instruction takes. Where the product narrows, 128, of
+    which x is read half as often, unless they leave more rows idle. An expansion of few channels is all epilogue: small
+    tiles of 32 rows, of which few are idle. Accumulators of 64 registers a thread leave room for 12 warps on a
+    multiprocessor. Measured on an H100 in float16. float32 has no matrix instruction of its own precision: its tiles
+    are what the registers hold.
     """
     rows = min(64, max(16, next_power_of_2(c_out)))
     if dtype == torch.float32:
         return common.Config((64, rows, 16), 4 if rows > 16 or generation < 90 else 2, 2)
     depth = min(64, max(16, next_power_of_2(c_in)))
-    if c_out > 64 and (c_in > c_out or cdiv(c_out, 128) * 128 <= cdiv(c_out, 64) * 64):
-        return common.Config((64, 128, depth), 4, 3)
-    return common.Config((128, rows, depth), 4, 3)
+    if c_in <= 16 and c_out > 32:
+        return common.Config((64, 32, depth), 2, 1)
+    if c_out > 64 and c_in > c_out:
+        rows = 128 if cdiv(c_out, 128) * 2 == cdiv(c_out, 64) else 64
+        return common.Config((64, rows, depth), 4, 3)
+    pixels = 64 if 32 < c_in <= 64 else 256 if rows == 16 and depth <= 32 else 128
+    return common.Config((pixels, rows, depth), 4, 1 if pixels == 256 else 3)
 
 
 SIZES = ("map_pixels", "eps")
