@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
     here = environment(options.device) | {"commit": options.commit}
-    here["packed_kernels"] = str(options.kernels.absolute()) if options.kernels else None
+    here["packed_kernels"] = os.path.relpath(options.kernels, ROOT) if options.kernels else None
     file = (options.record or ROOT / "benchmarks" / "results" / f"{file_name(here['device'])}.json").absolute()
     places = (file, options.keep and options.keep.absolute())
     with _alone(file.parent) as alone:

@@ -20,6 +20,7 @@ from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import clocks
 
 LOST = 70  # exit status of a process whose GPU context a kernel has destroyed
+NO_TIME = "no time is left"  # in what a contender fails with that is not to blame for it
 LIMIT = 120.0  # seconds that a contender may take to compile and to prove itself
 TAIL = 1500  # characters of a traceback or of a tool's output
 
@@ -100,7 +101,7 @@ class Record:
         bandwidth = self.content["environment"].get("copy_bytes_per_second")
 
         def keep(name: str, result: dict[str, Any]) -> None:
-            if name in wanted:
+            if name in wanted and NO_TIME not in result.get("failed", ""):
                 failed = {"part": self.name} if "failed" in result else {}
                 put(entry, name, result | failed, bandwidth)
                 self._doing(case)
@@ -166,7 +167,7 @@ class Record:
             self._doing(case, contender, limit)
 
             def expired(*_: Any) -> None:
-                why = "" if limit == LIMIT else ", and no time is left"
+                why = "" if limit == LIMIT else f", and {NO_TIME}"
                 raise TimeoutError(f"not ready after {limit:.0f} s{why}")
 
             before = signal.signal(signal.SIGALRM, expired)

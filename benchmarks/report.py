@@ -1,7 +1,7 @@
 """Turn ``benchmarks/results/*.json`` into the documentation's tables and plots: ``python -m benchmarks.report``.
 
 Text between ``<!-- benchmark:LEVEL -->`` and ``<!-- /benchmark -->`` in the given files is replaced by one table
-and plot per machine, losses included; of a sweep over batch sizes and resolutions by the plot alone. A level that
+and plot per machine, the last measurement, losses included; of a sweep over batch sizes and resolutions by the plot alone. A level that
 nobody measured leaves its block empty. ``benchmark:predicted`` sets times measured on a GPU beside the document's own
 predictions.
 """
@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     for file in sorted(options.results.glob("*.json")):
         results |= levels(file.stem, json.loads(file.read_text()))
+    results = newest(results)
     for name, result in results.items():
         file = options.plots / f"benchmark-{name}.png"
         if result["level"] == "sweep":
@@ -52,6 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
     for document in options.documents:
         document.write_text(render(document.read_text(), results, options.plots, document.parent))
         print(document)
+
+
+def newest(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each machine the last measurement of each level: a file that was begun anew keeps what it did not repeat."""
+    machines: dict[tuple[Any, ...], str] = {}
+    for name in sorted(results, key=lambda name: results[name]["environment"]["date"]):
+        where = results[name]["environment"]
+        machines[results[name]["level"], where["device"], where.get("threads")] = name
+    return {name: result for name, result in results.items() if name in machines.values()}
 
 
 def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path, base: Path) -> str:

@@ -243,6 +243,12 @@ def test_which_torch_compile(compiled, tmp_path, monkeypatch):
     assert "blocks" not in ran
 
 
+def test_a_contender_for_which_no_time_is_left_has_not_failed(record):
+    record.until = time.time() + 2
+    record.measure(case(lambda module, backend: time.sleep(60)), [STOCK, REFERENCE], 0.01)
+    assert contenders_of(record).keys() == {STOCK}
+
+
 def test_a_contender_that_takes_too_long_is_given_up(record, monkeypatch):
     monkeypatch.setattr(gpu_record, "LIMIT", 1.0)
     record.measure(case(lambda module, backend: time.sleep(60)), [STOCK, REFERENCE], 0.01)

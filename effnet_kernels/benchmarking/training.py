@@ -64,16 +64,16 @@ class Step:
     def saved_bytes(self) -> int:
         """What autograd keeps for backward, parameters and buffers left out, each storage once."""
         own = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())}
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, torch.UntypedStorage] = {}
 
-        def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() not in own:
-                kept[t.untyped_storage().data_ptr()] = t
-            return t
+        def pack(t: Tensor) -> None:  # a node that kept its own output would keep itself alive
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
             self.forward()
-        return sum(t.untyped_storage().nbytes() for t in kept.values())
+        return sum(storage.nbytes() for storage in kept.values())
 
     def peak_bytes(self) -> int | None:
         """What one step needs at its peak beyond what is there before it: device memory, or resident memory."""

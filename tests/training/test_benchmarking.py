@@ -1,6 +1,7 @@
 """Measuring training steps: right gradients are timed, wrong ones refused, memory counted."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ def test_a_step_is_timed_and_its_memory_counted():
         assert result["error"] < 1e-5
         # The input, the inputs of BatchNorm and of SiLU, BatchNorm's two vectors.
         assert result["saved"] == 2 * maps + x.numel() * 4 + 2 * 4 * 8
+
+
+def test_counting_saved_bytes_keeps_no_graph_alive():
+    """A node that holds its own output would live on, and break the capture of a graph of later steps."""
+    module, outputs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()), []
+    module.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
+    assert training.Step(module, torch.randn(2, 3, 4, 4), None).saved_bytes() == 4 * 2 * 16 * (3 + 4)
+    (output,) = outputs
+    assert output() is None
 
 
 class Wrong(nn.Module):
