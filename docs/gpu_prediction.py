@@ -4,19 +4,24 @@ A model, not a measurement. Every launch of a patched model is recorded and comp
 takes as long as the slowest of four things that are taken to overlap perfectly:
 
     python docs/gpu_prediction.py
+
+Where ``benchmarks/results/`` has the launches of the same models measured, their times stand beside the predictions.
 """
 
 import argparse
+import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from effnet_kernels.benchmarking.ahead_of_time import Resources, compile_launch, describe, executed, matrix_instruction
+from effnet_kernels.benchmarking.environment import describe as describe_environment
 from effnet_kernels.precompile import Launch, record_model
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 GENERATION = 90
 DTYPE = torch.float16
 DRAM = 3.0e12  # bytes per second, as in DESIGN's floors
@@ -37,9 +42,9 @@ BEGIN, END = "<!-- gpu-prediction:begin -->", "<!-- gpu-prediction:end -->"
 TEXT = """{begin}
 ## The Triton backend on an H100: a prediction
 
-**Nothing in this section was measured.** It is a model, computed by `python docs/gpu_prediction.py` from machine
-code compiled ahead of time for sm_90: float16, batch {batch}. A launch takes the longest of four times, as if they
-overlapped perfectly, and {launch:.0f} us for following another one:
+**Only what stands under "measured" in this section was measured.** The rest is a model, computed by
+`python docs/gpu_prediction.py` from machine code compiled ahead of time for sm_90: float16, batch {batch}. A launch
+takes the longest of four times, as if they overlapped perfectly, and {launch:.0f} us for following another one:
 
 * *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
 * *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s;
@@ -48,7 +53,8 @@ overlapped perfectly, and {launch:.0f} us for following another one:
   divisions and square roots, for subnormal and huge values, are taken not to run.
 
 Tails of waves, latencies that too few warps leave open, and cache misses beyond this are left out: the truth is higher.
-*Moved* is the L2 traffic over the least that any implementation of the op must move; *floor* is that least from DRAM.
+*KiB* are of shared memory, *moved* is the L2 traffic over the least that any implementation of the op must move;
+*floor* is that least from DRAM.
 
 | model | launches | predicted, per image | floor of one kernel per convolution | floor with SE folded in | bound by |
 |---|---|---|---|---|---|
@@ -56,9 +62,11 @@ Tails of waves, latencies that too few warps leave open, and cache misses beyond
 
 The launches that take at least 3% of their model's time:
 
-| model | launch | count | tile | registers | shared | warps/SM | moved | predicted | bound by | floor |
-|---|---|---|---|---|---|---|---|---|---|---|
+| model | launch | count | tile | registers | KiB | warps/SM | moved | floor | bound by | predicted | measured | ratio |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {launches}
+
+{note}
 {end}"""
 
 
@@ -174,8 +182,28 @@ def predict(launch: Launch, resources: Resources) -> Prediction:
     return Prediction(times[bound] + LAUNCH, bound, todo.minimum / DRAM, todo.l2 / todo.minimum)
 
 
+def measured(model: str, launches: int) -> tuple[list[float], str]:
+    """Seconds of each of our launches in a forward pass of the model, in order, and on what; nothing if not known."""
+    title = f"{model} @{MODELS[model]}, batch {BATCH}, float16"
+    for file in sorted(RESULTS.glob("*.json"), reverse=True):
+        content = json.loads(file.read_text())
+        part = content.get("parts", {}).get("launches", {}).get("launches", {})
+        lines = part.get(title, {}).get("effnet_kernels triton", [])
+        times = [float(line.split()[0]) * 1e-6 for line in lines if re.search(r" us (\w+_)?[Kk]ernel grid ", line)]
+        if len(times) == launches:
+            return times, describe_environment(content["environment"])
+    return [], ""
+
+
 def us(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
+
+
+def _beside(times: list[float], predicted: float) -> str:
+    if not times:
+        return " | "
+    mean = sum(times) / len(times)
+    return f"{us(mean)} | {mean / predicted:.2f}x"
 
 
 def main() -> None:
@@ -184,18 +212,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
     compiled: dict[tuple, Resources] = {}
-    model_rows, launch_rows = [], []
+    model_rows, launch_rows, note = [], [], ""
     for model in options.models:
         launches = record_model(model, MODELS[model], BATCH, DTYPE, GENERATION)
+        times, where = measured(model, len(launches))
+        note = f"Measured by torch's profiler on {where}." if where else note
+        took: defaultdict[tuple, list[float]] = defaultdict(list)
         same: Counter[tuple] = Counter()
         predicted: dict[tuple, tuple[Launch, Resources, Prediction]] = {}
-        for launch in launches:
+        for i, launch in enumerate(launches):
             variant = launch.variant()
             if variant not in compiled:
                 compiled[variant] = compile_launch(launch, GENERATION)
                 print(f"{model}: {describe(launch)}", flush=True)
             key = (variant, launch.programs, launch.sizes)
             same[key] += 1
+            took[key] += times[i : i + 1]
             predicted[key] = launch, compiled[variant], predict(launch, compiled[variant])
         total = sum(count * predicted[key][2].seconds for key, count in same.items())
         shares: Counter[str] = Counter()
@@ -214,13 +246,14 @@ def main() -> None:
                 tile = "x".join(map(str, launch.config.block)) + f", {warps} warps"
                 launch_rows.append(
                     f"| {model} | {describe(launch)} | {count} | {tile} | {resources.registers} "
-                    f"| {resources.shared / 1024:.0f} KiB | {resources.blocks * warps} | {result.moved:.2f}x "
-                    f"| {us(result.seconds)} | {result.bound} | {us(result.floor)} |"
+                    f"| {resources.shared / 1024:.0f} | {resources.blocks * warps} | {result.moved:.2f}x "
+                    f"| {us(result.floor)} | {result.bound} | {us(result.seconds)} "
+                    f"| {_beside(took[key], result.seconds)} |"
                 )
     text = TEXT.format(
         begin=BEGIN, end=END, batch=BATCH, launch=LAUNCH * 1e6, dram=DRAM / 1e12, l2=L2 / 1e12,
         hgmma=TENSOR["HGMMA"] / 1e12, hmma=TENSOR["HMMA"] / 1e12, issue=ISSUE / 1e9,
-        models="\n".join(model_rows), launches="\n".join(launch_rows),
+        models="\n".join(model_rows), launches="\n".join(launch_rows), note=note,
     )  # fmt: skip
     options.output.write_text(inserted(options.output.read_text() if options.output.exists() else "", text))
 

@@ -8,21 +8,24 @@
 // the block's weights and BatchNorm in fp32.
 //
 // Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of 4 bytes. Counted in the machine
-// code for sm_90a (tests/test_cuda_cubins.py holds them), SiLU, in the middle of a map, per element of y:
+// code for sm_90a (tests/test_cuda_cubins.py holds them), SiLU, in the middle of a map, per element of y, and
+// the share of a copy's bandwidth that float16 reached on an H100 at batch 128 (144 channels at 56x56, 96 at
+// 112x112, 240 at 28x28, 144 at 56x56):
 //
-//     dtype   window  channels x width  load      instructions  budget  registers  blocks of 128 threads
-//     16-bit  3x3 s1  8 x 2             16 bytes  26            35      168        3
-//     16-bit  3x3 s2  8 x 2             16 bytes  32            87      167        3
-//     16-bit  5x5 s1  4 x 4              8 bytes  44            35      162        3
-//     16-bit  5x5 s2  4 x 2              8 bytes  60            87      120        4
-//     fp32    3x3 s1  4 x 2             16 bytes  37            70      116        4
-//     fp32    5x5 s1  4 x 2             16 bytes  58            70      151        3
+//     dtype   window  channels x width  load     instructions  budget  registers  blocks of 128  share
+//     16-bit  3x3 s1  4 x 4             8 bytes  26            35      116        4              65%
+//     16-bit  3x3 s2  4 x 4             8 bytes  32            87      122        4              77%
+//     16-bit  5x5 s1  2 x 4             4 bytes  54            35       96        5              36%
+//     16-bit  5x5 s2  2 x 4             4 bytes  62            87       96        5              56%
+//     fp32    3x3 s1  4 x 2            16 bytes  37            70      116        4
+//     fp32    5x5 s1  4 x 2            16 bytes  58            70      151        3
 //
-// The 5x5 window at stride 1 is over the budget: 25 of its 44 are the products. Eight channels a thread would
-// need 5 x 2 x 8 sums and spill, and would read weights from shared memory twice as often per product; so it
-// loads 8 bytes. Products of pairs in 16 bit would halve the 25, but five bf16 roundings of 2^-9 (fp16:
-// 2^-11) per row of the window, each as large as the rounding of the result that stock layers make once, are
-// not within twice stock's error (docs/numerics.md): all sums are fp32.
+// Warps are worth more than wide loads. With 8 channels x 2 columns, 16 bytes a load and 12 warps on a
+// multiprocessor, 3x3 took 7 to 27% longer, and 5x5 at stride 1 with 4 x 4, 44 instructions and 12 warps 5
+// to 36%, for issue slots stayed empty half of the time. Of the 54, 25 are the window's. Products of pairs in
+// 16 bit would halve them, but five bf16 roundings of 2^-9 (fp16: 2^-11) per row of the window, each as large
+// as the rounding of the result that stock layers make once, are not within twice stock's error
+// (docs/numerics.md): all sums are fp32.
 //
 // C that is no multiple of the vector, or maps that do not begin at one, take kChannels = 1, with the same
 // bits.
@@ -64,7 +67,7 @@ struct Traits {
   static constexpr int kOpen = (kKernel + kStride - 1) / kStride;    // output rows that an input row adds to
   static constexpr int kTaps = kKernel * kKernel;
   static constexpr int kRows = kTaps + 2;                      // in shared memory: taps, scale, shift
-  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;  // floats that one load from there brings: 1, 2, 4
+  static constexpr int kQuad = kChannels < 4 ? kChannels : 4;  // floats that one load from there brings
   static constexpr int kQuads = kChannels / kQuad;
 };
 
