@@ -46,15 +46,16 @@ def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: in
     Measured there in float16; the same on every chip, for nothing here is known to differ.
     """
     block_c = channel_block(channels)
-    columns = 256 // block_c
     if kh > 5:
         rows = 4
     elif sh > 1:
-        rows = 4 if kh == 3 else 7
+        rows = 7 if kh == 5 else 8 if channels < 200 else 4
     elif kh == 5:
-        rows = 5 if 400 <= channels < 1000 else 7 if channels < 1200 else 6
+        rows = 5 if channels < 1000 else 7 if channels < 1200 else 6
+        block_c = min(32, block_c) if channels < 1000 else block_c
     else:
         rows = 8 if channels < 400 else 7 if channels < 1200 else 6
+    columns = 256 // block_c
     return Config((rows, columns, block_c), max(1, columns * block_c * dtype.itemsize // 512), 1)
 
 
