@@ -27,14 +27,14 @@ from effnet_kernels.benchmarking.contenders import patched
 # Nsight Compute's sections, and what a summary has of them.
 SECTIONS = (
     "SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "InstructionStats", "MemoryWorkloadAnalysis",
-    "MemoryWorkloadAnalysis_Tables", "ComputeWorkloadAnalysis", "SourceCounters",
+    "SourceCounters",
 )  # fmt: skip
 SUMMARY = {
     "gpu__time_duration.sum": "time",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
     "l1tex__throughput.avg.pct_of_peak_sustained_active": "L1 %",
-    "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue %",
+    "smsp__issue_active.avg.per_cycle_active": "issued per cycle",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "blocks",
@@ -74,12 +74,12 @@ def short(kernel: str) -> str:
 
 
 def counted(ops: Iterator[Case], flagship: tuple[str, int, int], paths: tuple[str, ...], dtype: str) -> Iterator[Case]:
-    """The cases whose kernels are counted: ops, and some of the flagship's blocks."""
-    yield from ops
+    """The cases whose kernels are counted: some of the flagship's blocks, and ops."""
     model, size, batch = flagship
     for block, count in shapes.blocks(model, size).items():
         if block.path in paths:
             yield cases.block_case(model, block, count, batch, dtype, "cuda")
+    yield from ops
 
 
 def profiler() -> str | None:

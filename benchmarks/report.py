@@ -1,9 +1,9 @@
 """Turn ``benchmarks/results/*.json`` into the documentation's tables and plots: ``python -m benchmarks.report``.
 
 Text between ``<!-- benchmark:LEVEL -->`` and ``<!-- /benchmark -->`` in the given files is replaced by one table
-and plot per machine, the last measurement, losses included; of a sweep over batch sizes and resolutions by the plot alone. A level that
-nobody measured leaves its block empty. ``benchmark:predicted`` sets times measured on a GPU beside the document's own
-predictions.
+and plot per machine, of the last measurement, losses included; of a sweep over batch sizes and resolutions by the plot
+alone. A level that nobody measured leaves its block empty. ``benchmark:predicted`` sets times measured on a GPU beside
+the document's own predictions.
 """
 
 import argparse

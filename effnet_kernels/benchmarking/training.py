@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,10 @@ class Step:
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+        def unpack(_: None) -> NoReturn:
+            raise AssertionError("nothing runs backward")
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             self.forward()
         return sum(storage.nbytes() for storage in kept.values())
 
