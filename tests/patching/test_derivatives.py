@@ -177,12 +177,12 @@ def test_saved_on_the_cpu_without_strides(training, backend):
         def __init__(self):
             super().__init__(lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t)
 
-    _, patched, _ = three("test_efficientnet", backend, training)
     gradients = []
-    for hooks in (torch.enable_grad(), Dense()):
-        twin = copy.deepcopy(patched)
-        with hooks:
-            y = twin(images(2, 37)).square().sum()
+    for model in three("test_efficientnet", backend, training):
+        x = images(2, 37).to(next(model.parameters()).dtype)
+        with Dense():  # torch's own convolutions may round by the strides, too
+            y = model(x).square().sum()
         y.backward()
-        gradients.append([p.grad for p in twin.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        gradients.append([p.grad for p in model.parameters()])
+    stock, patched, exact = gradients
+    assert_as_accurate(patched, stock, exact)

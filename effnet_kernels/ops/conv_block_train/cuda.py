@@ -1,5 +1,5 @@
 """The kernels of a block in training in CUDA C++: csrc/cuda/train_depthwise*.cu. All others are the reference's, with
-torch's own convolutions in the dtype of the map.
+torch's own convolutions in the dtype of the map (emulated on a processor that sums bfloat16 badly, widened ones).
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import reference
+from effnet_kernels.ops.conv_block_train import reference, widened
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Source, Through
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES, supports
 
@@ -37,10 +37,10 @@ class Native(reference.Reference):
         return raw, measured
 
     def convolve(self, a: Tensor, layer: Layer) -> Tensor:
-        return reference.convolve(a, layer)
+        return (widened if widened.pays(a) else reference).convolve(a, layer)
 
     def convolve_backward(self, dy: Tensor, a: Tensor | None, through: Through) -> Gone:
-        return reference.convolve_backward(dy, a, through)
+        return (widened if widened.pays(dy) else reference).convolve_backward(dy, a, through)
 
     def conv_backward(self, through: Through) -> Gone:
         """As ``block.Kernels``; other windows than the compiled ones, and gated inputs, are the reference's."""

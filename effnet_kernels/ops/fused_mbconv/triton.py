@@ -47,7 +47,7 @@ def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: 
         block_out = 128
     if c_in < FLAT_BELOW and not c_out and rows >= 32:
         return common.Config((64, 32, block_out, depth), 1, 3)
-    if rows <= 32 and c_in <= 32 and not c_out:
+    if rows <= 32 and FLAT_BELOW <= c_in <= 32 and not c_out:
         return common.Config((64, rows, block_out, depth), 2, 1)
     if rows <= 64:
         return common.Config((128, rows, block_out, depth), 4, 3)
