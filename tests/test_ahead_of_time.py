@@ -4,10 +4,8 @@ The suite compiles one kernel for each tile; ``make kernels`` compiles every ker
 """
 
 import os
-import re
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -39,20 +37,12 @@ def test_every_tile_compiles_to_what_was_meant(generation):
         assert f"\n{op} " in result.stdout, f"no {op} for sm_{generation}"
 
 
-# From what Triton 3.8 makes of this kernel ptxas, the one of Triton 3.6 as well, puts two values into local memory,
-# though it gives a thread 40 registers of 255.
-SPILLED_SINCE_3_8 = ["squeeze_excite_gate 512-32 bfloat16 sm_90: 8 bytes of local memory: registers spill"]
-
-
 @pytest.mark.slow
 def test_a_bfloat16_model_compiles_to_what_was_meant():
     command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
     command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--generations", "90"]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
-    newer = tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
-    expected = SPILLED_SINCE_3_8 if newer else []
-    assert re.findall(r"^.*\bsm_90: .*", result.stdout, re.MULTILINE) == expected, result.stdout + result.stderr
-    assert result.returncode == bool(expected), result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "\npointwise_conv_bn_act " in result.stdout
 
 
