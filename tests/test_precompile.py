@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 
 import triton
 
+from benchmarks import gpu_kernels, gpu_parts
 from effnet_kernels import MBConv, cli, precompile
 from effnet_kernels.ops import triton_common
 from tests.test_ahead_of_time import uninterpreted
@@ -298,3 +299,25 @@ def test_a_module_of_ours():
     launches = precompile.record_module(block, x, 90)
     ops = ["pointwise_conv_bn_act", "depthwise_conv_bn_act", "pointwise_conv_bn_act"]
     assert [launch.op for launch in launches] == ops
+
+
+def test_a_tile_that_does_not_compile_is_left_out_if_it_is_optional(tmp_path, monkeypatch):
+    def compiled(launch):
+        raise ValueError("too small for an instruction")
+
+    monkeypatch.setattr(precompile, "compiled", compiled)
+    launch = precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[0]
+    assert precompile.pack(tmp_path / "kernels.zip", [], 90, optional=[launch]) == 0
+    with pytest.raises(ValueError, match="too small"):
+        precompile.pack(tmp_path / "kernels.zip", [launch], 90, optional=[launch])
+
+
+def test_the_tiles_that_are_tried_first():
+    """Those next to the chosen ones of the largest launches: as their launches would be with other tiles."""
+    scope = gpu_parts.GPU._replace(models=())
+    found = list(gpu_kernels.neighbours(scope, 90))
+    assert len({launch.variant() for launch in found}) == len(found) > 3 * gpu_kernels.CLASSES
+    chosen = {launch.variant() for launch in precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)}
+    assert not chosen & {launch.variant() for launch in found}
+    depthwise = next(launch for launch in found if launch.op == "depthwise_conv_bn_act")
+    assert tuple(map(depthwise.constant, ("ROWS", "COLUMNS", "BLOCK_C"))) == depthwise.config.block

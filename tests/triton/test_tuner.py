@@ -70,6 +70,12 @@ def test_it_goes_downhill_and_stores_what_is_better(model):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_no_more_steps_than_asked_for(model):
+    tuned = list(tuner.tune(model, images(1, 6).to(DEVICE), measure=few_warps, rounds=1))
+    assert any(each.before.num_warps > 2 for each in tuned)
+    assert all(each.after.num_warps == max(1, each.before.num_warps // 2) for each in tuned)
+
+
 def test_a_tile_with_a_wrong_result_is_not_taken(model, monkeypatch):
     """One warp is fastest, and here it breaks the depthwise convolution."""
     from effnet_kernels.ops.depthwise_conv_bn_act import triton as depthwise
