@@ -1,6 +1,7 @@
 """The parts of a run of ``benchmarks.gpu``, in order of worth: functions of the record, each in its own process."""
 
 import functools
+import gzip
 import importlib.util
 import itertools
 import os
@@ -28,6 +29,7 @@ from effnet_kernels.benchmarking.training import build as training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Network = tuple[str, int, int]  # model, size, batch
+ROUNDS = 1  # of the search for tiles: those that ``gpu_kernels --tune`` compiles
 
 
 class Scope(NamedTuple):
@@ -42,7 +44,6 @@ class Scope(NamedTuple):
     batch: int  # of ops and blocks
     blocks: int  # of each kind
     counted: tuple[str, ...]  # blocks of the flagship
-    rounds: int | None  # of the search for tiles
     eager: tuple[str, ...]
     backends: tuple[str, ...]
     networks: tuple[str, ...]  # backends of whole networks but the flagship
@@ -79,6 +80,14 @@ class Scope(NamedTuple):
             found = shapes.blocks(model, side)
             for block in shapes.largest(found, self.blocks):
                 yield cases.block_case(model, block, found[block], self.batch, self.dtype, self.device)
+
+    def counted_cases(self) -> Iterator[Case]:
+        """Those whose kernels are counted: some of the flagship's blocks, and the ops."""
+        model, size, batch = self.flagship
+        for block, count in shapes.blocks(model, size).items():
+            if block.path in self.counted:
+                yield cases.block_case(model, block, count, batch, self.dtype, self.device)
+        yield from self.op_cases()
 
     def compiled_cases(self) -> Iterator[Case]:
         """Where torch.compile joins: the flagship, two of the other models, a training step, the others."""
@@ -121,7 +130,6 @@ GPU = Scope(
     batch=128,
     blocks=4,
     counted=("blocks.1.0", "blocks.5.1"),
-    rounds=1,
     eager=(CHANNELS_LAST,),  # in NCHW every one of these networks is slower still
     backends=("triton", "cuda"),
     networks=("triton",),
@@ -139,7 +147,6 @@ SMOKE = GPU._replace(
     batch=2,
     blocks=1,
     counted=(),
-    rounds=1,
     eager=(CHANNELS_LAST,),
     backends=("cpu", "reference"),
     networks=("cpu", "reference"),
@@ -156,10 +163,21 @@ def scope_of(device: str) -> Scope:
     return GPU if device == "cuda" else SMOKE
 
 
+def available(backends: Sequence[str]) -> list[str]:
+    """Those of the backends that there are."""
+    known = effnet_kernels.backends()
+    return [name for name in backends if known[name][0]]
+
+
 def names(eager: Sequence[str], backends: Sequence[str]) -> list[str]:
     """The contenders: baselines, and ours on those backends that there are."""
-    available = effnet_kernels.backends()
-    return [*eager, *(ours(name) for name in backends if available[name][0])]
+    return [*eager, *map(ours, available(backends))]
+
+
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, if it is installed."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return shutil.which(name) or shutil.which(home / "bin" / name)
 
 
 # ---- the code itself: built, right, clean -------------------------------------------------------------------
@@ -245,8 +263,7 @@ def racecheck(record: Record, scope: Scope) -> None:
 
 
 def _sanitize(record: Record, scope: Scope, check: str) -> None:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    tool = shutil.which("compute-sanitizer") or shutil.which(home / "bin" / "compute-sanitizer")
+    tool = cuda_tool("compute-sanitizer")
     if tool is None or scope.device == "cpu":
         record.part(check, reason="there is no compute-sanitizer" if tool is None else "there is no GPU")
         return
@@ -314,10 +331,10 @@ def launches(record: Record, scope: Scope) -> None:
     found: dict[str, dict[str, list[str]]] = {}
     for case in scope.large_cases():
         stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
-        for name in names((), scope.backends):
-            model = contenders.patched(stock, name.removeprefix(f"{contenders.OURS} "))
+        for backend in available(scope.backends):
+            model = contenders.patched(stock, backend)
             with torch.inference_mode():
-                found.setdefault(case.title, {})[name] = gpu_profile.launches(functools.partial(model, x))
+                found.setdefault(case.title, {})[ours(backend)] = gpu_profile.launches(functools.partial(model, x))
             record.part("launches", launches=found)
     case = next(scope.training_cases())
     stock, x = case.make()
@@ -329,7 +346,7 @@ def launches(record: Record, scope: Scope) -> None:
 
 def counters(record: Record, scope: Scope) -> None:
     """Nsight Compute over the kernels of the ops and of some blocks; its pages lie beside the record."""
-    tool = gpu_profile.profiler()
+    tool = cuda_tool("ncu")
     if tool is None or scope.device == "cpu":
         record.part("counters", reason="there is no Nsight Compute" if tool is None else "there is no GPU")
         return
@@ -339,7 +356,8 @@ def counters(record: Record, scope: Scope) -> None:
     for page in ("raw", "source"):
         command = gpu_profile.reading(tool, report, page)
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=record.left()).stdout
-        gpu_profile.keep(text, record.file.with_suffix(f".{page}.csv.gz"))
+        with gzip.open(record.file.with_suffix(f".{page}.csv.gz"), "wt") as file:
+            file.write(text)
         if page == "raw":
             record.part("counters", kernels=gpu_profile.summary(text, titles))
     report.unlink()
@@ -363,9 +381,7 @@ def tune(record: Record, scope: Scope) -> None:
     tiles: list[dict[str, Any]] = []
     for case in scope.large_cases():
         stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
-        for tuned in tuner.tune(
-            contenders.patched(stock, "triton"), x, minutes=record.left() / 60, rounds=scope.rounds
-        ):
+        for tuned in tuner.tune(contenders.patched(stock, "triton"), x, minutes=record.left() / 60, rounds=ROUNDS):
             before, after = str(tuned.before), str(tuned.after)
             seconds = {"seconds_before": tuned.seconds_before, "seconds_after": tuned.seconds_after}
             key = tuning.class_name(tuned.problem_class)

@@ -4,25 +4,18 @@
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
 import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from benchmarks import cases, shapes
-from benchmarks.cases import Case
-from effnet_kernels.benchmarking.contenders import patched
 
 # Nsight Compute's sections, and what a summary has of them.
 SECTIONS = (
@@ -73,21 +66,6 @@ def short(kernel: str) -> str:
     return name.split("(")[0]
 
 
-def counted(ops: Iterator[Case], flagship: tuple[str, int, int], paths: tuple[str, ...], dtype: str) -> Iterator[Case]:
-    """The cases whose kernels are counted: some of the flagship's blocks, and ops."""
-    model, size, batch = flagship
-    for block, count in shapes.blocks(model, size).items():
-        if block.path in paths:
-            yield cases.block_case(model, block, count, batch, dtype, "cuda")
-    yield from ops
-
-
-def profiler() -> str | None:
-    """Nsight Compute's command line, if it is installed."""
-    places = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
-    return shutil.which("ncu") or next((str(place) for place in reversed(places)), None)
-
-
 def command(tool: str, report: Path, until: float) -> list[str]:
     """Counts the kernels of ``main`` into a report until then (``time.time()``). Clocks stay as they are."""
     sections = itertools.chain(*(("--section", section) for section in SECTIONS))
@@ -128,22 +106,18 @@ def _entry(label: str, value: str, unit: str) -> str:
     return f"{label} {value} {unit}" if unit.endswith("s") else f"{label} {value}"  # of times alone
 
 
-def keep(text: str, file: Path) -> None:
-    """Write a page beside the record, compressed."""
-    with gzip.open(file, "wt") as stream:
-        stream.write(text)
-
-
 @torch.inference_mode()
-def run_counted(wanted: Iterator[Case], backends: tuple[str, ...], until: float) -> None:
+def main() -> None:
     """The second call of each case on each backend, until then; titles are printed, "counted: ...", as they go."""
-    for case in wanted:
+    from benchmarks.gpu_parts import GPU, available
+
+    until = float(sys.argv[1])
+    for case in GPU.counted_cases():
         if time.time() > until:
             return
-        stock, x = case.make()
-        stock, x = (t.to(memory_format=torch.channels_last) for t in (stock, x))
-        for backend in backends:
-            module: nn.Module = case.fused(stock, backend) if case.level == "op" else patched(stock, backend)
+        stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
+        for backend in available(GPU.backends):
+            module = case.fused(stock, backend)
             module(x)
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
@@ -152,15 +126,6 @@ def run_counted(wanted: Iterator[Case], backends: tuple[str, ...], until: float)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
             print(f"counted: {case.title} {backend}", flush=True)
-
-
-def main() -> None:
-    from benchmarks.gpu_parts import GPU, names
-    from effnet_kernels.benchmarking.contenders import OURS
-
-    backends = tuple(name.removeprefix(f"{OURS} ") for name in names((), GPU.backends))
-    wanted = counted(GPU.op_cases(), GPU.flagship, GPU.counted, GPU.dtype)
-    run_counted(wanted, backends, float(sys.argv[1]))
 
 
 if __name__ == "__main__":

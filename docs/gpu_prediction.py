@@ -182,17 +182,21 @@ def predict(launch: Launch, resources: Resources) -> Prediction:
     return Prediction(times[bound] + LAUNCH, bound, todo.minimum / DRAM, todo.l2 / todo.minimum)
 
 
-def measured(model: str, launches: int) -> tuple[list[float], str]:
-    """Seconds of each of our launches in a forward pass of the model, in order, and on what; nothing if not known."""
+def measured(model: str, launches: list[Launch]) -> tuple[list[list[float]], str]:
+    """Seconds of each launch in a forward pass of the model, in order, and on what; none where another grid was run."""
     title = f"{model} @{MODELS[model]}, batch {BATCH}, float16"
     for file in sorted(RESULTS.glob("*.json"), reverse=True):
         content = json.loads(file.read_text())
         part = content.get("parts", {}).get("launches", {}).get("launches", {})
         lines = part.get(title, {}).get("effnet_kernels triton", [])
-        times = [float(line.split()[0]) * 1e-6 for line in lines if re.search(r" us (\w+_)?[Kk]ernel grid ", line)]
-        if len(times) == launches:
+        found = [
+            match for line in lines if (match := re.fullmatch(r"(\S+) us (?:\w+_)?[Kk]ernel grid (\d+)x1x1", line))
+        ]
+        if len(found) == len(launches):
+            pairs = zip(found, launches, strict=True)
+            times = [[float(match[1]) * 1e-6] if int(match[2]) == launch.programs else [] for match, launch in pairs]
             return times, describe_environment(content["environment"])
-    return [], ""
+    return [[] for _ in launches], ""
 
 
 def us(seconds: float) -> str:
@@ -215,19 +219,19 @@ def main() -> None:
     model_rows, launch_rows, note = [], [], ""
     for model in options.models:
         launches = record_model(model, MODELS[model], BATCH, DTYPE, GENERATION)
-        times, where = measured(model, len(launches))
-        note = f"Measured by torch's profiler on {where}." if where else note
+        times, where = measured(model, launches)
+        note = f"Measured by torch's profiler, but for tiles that are newer, on {where}." if where else note
         took: defaultdict[tuple, list[float]] = defaultdict(list)
         same: Counter[tuple] = Counter()
         predicted: dict[tuple, tuple[Launch, Resources, Prediction]] = {}
-        for i, launch in enumerate(launches):
+        for launch, seconds in zip(launches, times, strict=True):
             variant = launch.variant()
             if variant not in compiled:
                 compiled[variant] = compile_launch(launch, GENERATION)
                 print(f"{model}: {describe(launch)}", flush=True)
             key = (variant, launch.programs, launch.sizes)
             same[key] += 1
-            took[key] += times[i : i + 1]
+            took[key] += seconds
             predicted[key] = launch, compiled[variant], predict(launch, compiled[variant])
         total = sum(count * predicted[key][2].seconds for key, count in same.items())
         shares: Counter[str] = Counter()

@@ -252,11 +252,11 @@ def pack(
         needed = distinct(launches)
         every = distinct([*needed, *optional])
         wanted = []
-        for launch, future in zip(every, [pool.submit(compiled, launch) for launch in every], strict=True):
+        for i, (launch, future) in enumerate([(launch, pool.submit(compiled, launch)) for launch in every]):
             try:
                 wanted.append((launch, future.result()))
             except Exception:  # a tile that is too small for an instruction, or too large: Triton has many errors
-                if launch in needed:
+                if i < len(needed):
                     raise
             if len(wanted) % 20 == 0:
                 progress(f"{len(wanted)} of {len(every)} kernels")

@@ -312,6 +312,20 @@ def test_a_tile_that_does_not_compile_is_left_out_if_it_is_optional(tmp_path, mo
         precompile.pack(tmp_path / "kernels.zip", [launch], 90, optional=[launch])
 
 
+def test_an_optional_tile_fails_behind_others_of_the_same_kernel_and_grid(tmp_path, monkeypatch):
+    """Launches hold tensors, which cannot be compared."""
+    needed, other = (precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)[0] for _ in range(2))
+    other = other.with_tile(other.config._replace(num_warps=16))
+
+    def compiled(launch):
+        if launch is other:
+            raise ValueError("too small for an instruction")
+
+    monkeypatch.setattr(precompile, "compiled", compiled)
+    with pytest.raises(AttributeError, match="src"):  # of None, the needed one's: all is compiled by then
+        precompile.pack(tmp_path / "kernels.zip", [needed], 90, optional=[other])
+
+
 def test_the_tiles_that_are_tried_first():
     """Those next to the chosen ones of the largest launches: as their launches would be with other tiles."""
     scope = gpu_parts.GPU._replace(models=())
