@@ -172,7 +172,6 @@ class BuildNative(build_ext):
             ("csrc/bindings_cpu_train.cpp", "bindings", [*COMMON, *torch_compile, *defines]),
             ("csrc/cpu/instruction_sets.cpp", "common", [*COMMON, *defines]),
             ("csrc/cpu/scratch.cpp", "common", COMMON),
-            ("csrc/snapshot.cpp", "bindings", [*COMMON, "-isystem", sysconfig.get_path("include")]),
         ]
         if SANITIZED:
             jobs.append(("tests/sanitizers/faults.cpp", "faults", COMMON))

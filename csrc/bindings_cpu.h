@@ -100,8 +100,9 @@ inline Vector vector(const char* name, const Tensor& t, int64_t size) {
   return {t.data_ptr(), is_bf16(name, t), t.stride(0)};
 }
 
-inline Window window(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                     const Tensor4& x, const Tensor4& weight, const Tensor4& y) {
+template <class AnyWeight>  // a tensor, or one that is packed
+Window window(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const Tensor4& x,
+              const AnyWeight& weight, const Tensor4& y) {
   STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
                   "stride must be two positive numbers");
   STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");

@@ -33,6 +33,7 @@ from effnet_kernels.ops.depthwise_conv_bn_act.op import op as _depthwise_conv_bn
 from effnet_kernels.ops.fused_mbconv.op import op as _fused_mbconv
 from effnet_kernels.ops.mbconv.op import op as _mbconv
 from effnet_kernels.ops.pointwise_conv_bn_act.op import op as _pointwise_conv_bn_act
+from effnet_kernels.ops.recording import converted
 from effnet_kernels.ops.squeeze_excite.op import op as _squeeze_excite
 from effnet_kernels.ops.squeeze_excite_gate.op import op as _squeeze_excite_gate
 
@@ -452,4 +453,6 @@ def _geometry(size: Sequence[int], weight: Tensor, stride: Pair, padding: Pair |
 def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """x and the weights in autocast's dtype where autocast is on; as they came where it is off."""
     dtype = autocast_dtype(x)
-    return (x, *weights) if dtype is None else tuple(t if t is None else t.to(dtype) for t in (x, *weights))
+    if dtype is None:
+        return x, *weights
+    return tuple(t if t is None else converted(t, Tensor.to, dtype) for t in (x, *weights))

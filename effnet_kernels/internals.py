@@ -60,6 +60,9 @@ _batches = [
 # What a call of a module goes through on its way to forward, and a convolution and a BatchNorm behind it. Where they
 # have other names, it goes unnoticed if somebody replaces them.
 CALL, CONV_FORWARD, CHECK_INPUT = "_call_impl", "_conv_forward", "_check_input_dim"
+# What moves or converts a module's tensors, and what loads them: what was kept of those before is let go there.
+# Where they have other names, it is let go at the next forward.
+APPLY, LOAD = "_apply", "_load_from_state_dict"
 # Where ``module.compile()`` leaves what is called then. Where it has another name, it is left out with the module.
 COMPILED = "_compiled_call_impl"
 # Attribute that FSDP puts on every module whose weights it gathers, and the module of its way to replicate, which puts
@@ -68,19 +71,11 @@ GATHERED = "_is_fsdp_managed_module"
 REPLICATE, REPLICATE_BY_DDP = (f"torch.distributed._composable.replicate{how}" for how in ("_with_fsdp", ""))
 # Dispatch modes see every op: they are active where this is not 0.
 dispatch_modes: Callable[[], int] = _find(
-    "_C._len_torch_dispatch_stack", "ops go through torch's dispatcher, and no call is replayed", lambda: 1
+    "_C._len_torch_dispatch_stack",
+    "ops go through torch's dispatcher, and no forward is repeated as a program",
+    lambda: 1,
 )
 _counter = itertools.count()  # what cannot be counted counts as changed
-
-
-def _version(t: Tensor) -> int:
-    return next(_counter)
-
-
-# How often a tensor was written to in place.
-version: Callable[[Tensor], int] = _version
-if _find("Tensor._version", "weights are packed at every call, and no call is replayed") is not None:
-    version = attrgetter("_version")
 
 
 def _hooks_registered() -> int:
@@ -89,7 +84,7 @@ def _hooks_registered() -> int:
 
 # How many hooks were ever registered, on whatever module.
 hooks_registered: Callable[[], int] = _hooks_registered
-if _find("utils.hooks.RemovableHandle.next_id", "replayed calls look for hooks each time") is None:
+if _find("utils.hooks.RemovableHandle.next_id", "programs look for hooks at each call") is None:
     hooks_registered = _counter.__next__
 
 

@@ -3,19 +3,12 @@
 They are built against PyTorch's stable ABI: one file serves every torch >= 2.11 and every Python.
 """
 
-import contextlib
-import ctypes
 import functools
 import os
-import sys
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effnet_kernels import internals
 
@@ -92,80 +85,3 @@ def set_instruction_set(name: str) -> None:
     refusal = _ask(torch.ops.effnet_kernels_cpu.set_instruction_set, INSTRUCTION_SETS.index(name))
     if refusal:
         raise ValueError(f"instruction set {name!r} cannot run on this machine: {refusal}")
-    _packed.clear()  # the layout of the copies belongs to the instruction set
-    global _generation
-    _generation += 1
-
-
-_generation = 0
-
-
-def generation() -> int:
-    """Changes whenever packed copies made before must not be used any more."""
-    return _generation
-
-
-# id of a weight -> (the weight, its version, its address, its packed copy).
-_packed: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
-_thread = threading.local()
-
-
-@contextlib.contextmanager
-def keeping_no_copies() -> Iterator[None]:
-    """For calls of this thread on weights whose versions say nothing: no packed copy is kept or used again."""
-    before = getattr(_thread, "keeps_no_copies", False)
-    _thread.keeps_no_copies = True
-    try:
-        yield
-    finally:
-        _thread.keeps_no_copies = before
-
-
-def packed(weight: Tensor) -> Tensor:
-    """The copy of a convolution weight in the order that the kernels read, made once per version.
-
-    It is dropped with the weight, and not kept inside ``keeping_no_copies``. Writes that bypass torch's version
-    counter (``weight.data.copy_``) are left to the kernels, which compare a sample of the two on every call.
-    """
-    if weight.is_inference() or getattr(_thread, "keeps_no_copies", False):  # the first has no version counter
-        return torch.ops.effnet_kernels_cpu.pack.default(weight)
-    key, version, address = id(weight), internals.version(weight), weight.data_ptr()
-    entry = _packed.get(key)
-    if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == address:
-        return entry[3]
-    with torch.inference_mode(False):
-        copy = torch.ops.effnet_kernels_cpu.pack.default(weight.detach())
-    _packed[key] = (weakref.ref(weight, lambda _: _packed.pop(key, None)), version, address, copy)
-    return copy
-
-
-class Snapshot:
-    """Dictionaries and the classes of objects at one moment: all keys, values and classes, by identity.
-
-    It keeps them alive. ``holds`` is false everywhere where the library was built without Python's headers, and
-    without the GIL, which keeps the dictionaries still while they are looked at.
-    """
-
-    def __init__(self, dicts: Sequence[dict[str, Any]], objects: Sequence[object]) -> None:
-        self._pointer = None
-        functions = _snapshots()
-        if functions is not None:
-            take, self._holds, forget = functions
-            self._pointer = take([*dicts], [*objects])
-            weakref.finalize(self, forget, self._pointer).atexit = False
-
-    def holds(self) -> bool:
-        """Whether every dictionary has the same entries in the same order, and every object the same class."""
-        return self._pointer is not None and bool(self._holds(self._pointer))
-
-
-@functools.cache
-def _snapshots() -> tuple[Any, Any, Any] | None:
-    library = ctypes.PyDLL(str(_CPU_LIBRARY))  # it leaves the GIL where it is
-    if not hasattr(library, "effnet_snapshot") or not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return None
-    take, holds, forget = library.effnet_snapshot, library.effnet_snapshot_holds, library.effnet_snapshot_forget
-    take.argtypes, take.restype = [ctypes.py_object, ctypes.py_object], ctypes.c_void_p
-    holds.argtypes, holds.restype = [ctypes.c_void_p], ctypes.c_int
-    forget.argtypes, forget.restype = [ctypes.c_void_p], None
-    return take, holds, forget

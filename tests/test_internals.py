@@ -17,8 +17,8 @@ PACKAGE = Path(effnet_kernels.__file__).parent
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 # Of others than torch: Python, timm, Triton (looked up with a default); and strings of ours.
 OTHERS = {
-    "modules/fusing.py": {"_effnet_kernels_backend"},
-    "native.py": {"_native_cpu", "_native_cuda", "_is_gil_enabled"},
+    "modules/program.py": {"_effnet_kernels_backend", "_effnet_kernels_frozen", "_effnet_kernels_kept"},
+    "native.py": {"_native_cpu", "_native_cuda"},
     "patching/timm.py": {"_efficientnet_blocks", "_stage_out_idx"},
     "precompile.py": {"_active"},
 }
@@ -159,7 +159,6 @@ NAMES = [
     "_C._functorch.peek_interpreter_stack",
     "autograd.forward_ad._current_level",
     "_C._len_torch_dispatch_stack",
-    "Tensor._version",
     "utils.hooks.RemovableHandle.next_id",
     *(f"nn.Module.{name}" for name in ("_forward_hooks", "_backward_pre_hooks")),
 ]

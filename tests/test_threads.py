@@ -186,35 +186,3 @@ def test_a_fork_during_a_call_leaves_the_child_all_threads():
         assert found == 1, found
         """
     )
-
-
-def test_a_fork_while_another_thread_looks_up_a_kept_call():
-    """What it looks them up under is locked in no child."""
-    run(
-        """
-        native.cpu_available()
-        forget, stop = torch.ops.effnet_kernels_cpu.forget.default, threading.Event()
-
-        def look_up():
-            try:
-                forget(-1)
-            except RuntimeError as error:
-                assert "-1" in str(error)
-                return 0
-            return 1
-
-        def until_told():
-            while not stop.is_set():
-                look_up()
-
-        other = threading.Thread(target=until_told)
-        other.start()
-        try:
-            for _ in range(100):
-                found = in_a_fork(look_up)
-                assert found == 0, found
-        finally:
-            stop.set()
-            other.join()
-        """
-    )

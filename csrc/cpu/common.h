@@ -22,11 +22,12 @@ struct Tensor4 {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// A convolution weight and its copy in the order that the kernels read. The copy is made by Kernels::pack
-// and owned by the caller; a kernel makes it anew where it finds that the source was written behind it.
+// A convolution weight in the order that the kernels read, made by Kernels::pack. packed == nullptr: not
+// given.
 struct Weight {
-  Tensor4 source;
-  float* packed = nullptr;
+  const float* packed = nullptr;
+  bool is_bf16 = false;
+  int64_t size[4] = {0, 0, 0, 0};  // [o][i][kh][kw]
 };
 
 // A vector of one value per channel, fp32 or bf16.
@@ -41,9 +42,23 @@ struct BatchNorm {
   float eps = 0;
 };
 
+// BatchNorm in inference as y = x * scale + shift, zero beyond the last channel up to a whole slice: made by
+// Kernels::fold.
+struct Affine {
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+};
+
+// Dense, fp32 or bf16.
+struct Matrix {
+  const void* data = nullptr;
+  bool is_bf16 = false;
+};
+
 struct SqueezeExcite {
-  Tensor4 w_reduce, w_expand;  // [R][C][1][1], [C][R][1][1]
-  Vector b_reduce, b_expand;
+  int64_t channels = 0, reduced = 0;  // channels == 0: not given
+  Matrix w_reduce, b_reduce;          // [R][C], [R]
+  Matrix w_expand, b_expand;          // [C][R], [C]
   int act = kIdentity, gate = kSigmoid;
 };
 
@@ -52,18 +67,33 @@ struct Window {
   int64_t top = 0, left = 0;  // padding; bottom and right follow from the output's size
 };
 
+// Memory, and what its digest was.
+struct Chunk {
+  uint64_t address, bytes, digest;
+};
+
+// Chunks to be compared on the side, each by one thread.
+struct Watch {
+  const Chunk* chunks;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> same{true};
+};
+
 // Runs task(context, 0..n-1), each once, in any order and on any thread.
 struct Pool {
   int threads = 1;
   void (*run)(int64_t n, void (*task)(void* context, int64_t i), void* context) = nullptr;
+  Watch* watch = nullptr;
 };
 
 struct PointwiseParams {
   Tensor4 x, y;  // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
   Weight weight;
   Tensor4 residual;             // optional
+  bool residual_is_x = false;   // of kept calls: x of each
   const float* gate = nullptr;  // [N][C_in], optional
-  BatchNorm bn;
+  Affine bn;
   int act = kIdentity;
   bool pool = false;
 };
@@ -72,7 +102,7 @@ struct DepthwiseParams {
   Tensor4 x, y;
   Weight weight;
   float* mean = nullptr;  // [N][C], optional
-  BatchNorm bn;
+  Affine bn;
   Window window;
   int act = kIdentity;
 };
@@ -93,7 +123,7 @@ struct FusedMBConvParams {
   Tensor4 x, y;  // x: any strides
   Weight weight;
   Weight project;  // optional
-  BatchNorm bn, project_bn;
+  Affine bn, project_bn;
   Window window;
   int act = kIdentity;
   bool residual = false;
@@ -103,8 +133,8 @@ struct MBConvParams {
   Tensor4 x, y;
   Weight expand;  // optional
   Weight weight, project;
-  BatchNorm expand_bn, bn, project_bn;
-  SqueezeExcite se;  // optional: w_reduce.data == nullptr
+  Affine expand_bn, bn, project_bn;
+  SqueezeExcite se;  // optional
   Window window;
   int act = kIdentity, project_act = kIdentity;
   bool residual = false;
@@ -113,7 +143,11 @@ struct MBConvParams {
 // One build of the kernels. x.is_bf16 selects the element type of the maps.
 struct Kernels {
   int64_t (*packed_floats)(const Tensor4& weight);
-  void (*pack)(const Weight&, const Pool&);
+  void (*pack)(const Tensor4& weight, float* packed, const Pool&);
+  int64_t (*folded_floats)(int64_t channels);
+  Affine (*fold)(const BatchNorm&, int64_t channels, float* folded);
+  uint64_t (*digest)(const void* data, int64_t bytes);
+  void (*finish)(const Pool&);  // compares what is left of the pool's watch
   void (*pointwise_conv_bn_act)(const PointwiseParams&, const Pool&);
   void (*depthwise_conv_bn_act)(const DepthwiseParams&, const Pool&);
   void (*squeeze_excite_gate)(const GateParams&, const Pool&);

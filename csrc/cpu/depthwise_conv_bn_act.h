@@ -36,21 +36,11 @@ struct Depthwise {
   }
 };
 
-static inline Depthwise make_depthwise(const Weight& weight, const BatchNorm& bn, const Window& window,
-                                       int act, const Tensor4& x, const Tensor4& y, const Pool& pool,
-                                       Scratch& scratch) {
-  const auto& size = weight.source.size;
-  return {size[0],
-          x.size[2],
-          x.size[3],
-          y.size[2],
-          y.size[3],
-          size[2],
-          size[3],
-          window,
-          act,
-          fresh(weight, pool),
-          fold(bn, size[0], scratch)};
+static inline Depthwise make_depthwise(const Weight& weight, const Affine& bn, const Window& window, int act,
+                                       const Tensor4& x, const Tensor4& y) {
+  const auto& size = weight.size;
+  return {size[0], x.size[2], x.size[3], y.size[2],         y.size[3], size[2],
+          size[3], window,    act,       packed_of(weight), bn};
 }
 
 // kOut neighbouring output pixels of one vector of channels. Every input column is loaded once and feeds all
@@ -245,8 +235,7 @@ static inline void copy_rows(const T* x, int64_t w, int64_t channels, int64_t sl
 
 template <class T>
 [[maybe_unused]] static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
-  Scratch scratch;
-  const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch);
+  const Depthwise d = make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     const T* x = at<const T>(p.x, image);
     T* y = at<T>(p.y, image);

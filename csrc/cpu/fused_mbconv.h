@@ -14,7 +14,6 @@ constexpr int64_t kStripFloats = 1 << 14;  // expanded strip: 64 KiB, a small sh
 
 struct FusedMBConv {
   Packed expand, project;
-  Affine expand_affine, project_affine;
 };
 
 // Rows [first, first + n) of the padded input, `width` pixels each, as words [n][width][words of C].
@@ -57,8 +56,7 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
 template <class T>
 static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f, int64_t image, int64_t oy,
                                int64_t rows) {
-  const int64_t in = words<T>(p.x.size[1]), ow = p.y.size[3], kh = p.weight.source.size[2],
-                kw = p.weight.source.size[3];
+  const int64_t in = words<T>(p.x.size[1]), ow = p.y.size[3], kh = p.weight.size[2], kw = p.weight.size[3];
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
   const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_words = width * in;
@@ -67,7 +65,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   copy_window_rows<T>(p.x, image, oy * sh - p.window.top, (rows - 1) * sh + kh, p.window.left, width, window);
 
   const Taps taps{kh, row_words, kw * in, kw * in};
-  const bool project = p.project.source.data != nullptr;
+  const bool project = p.project.packed != nullptr;
   float* mid = project ? scratch.take(slices * pixels * kSlice) : nullptr;  // [slice][pixel][kSlice]
   T* y = at<T>(p.y, image);
   const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
@@ -80,15 +78,13 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
       const float* a = window + r * sh * row_words;
       if (!project) {
         const Store<T> store_to{y, residual, mid_channels, p.act};
-        multiply(a, sw * in, taps, ow, f.expand, panel, slice, f.expand_affine, store_to,
-                 first_pixel + r * ow);
+        multiply(a, sw * in, taps, ow, f.expand, panel, slice, p.bn, store_to, first_pixel + r * ow);
         continue;
       }
       float* to = mid + (slice * pixels + r * ow) * kSlice;
       for_each_tile(ow, setup, [&](int64_t begin, int64_t n) {
-        run_tile<T>(n, cols, a + begin * sw * in, sw * in, taps, panel,
-                    f.expand_affine.scale + slice * kSlice, f.expand_affine.shift + slice * kSlice,
-                    to + begin * kSlice, kSlice);
+        run_tile<T>(n, cols, a + begin * sw * in, sw * in, taps, panel, p.bn.scale + slice * kSlice,
+                    p.bn.shift + slice * kSlice, to + begin * kSlice, kSlice);
       });
       activate_all(p.act, to, ow * cols, kSlice / cols);
       if constexpr (kPairs<T>) to_operand<T>(to, ow, min64(kSlice, mid_channels - slice * kSlice), nullptr);
@@ -99,15 +95,12 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
                       words<T>(mid_channels - (slices - 1) * kSlice)};
   const Store<T> store_to{y, residual, f.project.n, kIdentity};
   for (int64_t panel = 0; panel < f.project.panels(); ++panel)
-    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, f.project_affine,
-             store_to, first_pixel);
+    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, p.project_bn, store_to,
+             first_pixel);
 }
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
-  Scratch scratch;
-  FusedMBConv f{fresh(p.weight, pool), fresh(p.project, pool), {}, {}};
-  f.expand_affine = fold(p.bn, f.expand.n, scratch);
-  if (p.project.source.data) f.project_affine = fold(p.project_bn, f.project.n, scratch);
+  const FusedMBConv f{packed_of(p.weight), packed_of(p.project)};
   const int64_t oh = p.y.size[2], ow = p.y.size[3];
   // As many strips as fit the cache, and a whole number for each thread.
   const int64_t fit = div_up(oh * ow * round_up(f.expand.n, kSlice), kStripFloats);

@@ -85,11 +85,14 @@ struct TileSetup<bf16> : AmxShapes {
 };
 #endif
 
-// `rows` <= kTileRows<T> rows of c by `cols` <= kVectors vectors, inside for_each_tile.
+// `rows` <= kTileRows<T> rows of c by `cols` <= kVectors vectors, inside for_each_tile. A tile that has
+// nothing to fetch for itself fetches what is to be watched.
 template <class T>
 static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
                             const float* panel, const float* scale, const float* shift, float* c,
                             int64_t c_stride, const float* ahead = nullptr) {
+  if (ahead == nullptr && cols == kVectors)
+    ahead = Watcher::ahead(taps.total() / 2 * sizeof(float) * kCacheLine);
 #if defined(__AMX_BF16__)
   if constexpr (kPairs<T>) {
     const auto run = cols == 1 ? amx_tile<1> : amx_tile<kVectors>;
@@ -121,13 +124,13 @@ static inline const float* ahead_of(const float* next, int64_t tile, int64_t k) 
 // Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where
 // that is enough), each [K][width] words, columns beyond the last channel zero.
 struct Packed {
-  float* data;
+  const float* data;
   int64_t n, k;
 
   int64_t panels() const { return div_up(n, kSlice); }
   int64_t cols(int64_t panel) const { return min64(kVectors, div_up(n - panel * kSlice, kWidth)); }
   int64_t width(int64_t panel) const { return cols(panel) * kWidth; }
-  float* panel(int64_t p) const { return data + p * kSlice * k; }
+  const float* panel(int64_t p) const { return data + p * kSlice * k; }
   // A panel that is whole and worth fetching early, or null.
   const float* next(int64_t p) const { return (p + 1) * kSlice <= n && k >= 64 ? panel(p) : nullptr; }
   int64_t floats() const { return round_up(n, kWidth) * k; }
@@ -153,13 +156,13 @@ static inline void transpose(vf (&rows)[kWidth]) {
 }
 
 // One panel of a convolution weight [O][I][KH][KW] of any strides, in the order [KH][KW][words of
-// I][columns].
+// I][columns], to its place behind `data`, where `packed` will be.
 template <class T>
-static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
+static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p, float* data) {
   const int64_t cols = packed.cols(p), width = cols * kWidth, channels = weight.size[1];
   const int64_t in = words<T>(channels), whole = kPairs<T> ? channels / 2 : channels;
   const int64_t so = weight.stride[0], si = weight.stride[1];
-  float* out = packed.panel(p);
+  float* out = data + p * kSlice * packed.k;
   for (int64_t y = 0; y < weight.size[2]; ++y) {
     for (int64_t x = 0; x < weight.size[3]; ++x, out += in * width) {
       const T* window = static_cast<const T*>(weight.data) + y * weight.stride[2] + x * weight.stride[3];
@@ -188,54 +191,25 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p) {
   }
 }
 
+static inline Packed packed_as(const int64_t (&size)[4], bool is_bf16, const float* data) {
+  const int64_t in = is_bf16 ? words<bf16>(size[1]) : size[1];
+  return {data, size[0], in * size[2] * size[3]};
+}
+
 static inline Packed packed_of(const Weight& weight) {
-  const auto& size = weight.source.size;
-  const int64_t in = weight.source.is_bf16 ? words<bf16>(size[1]) : size[1];
-  return {weight.packed, size[0], in * size[2] * size[3]};
+  return packed_as(weight.size, weight.is_bf16, weight.packed);
 }
 
 [[maybe_unused]] static int64_t packed_floats(const Tensor4& weight) {
-  return packed_of({weight, nullptr}).floats();
+  return packed_as(weight.size, weight.is_bf16, nullptr).floats();
 }
 
-static void pack(const Weight& weight, const Pool& pool) {
-  const Packed packed = packed_of(weight);
+[[maybe_unused]] static void pack(const Tensor4& weight, float* data, const Pool& pool) {
+  const Packed packed = packed_as(weight.size, weight.is_bf16, data);
   parallel(pool, packed.panels(), [&](int64_t panel) {
-    weight.source.is_bf16 ? pack_panel<bf16>(weight.source, packed, panel)
-                          : pack_panel<float>(weight.source, packed, panel);
+    weight.is_bf16 ? pack_panel<bf16>(weight, packed, panel, data)
+                   : pack_panel<float>(weight, packed, panel, data);
   });
-}
-
-constexpr int64_t kSamples = 16;
-
-// Whether the copy equals its source in a sample of places, spread over rows and columns. The caller packs
-// anew when torch says that a weight changed; this catches the writes that torch does not see, such as
-// `weight.data.copy_(...)`, unless they leave nearly all of the weight as it was.
-template <class T>
-static bool sample_matches(const Tensor4& source, const Packed& packed) {
-  const int64_t in = words<T>(source.size[1]), kw = source.size[3], area = source.size[2] * kw;
-  const int64_t samples = min64(kSamples, max64(packed.n, packed.k));
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t row = i * packed.n / samples, k = i * packed.k / samples;  // k counts [KH][KW][words of I]
-    const int64_t tap = area == 1 ? 0 : k / in, y = area == 1 ? 0 : tap / kw;
-    const T* row_of_tap = static_cast<const T*>(source.data) + row * source.stride[0] + y * source.stride[2] +
-                          (tap - y * kw) * source.stride[3];
-    const float value = word(row_of_tap, source.stride[1], k - tap * in, source.size[1]);
-    const int64_t panel = row / kSlice;
-    const float copy = packed.panel(panel)[k * packed.width(panel) + row % kSlice];
-    if (std::memcmp(&value, &copy, sizeof(value)) != 0) return false;
-  }
-  return true;
-}
-
-// The packed copy, made anew where it is stale.
-static inline Packed fresh(const Weight& weight, const Pool& pool) {
-  const Packed packed = packed_of(weight);
-  if (weight.source.data != nullptr &&
-      !(weight.source.is_bf16 ? sample_matches<bf16>(weight.source, packed)
-                              : sample_matches<float>(weight.source, packed)))
-    pack(weight, pool);
-  return packed;
 }
 
 // What follows the affine step when a tile leaves for the output: activation, residual, rounding to T.

@@ -13,8 +13,18 @@ namespace effnet {
 const Kernels* EFFNET_JOIN(kernels_, EFFNET_ISA)() {
   namespace isa = EFFNET_ISA;
   static constexpr Kernels table{
-      isa::packed_floats,       isa::pack,           isa::pointwise_conv_bn_act, isa::depthwise_conv_bn_act,
-      isa::squeeze_excite_gate, isa::squeeze_excite, isa::fused_mbconv,          isa::mbconv,
+      isa::packed_floats,
+      isa::pack,
+      isa::folded_floats,
+      isa::fold,
+      isa::digest,
+      isa::finish,
+      isa::pointwise_conv_bn_act,
+      isa::depthwise_conv_bn_act,
+      isa::squeeze_excite_gate,
+      isa::squeeze_excite,
+      isa::fused_mbconv,
+      isa::mbconv,
   };
   return &table;
 }

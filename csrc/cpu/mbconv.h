@@ -16,7 +16,6 @@ namespace EFFNET_ISA {
 struct MBConv {
   Depthwise depthwise;
   Packed expand, project;
-  Affine expand_affine, project_affine;
 };
 
 // to = panel with row k multiplied by gate[k].
@@ -33,7 +32,7 @@ static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, con
                          int64_t next, const Run& run, const Target& target) {
   const int64_t in = p.x.size[1], w = m.depthwise.w, cols = m.depthwise.cols(slice);
   const auto finish = [](int64_t, const float*) {};
-  if (!p.expand.source.data) {
+  if (p.expand.packed == nullptr) {
     run([&](int64_t iy, int64_t n, const Ring& ring) { copy_rows(x, w, in, slice, cols, iy, n, ring); },
         target, finish);
     return;
@@ -42,8 +41,7 @@ static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, con
   const Taps taps{1, 0, k, k};
   TileSetup<T> setup(taps);
   const float *panel = m.expand.panel(slice), *ahead = m.expand.next(next);
-  const float *scale = m.expand_affine.scale + slice * kSlice,
-              *shift = m.expand_affine.shift + slice * kSlice;
+  const float *scale = p.expand_bn.scale + slice * kSlice, *shift = p.expand_bn.shift + slice * kSlice;
   Scratch scratch;
   float* line = scratch.take(rows_at_once(w) * w * kSlice);
   const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
@@ -63,7 +61,7 @@ static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, con
 static inline int64_t bands_of(const MBConvParams& p, const Depthwise& d, int64_t threads) {
   constexpr int64_t kBand = 96 * 1024;  // floats
   const int64_t needed = div_up(d.slices() * kSlice * d.oh * d.ow, kBand);
-  if (p.se.w_reduce.data || needed == 1) return 1;
+  if (p.se.channels > 0 || needed == 1) return 1;
   const int64_t seen_twice = max64(0, d.kh - d.window.stride_h);
   const int64_t most = min64(d.oh, d.oh * d.window.stride_h / max64(1, 3 * seen_twice));
   return max64(1, min64(div_up(needed, threads), most / threads) * threads);
@@ -93,8 +91,8 @@ static void mbconv_bands(const MBConvParams& p, const MBConv& m, const T* x, con
     }
     const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
     for (int64_t panel = 0; panel < m.project.panels(); ++panel)
-      multiply(mid, kSlice, taps, pixels, m.project, m.project.panel(panel), panel, m.project_affine,
-               store_to, top * d.ow);
+      multiply(mid, kSlice, taps, pixels, m.project, m.project.panel(panel), panel, p.project_bn, store_to,
+               top * d.ow);
   });
 }
 
@@ -108,7 +106,7 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   Scratch scratch;
 
   const float* rows = nullptr;  // x in words, for the expand GEMM
-  if (p.expand.source.data) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
+  if (p.expand.packed) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
   if (const int64_t bands = bands_of(p, d, pool.threads); bands > 1) {
     mbconv_bands(p, m, x, rows, store_to, bands, pool);
     return;
@@ -117,13 +115,13 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   float* mid = scratch.take(slices * pixels * kSlice);  // [slice][pixel][kSlice]
   float* mean = scratch.take(slices * kSlice);
   float* gate = scratch.take(slices * kSlice);
-  depthwise_image(d, pool, p.se.w_reduce.data ? mean : nullptr, [&](int64_t slice, const auto& run) {
+  depthwise_image(d, pool, p.se.channels > 0 ? mean : nullptr, [&](int64_t slice, const auto& run) {
     expand_slice(p, m, x, rows, slice, slice + pool.threads, run,
                  [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; });
   });
 
   const float* weights = m.project.data;
-  const bool gated = p.se.w_reduce.data != nullptr;
+  const bool gated = p.se.channels > 0;
   if (gated) {
     gate_of_image(p.se, mean, gate, pool);
     for (int64_t c = d.channels; c < slices * kSlice; ++c) gate[c] = 0;
@@ -151,20 +149,14 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   parallel(pool, blocks * panels, [&](int64_t i) {
     const int64_t panel = i % panels, block = i / panels, first = pixels * block / blocks;
     multiply(mid + first * kSlice, kSlice, taps, pixels * (block + 1) / blocks - first, m.project,
-             weights + (m.project.panel(panel) - m.project.data), panel, m.project_affine, store_to, first,
+             weights + (m.project.panel(panel) - m.project.data), panel, p.project_bn, store_to, first,
              weights == m.project.data ? m.project.next(panel + pool.threads) : nullptr);
   });
 }
 
 static void mbconv(const MBConvParams& p, const Pool& pool) {
-  Scratch scratch;
-  MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y, pool, scratch),
-           fresh(p.expand, pool),
-           fresh(p.project, pool),
-           {},
-           {}};
-  m.project_affine = fold(p.project_bn, m.project.n, scratch);
-  if (p.expand.source.data) m.expand_affine = fold(p.expand_bn, m.expand.n, scratch);
+  const MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y), packed_of(p.expand),
+                 packed_of(p.project)};
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
     p.x.is_bf16 ? mbconv_image<bf16>(p, m, image, inner) : mbconv_image<float>(p, m, image, inner);
   });

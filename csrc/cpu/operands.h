@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "simd.h"
+#include "parallel.h"
 
 namespace effnet {
 namespace EFFNET_ISA {

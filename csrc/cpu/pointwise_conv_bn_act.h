@@ -31,8 +31,7 @@ static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels,
 constexpr int64_t kPixelBlock = 8 * kMaxRows;
 
 template <class T>
-static void pointwise_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
-                            int64_t image, const Pool& pool) {
+static void pointwise_image(const PointwiseParams& p, const Packed& packed, int64_t image, const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
   const int64_t k = words<T>(in);
   const Taps taps{1, 0, k, k};
@@ -45,14 +44,14 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, cons
     Scratch scratch;
     const float* a = rows_of(x + first * in, n, in, p.gate ? p.gate + image * in : nullptr, scratch);
     for (int64_t panel = 0; panel < packed.panels(); ++panel)
-      multiply(a, k, taps, n, packed, packed.panel(panel), panel, affine, store_to, first);
+      multiply(a, k, taps, n, packed, packed.panel(panel), panel, p.bn, store_to, first);
   });
 }
 
 // The head: the map is averaged tile by tile and never written.
 template <class T>
-static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, const Affine& affine,
-                                 int64_t image, const Pool& pool) {
+static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, int64_t image,
+                                 const Pool& pool) {
   const int64_t in = p.x.size[1], out = packed.n, pixels = p.x.size[2] * p.x.size[3];
   const int64_t k = words<T>(in);
   const Taps taps{1, 0, k, k};
@@ -66,8 +65,8 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
     TileSetup<T> setup(taps);
     for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
       alignas(64) float c[kTileRows<T> * kSlice];
-      run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), affine.scale + channel,
-                  affine.shift + channel, c, cols * kWidth);
+      run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), p.bn.scale + channel,
+                  p.bn.shift + channel, c, cols * kWidth);
       activate_all(p.act, c, rows * cols);
       for (int64_t j = 0; j < cols; ++j) {
         vf sum = {};
@@ -87,12 +86,9 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
 
 template <class T>
 static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
-  Scratch scratch;
-  const Packed packed = fresh(p.weight, pool);
-  const Affine affine = fold(p.bn, packed.n, scratch);
+  const Packed packed = packed_of(p.weight);
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
-    p.pool ? pointwise_pool_image<T>(p, packed, affine, image, inner)
-           : pointwise_image<T>(p, packed, affine, image, inner);
+    p.pool ? pointwise_pool_image<T>(p, packed, image, inner) : pointwise_image<T>(p, packed, image, inner);
   });
 }
 

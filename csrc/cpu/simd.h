@@ -312,38 +312,6 @@ static inline void activate_rows(int act, const float* from, int64_t n, int64_t 
   });
 }
 
-// Runs body(i) for i in [0, n) on the pool, handing out indices one by one: which thread runs which
-// index varies, what is computed for an index does not.
-template <class Body>
-static inline void parallel(const Pool& pool, int64_t n, const Body& body) {
-  if (pool.threads <= 1 || n <= 1) {
-    for (int64_t i = 0; i < n; ++i) body(i);
-    return;
-  }
-  struct Shared {
-    const Body& body;
-    std::atomic<int64_t> next;
-    int64_t n;
-  } shared{body, {0}, n};
-  pool.run(
-      min64(n, pool.threads),
-      [](void* context, int64_t) {
-        auto& s = *static_cast<Shared*>(context);
-        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.n;) s.body(i);
-      },
-      &shared);
-}
-
-// One image a thread while whole rounds of images last, then all threads on each image that is left.
-// body(image, pool) must give the same bits for every pool.
-template <class Body>
-static inline void parallel_images(const Pool& pool, int64_t n, const Body& body) {
-  const int64_t rounds = n / pool.threads * pool.threads;
-  const Pool alone;
-  if (rounds > 0) parallel(pool, rounds, [&](int64_t image) { body(image, alone); });
-  for (int64_t image = rounds; image < n; ++image) body(image, pool);
-}
-
 template <class T>
 static inline T* at(const Tensor4& t, int64_t n) {
   return static_cast<T*>(t.data) + n * t.stride[0];
@@ -362,12 +330,6 @@ static inline float element(const Vector& v, int64_t i) {
                    : static_cast<const float*>(v.data)[i * v.stride];
 }
 
-// BatchNorm in inference as y = x * scale + shift, zero beyond the last channel up to a whole slice.
-struct Affine {
-  float* scale;
-  float* shift;
-};
-
 // The n values from `first` on, zero beyond them; none where n <= 0.
 static inline vf load_vector(const Vector& v, int64_t first, int64_t n) {
   if (n <= 0) return vf{};
@@ -377,19 +339,21 @@ static inline vf load_vector(const Vector& v, int64_t first, int64_t n) {
   return load(lanes);
 }
 
-static inline Affine fold(const BatchNorm& bn, int64_t channels, Scratch& scratch) {
+[[maybe_unused]] static int64_t folded_floats(int64_t channels) { return 2 * round_up(channels, kSlice); }
+
+[[maybe_unused]] static Affine fold(const BatchNorm& bn, int64_t channels, float* folded) {
   const int64_t padded = round_up(channels, kSlice);
-  const Affine affine{scratch.take(padded), scratch.take(padded)};
+  float *scale = folded, *shift = folded + padded;
   for (int64_t c = 0; c < padded; c += kWidth)
-    store(affine.scale + c, load_vector(bn.var, c, channels - c) + bn.eps);
-  for (int64_t c = 0; c < padded; ++c) affine.scale[c] = std::sqrt(affine.scale[c]);
+    store(scale + c, load_vector(bn.var, c, channels - c) + bn.eps);
+  for (int64_t c = 0; c < padded; ++c) scale[c] = std::sqrt(scale[c]);
   for (int64_t c = 0; c < padded; c += kWidth) {
     const int64_t n = channels - c;
-    const vf scale = n > 0 ? load_vector(bn.gamma, c, n) / load(affine.scale + c) : vf{};
-    store(affine.scale + c, scale);
-    store(affine.shift + c, load_vector(bn.beta, c, n) - load_vector(bn.mean, c, n) * scale);
+    const vf factor = n > 0 ? load_vector(bn.gamma, c, n) / load(scale + c) : vf{};
+    store(scale + c, factor);
+    store(shift + c, load_vector(bn.beta, c, n) - load_vector(bn.mean, c, n) * factor);
   }
-  return affine;
+  return {scale, shift};
 }
 
 }  // namespace EFFNET_ISA

@@ -18,26 +18,22 @@ static inline float dot(const T* w, const float* x, int64_t n) {
   return sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// out = act(W @ x + b), W: [size[0]][size[1]][1][1].
+static inline float element(const Matrix& m, int64_t i) {
+  return m.is_bf16 ? to_float(static_cast<const bf16*>(m.data)[i]) : static_cast<const float*>(m.data)[i];
+}
+
+// out = act(W @ x + b), W: [outputs][inputs].
 template <class T>
-static inline void fully_connected(const Tensor4& w, const Vector& b, const float* x, int act, float* out,
-                                   const Pool& pool) {
-  const int64_t outputs = w.size[0], inputs = w.size[1];
+static inline void fully_connected(const Matrix& w, const Matrix& b, int64_t outputs, int64_t inputs,
+                                   const float* x, int act, float* out, const Pool& pool) {
   constexpr int64_t kChunk = 16;
   const Pool alone;
   // A parallel region costs about as much as 16k multiply-adds.
   parallel(outputs * inputs < (1 << 14) ? alone : pool, div_up(outputs, kChunk), [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk, n = min64(kChunk, outputs - begin);
     alignas(64) float row[kChunk] = {};
-    for (int64_t o = 0; o < n; ++o) {
-      const T* weights = static_cast<const T*>(w.data) + (begin + o) * w.stride[0];
-      row[o] = element(b, begin + o);
-      if (w.stride[1] == 1) {
-        row[o] += dot(weights, x, inputs);
-      } else {
-        for (int64_t i = 0; i < inputs; ++i) row[o] += to_float(weights[i * w.stride[1]]) * x[i];
-      }
-    }
+    for (int64_t o = 0; o < n; ++o)
+      row[o] = element(b, begin + o) + dot(static_cast<const T*>(w.data) + (begin + o) * inputs, x, inputs);
     activate_all(act, row, kChunk / kWidth);
     std::memcpy(out + begin, row, n * sizeof(float));
   });
@@ -46,15 +42,15 @@ static inline void fully_connected(const Tensor4& w, const Vector& b, const floa
 // gate[0..C) from mean[0..C) of one image.
 static inline void gate_of_image(const SqueezeExcite& se, const float* mean, float* gate, const Pool& pool) {
   Scratch scratch;
-  float* hidden = scratch.take(se.w_reduce.size[0]);
+  float* hidden = scratch.take(se.reduced);
   const auto reduce = se.w_reduce.is_bf16 ? fully_connected<bf16> : fully_connected<float>;
   const auto expand = se.w_expand.is_bf16 ? fully_connected<bf16> : fully_connected<float>;
-  reduce(se.w_reduce, se.b_reduce, mean, se.act, hidden, pool);
-  expand(se.w_expand, se.b_expand, hidden, se.gate, gate, pool);
+  reduce(se.w_reduce, se.b_reduce, se.reduced, se.channels, mean, se.act, hidden, pool);
+  expand(se.w_expand, se.b_expand, se.channels, se.reduced, hidden, se.gate, gate, pool);
 }
 
 static void squeeze_excite_gate(const GateParams& p, const Pool& pool) {
-  const int64_t channels = p.se.w_expand.size[0];
+  const int64_t channels = p.se.channels;
   parallel_images(pool, p.n, [&](int64_t image, const Pool& inner) {
     gate_of_image(p.se, p.mean + image * channels, p.gate + image * channels, inner);
   });

@@ -26,8 +26,9 @@ static void train_depthwise(const TrainDepthwise& p, const Pool& pool) {
   const int64_t channels = size[0], images = p.x.raw.size[0];
   Scratch scratch;
   Packed packed{nullptr, channels, size[2] * size[3]};
-  packed.data = scratch.take(packed.floats());
-  for (int64_t panel = 0; panel < packed.panels(); ++panel) pack_panel<T>(p.weight, packed, panel);
+  float* copy = scratch.take(packed.floats());
+  for (int64_t panel = 0; panel < packed.panels(); ++panel) pack_panel<T>(p.weight, packed, panel, copy);
+  packed.data = copy;
   const int64_t slices = packed.panels(), padded = slices * kSlice;
   float *one = scratch.take(padded), *zero = scratch.take(padded);
   for (int64_t c = 0; c < padded; ++c) one[c] = 1, zero[c] = 0;
@@ -301,8 +302,9 @@ static void train_depthwise_backward(const TrainDepthwiseBackward& p, const Pool
   const int64_t area = p.weight.size[2] * p.weight.size[3];
   Scratch scratch;
   Packed packed{nullptr, channels, area};
-  packed.data = scratch.take(packed.floats());
-  for (int64_t panel = 0; panel < packed.panels(); ++panel) pack_panel<T>(p.weight, packed, panel);
+  float* copy = scratch.take(packed.floats());
+  for (int64_t panel = 0; panel < packed.panels(); ++panel) pack_panel<T>(p.weight, packed, panel, copy);
+  packed.data = copy;
   const int64_t slices = packed.panels(), unit_floats = (area + 2) * kSlice;
   float* partial = scratch.take(images * slices * unit_floats);
   parallel(pool, images * slices, [&](int64_t unit) {

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import layers, reading
-from effnet_kernels.modules.fusing import DepthwisePlan, fuse
+from effnet_kernels.modules.fusing import DepthwisePlan, Part, fuse
 
 
 def read(block: nn.Module) -> DepthwisePlan:
@@ -14,6 +14,9 @@ def read(block: nn.Module) -> DepthwisePlan:
     weight, geometry = reading.spatial(children["conv"], depthwise=True)
     bn, act = reading.batch_norm(children["bn"])
     return DepthwisePlan(ConvBN(weight, bn), geometry, act, False, None, [children["bn"]])
+
+
+WHOLE = Part(read)
 
 
 class DepthwiseConvBNAct(nn.Module):
@@ -54,5 +57,5 @@ class DepthwiseConvBNAct(nn.Module):
         self.bn = layers.batch_norm_act(in_chs, act_layer, norm_layer, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read, self, x)
+        y = fuse(WHOLE, self, x)
         return self.bn(self.conv(x)) if y is None else y

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import layers, reading
-from effnet_kernels.modules.fusing import MBConvPlan, fuse
+from effnet_kernels.modules.fusing import MBConvPlan, Part, fuse
 
 
 def read(block: nn.Module) -> MBConvPlan:
@@ -33,6 +33,9 @@ def read(block: nn.Module) -> MBConvPlan:
         reading.drop_path(children["drop_path"]),
         [children["bn1"], children["bn2"]],
     )
+
+
+WHOLE = Part(read)
 
 
 class DepthwiseSeparableConv(nn.Module):
@@ -89,7 +92,7 @@ class DepthwiseSeparableConv(nn.Module):
         self.drop_path = layers.drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read, self, x)
+        y = fuse(WHOLE, self, x)
         if y is None:
             y = self.se(self.bn1(self.conv_dw(x)))
             y = self.bn2(self.conv_pw(y))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import layers, reading
-from effnet_kernels.modules.fusing import FusedMBConvPlan, fuse
+from effnet_kernels.modules.fusing import FusedMBConvPlan, Part, fuse
 
 
 def read(block: nn.Module) -> FusedMBConvPlan:
@@ -32,6 +32,9 @@ def read(block: nn.Module) -> FusedMBConvPlan:
         reading.drop_path(children["drop_path"]),
         [children["bn1"], children["bn2"]],
     )
+
+
+WHOLE = Part(read)
 
 
 class FusedMBConv(nn.Module):
@@ -90,7 +93,7 @@ class FusedMBConv(nn.Module):
         self.drop_path = layers.drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read, self, x)
+        y = fuse(WHOLE, self, x)
         if y is None:
             y = self.se(self.bn1(self.conv_exp(x)))
             y = self.bn2(self.conv_pwl(y))

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels import native
 from effnet_kernels.backends import accelerates
-from effnet_kernels.modules import replay
+from effnet_kernels.modules import program
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
+from effnet_kernels.modules.program import BACKEND_ATTRIBUTE
 from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
 from effnet_kernels.modules.training import Chain, train, wants_gradients
-from effnet_kernels.modules.wrapped import may_be_gathered
 from effnet_kernels.ops.common import autocast_dtype
-
-# Instance attribute with the backend that patch() was asked for; absent where that is "auto".
-BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
 
 
 class Plan(Protocol):
@@ -32,7 +28,7 @@ class Plan(Protocol):
         """The BatchNorms, in the order in which x meets them."""
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        """The result, or None where no backend does better than the stock forward."""
+        """The result; None where the stock forward has to run."""
 
     def chain(self) -> Chain | None:
         """The plan as a block in training; None where there is no such block."""
@@ -53,11 +49,7 @@ class MBConvPlan(NamedTuple):
     norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        kernel, stride, _ = self.geometry
-        dtype = _dtype(x)
-        if not accelerates(backend, "mbconv", x.device.type, dtype, kernel, stride):
-            return None
-        residual = self.shortcut and self.drop_path is None and dtype == x.dtype
+        residual = self.shortcut and self.drop_path is None and _dtype(x) == x.dtype
         y = F.mbconv(
             x,
             self.expand,
@@ -65,7 +57,7 @@ class MBConvPlan(NamedTuple):
             self.se,
             self.project,
             self.act,
-            stride=stride,
+            stride=self.geometry[1],
             padding=padding_for(self.geometry, x.shape),
             project_act=self.project_act,
             residual=residual,
@@ -96,12 +88,8 @@ class FusedMBConvPlan(NamedTuple):
     norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        kernel, stride, _ = self.geometry
-        dtype = _dtype(x)
-        if not accelerates(backend, "fused_mbconv", x.device.type, dtype, kernel, stride):
-            return None
-        residual = self.shortcut and self.drop_path is None and dtype == x.dtype
-        padding = padding_for(self.geometry, x.shape)
+        residual = self.shortcut and self.drop_path is None and _dtype(x) == x.dtype
+        stride, padding = self.geometry[1], padding_for(self.geometry, x.shape)
         if self.se is None or self.project is None:
             y = F.fused_mbconv(
                 x,
@@ -142,10 +130,7 @@ class DepthwisePlan(NamedTuple):
     norms: Sequence[nn.BatchNorm2d]
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        kernel, stride, _ = self.geometry
-        if not accelerates(backend, "depthwise_conv_bn_act", x.device.type, _dtype(x), kernel, stride):
-            return None
-        padding = padding_for(self.geometry, x.shape)
+        stride, padding = self.geometry[1], padding_for(self.geometry, x.shape)
         y, _ = F.depthwise_conv_bn_act(x, *self.conv, self.act, stride=stride, padding=padding, backend=backend)
         return _add_shortcut(y, x, self.drop_path) if self.shortcut else y
 
@@ -167,10 +152,7 @@ class PointwisePlan(NamedTuple):
     pool: bool = False
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        dtype = _dtype(x)
-        if not accelerates(backend, "pointwise_conv_bn_act", x.device.type, dtype):
-            return None
-        residual = self.shortcut and self.drop_path is None and dtype == x.dtype
+        residual = self.shortcut and self.drop_path is None and _dtype(x) == x.dtype
         y = F.pointwise_conv_bn_act(
             x, *self.conv, self.act, residual=x if residual else None, pool=self.pool, backend=backend
         )
@@ -190,9 +172,7 @@ class SqueezeExcitePlan(NamedTuple):
     norms: Sequence[nn.BatchNorm2d] = ()
 
     def run(self, x: Tensor, backend: str) -> Tensor | None:
-        dtype = _dtype(x)
-        # Under autocast the stock product keeps the dtype of x where the op would cast it.
-        if dtype != x.dtype or not accelerates(backend, "squeeze_excite", x.device.type, dtype):
+        if _dtype(x) != x.dtype:  # under autocast the stock product keeps the dtype of x where the op would cast it
             return None
         return F.squeeze_excite(x, self.se, backend=backend)
 
@@ -203,63 +183,92 @@ class SqueezeExcitePlan(NamedTuple):
         return f"squeeze-and-excitation {self.se.act} {self.se.gate}"
 
 
-def fuse(
-    read: Callable[[nn.Module], Plan], block: nn.Module, x: Tensor, calls: Iterable[nn.Module] | None = None
-) -> Tensor | None:
-    """Run ``block`` as the plan that ``read`` makes of it, in place of the ``calls`` (the whole block if None).
+# The op that decides whether a backend does better than the stock forward.
+_OPS: dict[type, str] = {
+    MBConvPlan: "mbconv",
+    FusedMBConvPlan: "fused_mbconv",
+    DepthwisePlan: "depthwise_conv_bn_act",
+    PointwisePlan: "pointwise_conv_bn_act",
+    SqueezeExcitePlan: "squeeze_excite",
+}
+
+
+class Part(NamedTuple):
+    """What one plan covers: the whole module, or those modules in it, by name, whose calls it replaces."""
+
+    read: Callable[[nn.Module], Plan]
+    calls: Callable[[nn.Module], dict[str, nn.Module]] | None = None
+
+    def replaced(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The modules by name whose calls the plan replaces."""
+        return module.__dict__["_modules"] if self.calls is None else self.calls(module)
+
+
+def fuse(part: Part, block: nn.Module, x: Tensor) -> Tensor | None:
+    """Run a part of ``block``, or all of it, as the plan that there is for it.
 
     Returns None where the caller must run the stock modules: they cannot be fused, leaving out their calls
     could be noticed, no backend does better, or x is nothing that they take: then they say so.
     """
     if not may_fuse(x):
         return None
-    gathered = not torch.compiler.is_compiling() and may_be_gathered(block)
-    plain = is_plain(x) and not gathered
+    plain = is_plain(x)
     if plain:
-        y = replay.repeat(read, block, x)
+        y = program.repeat(part, block, x)
         if y is not None:
             return y
-    children = None if calls is None else tuple(calls)
     try:
-        plan = plan_of(read, block, children)
+        plan = plan_of(part, block)
     except Unfusable:
         return None
     backend = block.__dict__.get(BACKEND_ATTRIBUTE, "auto")
     try:
         if any(norm.training for norm in plan.norms) or wants_gradients(plan.chain, x):
+            if not torch.compiler.is_compiling():
+                program.thaw(block)
             return _train(plan, x, backend)
-        if plain and not block.__dict__["training"]:
-            return replay.run(read, block, children or block.children(), backend, x, plan)
-        if gathered:
-            with native.keeping_no_copies():
-                return plan.run(x, backend)
+        if not _is_worth_it(plan, x, backend):
+            return None
+        if plain:
+            replaced = part.replaced(block).values()
+            return program.record(part, block, replaced, x, lambda x: plan.run(x, backend))
         return plan.run(x, backend)
     except F.InputError:
         return None
 
 
-def plan_of(read: Callable[[nn.Module], Plan], block: nn.Module, calls: Iterable[nn.Module] | None) -> Plan:
-    """What ``read`` makes of the block; raises Unfusable where running it in place of the calls could be noticed."""
+def plan_of(part: Part, block: nn.Module) -> Plan:
+    """The plan of a part; raises Unfusable where running it in place of the calls could be noticed."""
     try:
-        if calls is None:
+        if part.calls is None:
             check_class(type(block))
-            calls = block.__dict__["_modules"].values()
-        check_calls(calls)
-        return read(block)
+        check_calls(part.replaced(block).values())
+        return part.read(block)
     except KeyError as missing:
         raise Unfusable(f"there is no {missing.args[0]}") from None
 
 
-def fuse_route(read: Callable[[nn.Module], replay.Route], model: nn.Module, x: Tensor) -> Tensor | None:
-    """Run all calls on the route that ``read`` makes of a model as one; None where the caller must make each.
+def fuse_all(
+    passed: Callable[[nn.Module], Iterable[nn.Module | None]],
+    model: nn.Module,
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``forward(x)``, as one program where all of it comes down to one.
 
-    That is where one of them is not fused or was not kept yet, or where calling the modules in between could be
-    noticed.
+    Args:
+        passed: the modules of the model that forward calls, or what is fused in it replaces.
     """
     if not may_fuse(x) or not is_plain(x) or not as_written(type(model)):
-        return None
-    y = replay.repeat(read, model, x)
-    return replay.join(read, model, x) if y is None else y
+        return forward(x)
+    y = program.repeat(passed, model, x)
+    return program.record_all(passed, model, passed(model), x, forward) if y is None else y
+
+
+def _is_worth_it(plan: Plan, x: Tensor, backend: str) -> bool:
+    """Whether a backend was named, or one does better than the stock forward."""
+    kernel, stride, _ = getattr(plan, "geometry", ((1, 1), (1, 1), None))
+    return accelerates(backend, _OPS[type(plan)], x.device.type, _dtype(x), kernel, stride)
 
 
 def _train(plan: Plan, x: Tensor, backend: str) -> Tensor | None:

@@ -48,7 +48,6 @@ def is_plain(x: Tensor) -> bool:
         and x.is_cpu
         and not torch.is_grad_enabled()
         and not internals.dispatch_modes()
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

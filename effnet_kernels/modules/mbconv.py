@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import layers, reading
-from effnet_kernels.modules.fusing import MBConvPlan, fuse
+from effnet_kernels.modules.fusing import MBConvPlan, Part, fuse
 
 
 def read(block: nn.Module) -> MBConvPlan:
@@ -37,6 +37,9 @@ def read(block: nn.Module) -> MBConvPlan:
         reading.drop_path(children["drop_path"]),
         [children["bn1"], children["bn2"], children["bn3"]],
     )
+
+
+WHOLE = Part(read)
 
 
 class MBConv(nn.Module):
@@ -95,7 +98,7 @@ class MBConv(nn.Module):
         self.drop_path = layers.drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read, self, x)
+        y = fuse(WHOLE, self, x)
         if y is None:
             y = self.bn1(self.conv_pw(x))
             y = self.se(self.bn2(self.conv_dw(y)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.modules import layers, reading
-from effnet_kernels.modules.fusing import SqueezeExcitePlan, fuse
+from effnet_kernels.modules.fusing import Part, SqueezeExcitePlan, fuse
 
 
 def read(module: nn.Module) -> SqueezeExcitePlan:
@@ -17,9 +17,12 @@ def read(module: nn.Module) -> SqueezeExcitePlan:
     return SqueezeExcitePlan(se)
 
 
+WHOLE = Part(read)
+
+
 def forward(module: nn.Module, x: Tensor) -> Tensor | None:
     """The fused forward; None in training mode, or as ``fuse``."""
-    return None if module.training else fuse(read, module, x)
+    return None if module.training else fuse(WHOLE, module, x)
 
 
 class SqueezeExcite(nn.Module):

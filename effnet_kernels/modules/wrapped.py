@@ -66,14 +66,6 @@ def _mixins() -> list[type]:
     return [mixin for mixin in found if mixin is not None]
 
 
-def may_be_gathered(block: nn.Module) -> bool:
-    """Whether FSDP may write the weights anew before each call, into the same tensors and past their versions."""
-    if GATHERED in block.__dict__:
-        return True
-    replicate = sys.modules.get(REPLICATE)
-    return replicate is not None and bool(replicate.ReplicateModule.__subclasses__())
-
-
 def gathered(model: nn.Module) -> set[nn.Module]:
     """The modules whose weights are there during a call only: FSDP gathers them before it."""
     found = {module for module in model.modules() if GATHERED in module.__dict__}

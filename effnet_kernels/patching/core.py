@@ -7,6 +7,7 @@ the fused call and whose ``super().forward`` is the fallback. So the model keeps
 """
 
 import copyreg
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable
@@ -17,22 +18,16 @@ from torch import nn
 
 from effnet_kernels import internals
 from effnet_kernels.backends import check_backend
-from effnet_kernels.modules import replay
-from effnet_kernels.modules.fusing import BACKEND_ATTRIBUTE, Plan, plan_of
+from effnet_kernels.modules import program
+from effnet_kernels.modules.fusing import Part, plan_of
 from effnet_kernels.modules.guards import STANDS_FOR
+from effnet_kernels.modules.program import BACKEND_ATTRIBUTE, FROZEN_ATTRIBUTE, Frozen
 from effnet_kernels.modules.reading import Unfusable
 from effnet_kernels.modules.wrapped import as_gathered, exchange, gathered, own_class
 from effnet_kernels.patching.classes import PatchedType, rename
 
 Model = TypeVar("Model", bound=nn.Module)
 Row = tuple[str, str, str]
-
-
-class Part(NamedTuple):
-    """What one plan covers: the whole module, or those modules in it, by name, whose calls it replaces."""
-
-    read: Callable[[nn.Module], Plan]
-    calls: Callable[[nn.Module], dict[str, nn.Module]] | None = None
 
 
 class Adapter(NamedTuple):
@@ -86,9 +81,35 @@ def register(
     STANDS_FOR[patched] = stock
     rename(stock, patched)
     patched.__reduce_ex__ = _reduce  # type: ignore[method-assign]
-    for part in parts:
-        if part.calls is None:
-            replay.BLOCKS[patched] = part.read
+    for name, method in _WATCHED.items():
+        setattr(patched, name, _watched(patched, name, method))
+    if any(part.calls is None for part in parts):
+        program.REPLACEABLE.add(patched)
+
+
+def _train(module: nn.Module, mode: bool = True) -> None:
+    if mode and not module.training:
+        program.thaw(module)
+
+
+def _other_tensors(module: nn.Module, *_: Any, **__: Any) -> None:
+    program.forget(module)
+
+
+# Methods of a module that change what is kept of it, and what is done before each.
+_WATCHED = {"train": _train, internals.APPLY: _other_tensors, internals.LOAD: _other_tensors}
+
+
+def _watched(patched: type[nn.Module], name: str, before: Callable[..., None]) -> Callable[..., Any]:
+    """The method of a patched class in place of the one that it inherits."""
+    stock = getattr(nn.Module, name)
+
+    @functools.wraps(stock)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before(self, *args, **kwargs)
+        return getattr(super(patched, self), name)(*args, **kwargs)
+
+    return method
 
 
 def patched_class(stock: type[nn.Module]) -> type[nn.Module]:
@@ -137,7 +158,7 @@ class PatchReport:
         return "\n".join([*table, f"{len(self.patched)} fused, {len(self.skipped)} stock"])
 
 
-def patch(model: Model, *, backend: str = "auto") -> Model:
+def patch(model: Model, *, backend: str = "auto", frozen: bool = False) -> Model:
     """Make the blocks, stem and head of a timm or torchvision model run as fused kernels.
 
     Works in place and may be called again, for instance with another backend. Parameters, buffers, names, the
@@ -151,6 +172,10 @@ def patch(model: Model, *, backend: str = "auto") -> Model:
         model: any module with blocks of timm or torchvision inside.
         backend: backend of every fused call in this model; "auto" leaves it to ``use_backend``, the
             environment and the measured order.
+        frozen: for deployment: from the first forward on, weights, settings and hooks are constants, and no call looks
+            for changes. ``load_state_dict`` and ``to`` are seen, and the next forward begins anew; training, that is
+            ``train()`` or a forward for gradients, ends it. Writes to weights, settings and hooks past these are
+            not seen: call ``patch`` again behind them.
 
     Returns:
         The same model.
@@ -162,7 +187,8 @@ def patch(model: Model, *, backend: str = "auto") -> Model:
         The model stays as it was whenever an exception leaves this function.
     """
     check_backend(backend)
-    before: list[tuple[nn.Module, type[nn.Module], str | None]] = []
+    before: list[tuple[nn.Module, type[nn.Module], str | None, Frozen | None]] = []
+    word = Frozen() if frozen else None
     try:
         known = _known(model)
         stock, sharded = _meant_for_fuse_model(model), gathered(model)
@@ -171,16 +197,17 @@ def patch(model: Model, *, backend: str = "auto") -> Model:
             adapter = ADAPTERS.get(own_class(module))
             if adapter is None:
                 continue
-            before.append((module, type(module), module.__dict__.get(BACKEND_ATTRIBUTE)))
+            d = module.__dict__
+            before.append((module, type(module), d.get(BACKEND_ATTRIBUTE), d.get(FROZEN_ATTRIBUTE)))
             if module in stock or module in inside:
                 _set(module, exchange(type(module), adapter.stock), None)
                 continue
-            _set(module, exchange(type(module), adapter.patched), None if backend == "auto" else backend)
+            _set(module, exchange(type(module), adapter.patched), None if backend == "auto" else backend, word)
             if any(part.calls is None and _explain(module, part, sharded)[0] for part in adapter.parts):
                 inside.update(set(module.modules()) - {module})
     except BaseException:
-        for module, cls, previous in before:
-            _set(module, cls, previous)
+        for module, cls, *words in before:
+            _set(module, cls, *words)  # type: ignore[arg-type]
         raise
     return model
 
@@ -225,7 +252,7 @@ def report(model: nn.Module) -> PatchReport:
             result.skipped.append((name, cls.__name__, stock[module]))
             continue
         for part in adapter.parts:
-            calls = _calls(module, part)
+            calls = part.replaced(module)
             row_name = name
             if part.calls is not None:
                 row_name = " + ".join(f"{name}.{child}".lstrip(".") for child in calls)
@@ -233,13 +260,8 @@ def report(model: nn.Module) -> PatchReport:
             row = (row_name, adapter.stock.__name__, what)
             (result.patched if fused else result.skipped).append(row)
             if fused:
-                covered.update(inner for call in calls.values() for inner in call.modules())
+                covered.update(inner for call in calls.values() if call is not None for inner in call.modules())
     return result
-
-
-def _calls(module: nn.Module, part: Part) -> dict[str, nn.Module]:
-    """The modules by name whose calls the part replaces."""
-    return dict(module.named_children()) if part.calls is None else part.calls(module)
 
 
 def _explain(module: nn.Module, part: Part, sharded: set[nn.Module]) -> tuple[bool, str]:
@@ -247,18 +269,16 @@ def _explain(module: nn.Module, part: Part, sharded: set[nn.Module]) -> tuple[bo
     if internals.refusal:
         return False, internals.refusal
     try:
-        plan = plan_of(
-            lambda block: part.read(as_gathered(block) if block in sharded else block),
-            module,
-            None if part.calls is None else part.calls(module).values(),
-        )
+        read = part._replace(read=lambda block: part.read(as_gathered(block) if block in sharded else block))
+        plan = plan_of(read, module)
     except Unfusable as reason:
         return False, str(reason)
     cls = own_class(module)
     if cls is ADAPTERS[cls].stock:
         return False, f"not patched: {plan}"
-    backend = module.__dict__.get(BACKEND_ATTRIBUTE)
-    return True, str(plan) if backend is None else f"{plan} [{backend}]"
+    backend, frozen = module.__dict__.get(BACKEND_ATTRIBUTE), module.__dict__.get(FROZEN_ATTRIBUTE)
+    words = [str(plan), *([f"[{backend}]"] if backend else []), *(["[frozen]"] if frozen and frozen.holds else [])]
+    return True, " ".join(words)
 
 
 def _meant_for_fuse_model(model: nn.Module) -> dict[nn.Module, str]:
@@ -298,12 +318,14 @@ def load_adapters() -> None:
             importlib.import_module(adapter)
 
 
-def _set(module: nn.Module, cls: type[nn.Module], backend: str | None) -> None:
+def _set(module: nn.Module, cls: type[nn.Module], backend: str | None, frozen: Frozen | None = None) -> None:
+    program.forget(module)
     module.__class__ = cls
-    if backend is None:
-        module.__dict__.pop(BACKEND_ATTRIBUTE, None)
-    else:
-        module.__dict__[BACKEND_ATTRIBUTE] = backend
+    for name, value in ((BACKEND_ATTRIBUTE, backend), (FROZEN_ATTRIBUTE, frozen)):
+        if value is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = value
 
 
 def _check_module(model: object) -> None:

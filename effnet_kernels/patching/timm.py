@@ -2,7 +2,6 @@
 
 import functools
 from collections import OrderedDict  # noqa: F401 (TorchScript looks here for what the stock forwards name)
-from collections.abc import Callable
 from typing import Any
 
 import torch  # noqa: F401 (the same)
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbconv, reading, squeeze_excite
-from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Plan, PointwisePlan, fuse, fuse_route
+from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Part, Plan, PointwisePlan, fuse, fuse_all
 from effnet_kernels.modules.guards import as_written
-from effnet_kernels.modules.replay import Route, calls_in
 from effnet_kernels.patching.classes import PatchedType
-from effnet_kernels.patching.core import UNSUPPORTED, Part, StandIn, register
+from effnet_kernels.patching.core import UNSUPPORTED, StandIn, register
 
 
 def stem(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,43 +69,44 @@ def read_head(model: nn.Module) -> PointwisePlan:
     return PointwisePlan(ConvBN(weight, bn), act, False, None, [children["bn2"]])
 
 
-def route(model: nn.Module) -> Route:
+CONV_BN_ACT, STEM, HEAD = Part(read_conv_bn_act), Part(read_stem, stem), Part(read_head, head)
+
+
+def trunk(model: nn.Module) -> list[nn.Module]:
     """Stem and blocks."""
-    trunk = model.__dict__["_modules"]["blocks"]
-    return Route([*stem(model).values(), trunk], [(read_stem, model), *calls_in(trunk)])
+    return [*_children(model, "conv_stem", "bn1", "act1", "blocks").values()]
 
 
-def route_with_head(model: nn.Module) -> Route:
+def trunk_and_head(model: nn.Module) -> list[nn.Module]:
     """Stem, blocks and head."""
-    modules, calls = route(model)
-    return Route([*modules, *head(model).values()], [*calls, (read_head, model)])
+    return [*trunk(model), *head(model).values()]
 
 
 class PatchedConvBnAct(blocks.ConvBnAct, metaclass=PatchedType):
     @functools.wraps(blocks.ConvBnAct.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read_conv_bn_act, self, x)
+        y = fuse(CONV_BN_ACT, self, x)
         return super().forward(x) if y is None else y
 
 
 class PatchedDepthwiseSeparableConv(blocks.DepthwiseSeparableConv, metaclass=PatchedType):
     @functools.wraps(blocks.DepthwiseSeparableConv.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(depthwise_separable_conv.read, self, x)
+        y = fuse(depthwise_separable_conv.WHOLE, self, x)
         return super().forward(x) if y is None else y
 
 
 class PatchedInvertedResidual(blocks.InvertedResidual, metaclass=PatchedType):
     @functools.wraps(blocks.InvertedResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(mbconv.read, self, x)
+        y = fuse(mbconv.WHOLE, self, x)
         return super().forward(x) if y is None else y
 
 
 class PatchedEdgeResidual(blocks.EdgeResidual, metaclass=PatchedType):
     @functools.wraps(blocks.EdgeResidual.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(fused_mbconv.read, self, x)
+        y = fuse(fused_mbconv.WHOLE, self, x)
         return super().forward(x) if y is None else y
 
 
@@ -121,8 +120,7 @@ class PatchedSqueezeExcite(blocks.SqueezeExcite, metaclass=PatchedType):
 class PatchedEfficientNet(EfficientNet, metaclass=PatchedType):
     @functools.wraps(EfficientNet.forward_features)
     def forward_features(self, x: Tensor) -> Tensor:
-        y = fuse_route(route_with_head, self, x)
-        return EfficientNet.forward_features(_inside(self), x) if y is None else y
+        return fuse_all(trunk_and_head, self, x, lambda x: EfficientNet.forward_features(_inside(self), x))
 
     @functools.wraps(EfficientNet.forward_intermediates)
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +132,7 @@ class PatchedMobileNetV3(MobileNetV3, metaclass=PatchedType):
 
     @functools.wraps(MobileNetV3.forward_features)
     def forward_features(self, x: Tensor) -> Tensor:
-        y = fuse_route(route, self, x)
-        return MobileNetV3.forward_features(_inside(self), x) if y is None else y
+        return fuse_all(trunk, self, x, lambda x: MobileNetV3.forward_features(_inside(self), x))
 
     @functools.wraps(MobileNetV3.forward_intermediates)
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -190,17 +187,18 @@ def _inside(model: nn.Module) -> Any:
     """The model as timm's own forward methods see it, whichever they are: with stem and head as one call each."""
     if not as_written(type(model)) or (isinstance(model, nn.ModuleDict) and not starts_with_stem(model)):
         return model
-    modules = _as_one(model, read_stem, stem(model))
+    modules = _as_one(model, STEM)
     if isinstance(model, EfficientNet):
-        modules.update(_as_one(model, read_head, head(model)))
+        modules.update(_as_one(model, HEAD))
     return StandIn(model, modules)
 
 
-def _as_one(model: nn.Module, read: Callable[[nn.Module], Plan], modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """The first of these modules as a call of all of them, the others as nothing."""
+def _as_one(model: nn.Module, part: Part) -> dict[str, Any]:
+    """The first module of a part as a call of all of them, the others as nothing."""
+    modules = part.replaced(model)
 
     def call(x: Tensor) -> Tensor:
-        y = fuse(read, model, x, modules.values())
+        y = fuse(part, model, x)
         if y is None:
             y = x
             for module in modules.values():
@@ -235,18 +233,18 @@ reading.DROP_PATHS[DropPath] = "drop_prob"
 for _se in (blocks.SqueezeExcite, PatchedSqueezeExcite):
     reading.SQUEEZE_EXCITES[_se] = ("conv_reduce", "act1", "conv_expand", "gate")
 
-register(blocks.ConvBnAct, PatchedConvBnAct, Part(read_conv_bn_act))
-register(blocks.DepthwiseSeparableConv, PatchedDepthwiseSeparableConv, Part(depthwise_separable_conv.read))
-register(blocks.InvertedResidual, PatchedInvertedResidual, Part(mbconv.read))
-register(blocks.EdgeResidual, PatchedEdgeResidual, Part(fused_mbconv.read))
-register(blocks.SqueezeExcite, PatchedSqueezeExcite, Part(squeeze_excite.read))
-register(EfficientNet, PatchedEfficientNet, Part(read_stem, stem), Part(read_head, head))
-register(MobileNetV3, PatchedMobileNetV3, Part(read_stem, stem))
-register(EfficientNetFeatures, PatchedEfficientNetFeatures, Part(read_stem, stem))
-register(MobileNetV3Features, PatchedMobileNetV3Features, Part(read_stem, stem))
-register(FeatureDictNet, PatchedFeatureDictNet, Part(read_stem, stem), meant=starts_with_stem)
-register(FeatureListNet, PatchedFeatureListNet, Part(read_stem, stem), meant=starts_with_stem)
-register(FeatureHookNet, PatchedFeatureHookNet, Part(read_stem, stem), meant=starts_with_stem)
+register(blocks.ConvBnAct, PatchedConvBnAct, CONV_BN_ACT)
+register(blocks.DepthwiseSeparableConv, PatchedDepthwiseSeparableConv, depthwise_separable_conv.WHOLE)
+register(blocks.InvertedResidual, PatchedInvertedResidual, mbconv.WHOLE)
+register(blocks.EdgeResidual, PatchedEdgeResidual, fused_mbconv.WHOLE)
+register(blocks.SqueezeExcite, PatchedSqueezeExcite, squeeze_excite.WHOLE)
+register(EfficientNet, PatchedEfficientNet, STEM, HEAD)
+register(MobileNetV3, PatchedMobileNetV3, STEM)
+register(EfficientNetFeatures, PatchedEfficientNetFeatures, STEM)
+register(MobileNetV3Features, PatchedMobileNetV3Features, STEM)
+register(FeatureDictNet, PatchedFeatureDictNet, STEM, meant=starts_with_stem)
+register(FeatureListNet, PatchedFeatureListNet, STEM, meant=starts_with_stem)
+register(FeatureHookNet, PatchedFeatureHookNet, STEM, meant=starts_with_stem)
 UNSUPPORTED[blocks.CondConvResidual] = "there is no op for CondConv"
 UNSUPPORTED[blocks.UniversalInvertedResidual] = "there is no op for the universal inverted residual"
 UNSUPPORTED[blocks.MobileAttention] = "there is no op for attention"

@@ -14,16 +14,16 @@ from effnet_kernels.modules.fusing import (
     DepthwisePlan,
     FusedMBConvPlan,
     MBConvPlan,
+    Part,
     Plan,
     PointwisePlan,
     fuse,
-    fuse_route,
+    fuse_all,
 )
 from effnet_kernels.modules.guards import as_written, is_observed, may_fuse
-from effnet_kernels.modules.replay import Route, calls_in
 from effnet_kernels.modules.wrapped import own_class
 from effnet_kernels.patching.classes import PatchedType
-from effnet_kernels.patching.core import Part, StandIn, register
+from effnet_kernels.patching.core import StandIn, register
 
 
 def read_conv_norm_activation(module: nn.Module) -> Plan:
@@ -104,11 +104,14 @@ def read_head(model: nn.Module) -> PointwisePlan:
     return PointwisePlan(ConvBN(reading.pointwise(conv), bn), act, False, None, [norm], pool=True)
 
 
-def route(model: nn.Module) -> Route:
-    """All features, and head with its global pool."""
+CONV_NORM_ACTIVATION, HEAD = Part(read_conv_norm_activation), Part(read_head, head)
+MBCONV, FUSED_MBCONV = Part(read_mbconv), Part(read_fused_mbconv)
+
+
+def features_and_pool(model: nn.Module) -> list[nn.Module | None]:
+    """All that leads to the classifier."""
     children = model.__dict__["_modules"]
-    *calls, _ = calls_in(children["features"])
-    return Route([children["features"], children["avgpool"]], [*calls, (read_head, model)])
+    return [children["features"], children.get("avgpool")]
 
 
 def _sequence(module: nn.Module, cls: type) -> list[nn.Module]:
@@ -136,21 +139,21 @@ def _shortcut(block: nn.Module) -> tuple[bool, nn.Module | None]:
 class PatchedConv2dNormActivation(Conv2dNormActivation, metaclass=PatchedType):
     @functools.wraps(Conv2dNormActivation.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read_conv_norm_activation, self, x)
+        y = fuse(CONV_NORM_ACTIVATION, self, x)
         return super().forward(x) if y is None else y
 
 
 class PatchedMBConv(efficientnet.MBConv, metaclass=PatchedType):
     @functools.wraps(efficientnet.MBConv.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read_mbconv, self, x)
+        y = fuse(MBCONV, self, x)
         return super().forward(x) if y is None else y
 
 
 class PatchedFusedMBConv(efficientnet.FusedMBConv, metaclass=PatchedType):
     @functools.wraps(efficientnet.FusedMBConv.forward)
     def forward(self, x: Tensor) -> Tensor:
-        y = fuse(read_fused_mbconv, self, x)
+        y = fuse(FUSED_MBCONV, self, x)
         return super().forward(x) if y is None else y
 
 
@@ -177,18 +180,16 @@ def _inside(model: Any) -> Any:
         return model
 
     def pooled(x: Tensor) -> Tensor:
-        if not may_fuse(x):
-            return features(x)
-        y = fuse_route(route, model, x)
-        if y is None:
-            *trunk, last = features
-            for module in trunk:
-                x = module(x)
-            y = fuse(read_head, model, x, head(model).values())
-            return last(x) if y is None else y
-        return y
+        *trunk, last = features
+        for module in trunk:
+            x = module(x)
+        y = fuse(HEAD, model, x)
+        return last(x) if y is None else y
 
-    return StandIn(model, {"features": pooled, "avgpool": lambda x: x if x.dim() == 2 else model.avgpool(x)})
+    def all_of_it(x: Tensor) -> Tensor:
+        return fuse_all(features_and_pool, model, x, pooled) if may_fuse(x) else features(x)
+
+    return StandIn(model, {"features": all_of_it, "avgpool": lambda x: x if x.dim() == 2 else model.avgpool(x)})
 
 
 _CONV_NORM_ACTIVATIONS = (Conv2dNormActivation, PatchedConv2dNormActivation)
@@ -196,8 +197,8 @@ reading.DROP_PATHS[StochasticDepth] = "p"
 for _se in (SqueezeExcitation, PatchedSqueezeExcitation):
     reading.SQUEEZE_EXCITES[_se] = ("fc1", "activation", "fc2", "scale_activation", "avgpool")
 
-register(Conv2dNormActivation, PatchedConv2dNormActivation, Part(read_conv_norm_activation))
-register(efficientnet.MBConv, PatchedMBConv, Part(read_mbconv))
-register(efficientnet.FusedMBConv, PatchedFusedMBConv, Part(read_fused_mbconv))
-register(SqueezeExcitation, PatchedSqueezeExcitation, Part(squeeze_excite.read))
-register(efficientnet.EfficientNet, PatchedEfficientNet, Part(read_head, head))
+register(Conv2dNormActivation, PatchedConv2dNormActivation, CONV_NORM_ACTIVATION)
+register(efficientnet.MBConv, PatchedMBConv, MBCONV)
+register(efficientnet.FusedMBConv, PatchedFusedMBConv, FUSED_MBCONV)
+register(SqueezeExcitation, PatchedSqueezeExcitation, squeeze_excite.WHOLE)
+register(efficientnet.EfficientNet, PatchedEfficientNet, HEAD)

@@ -1,8 +1,6 @@
-"""The comparison behind replayed calls, and the snapshot that spares it: no change goes unnoticed by either."""
+"""The comparison of modules behind programs: no change goes unnoticed."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
@@ -11,34 +9,27 @@ from hypothesis import strategies as st
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels import native
-from effnet_kernels.modules import replay
+from effnet_kernels.modules.program import State
 from tests.models import randomize
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
 
 
-class Forgetful(replay.State):
-    """Without snapshots, as where the library was built without Python's headers."""
-
-    def _snapshot(self):
-        snapshot = super()._snapshot()
-        snapshot._pointer = None
-        return snapshot
+VALUES = (bool, int, float, str, tuple, type(None))
+CONTENTS = ("_parameters", "_buffers", "_modules")
 
 
-def make(cls):
+def make():
     block = randomize(ek.MBConv(8, 8, exp_ratio=4.0, se_layer=ek.SqueezeExcite, act_layer=nn.SiLU)).eval()
-    weights = [block.conv_pw.weight, block.conv_dw.weight, block.conv_pwl.weight]
-    return block, cls(block, block.children(), weights, ["auto"])
+    return block, State(block, [m for m in block.modules() if m is not block])
 
 
 def settings_of(module):
-    return sorted(name for name, value in vars(module).items() if type(value) in replay._VALUES)
+    return sorted(name for name, value in vars(module).items() if type(value) in VALUES)
 
 
 def entries_of(module):
-    return [(contents, name) for contents in replay._CONTENTS for name in vars(module)[contents]]
+    return [(contents, name) for contents in CONTENTS for name in vars(module)[contents]]
 
 
 def another(value):
@@ -91,104 +82,36 @@ def _remove(module, i):
         CHANGES["training"](module, i)
 
 
-@pytest.mark.parametrize("cls", [replay.State, Forgetful])
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(NEUTRAL)), st.integers(0, 99)), max_size=6),
     st.sampled_from(sorted(CHANGES)),
     st.integers(0, 99),
     st.integers(0, 99),
 )
-def test_any_change_is_noticed_and_nothing_else(cls, neutral, change, which, i):
-    block, state = make(cls)
+def test_any_change_is_noticed_and_nothing_else(neutral, change, which, i):
+    block, state = make()
     modules = [m for m in block.modules() if m is not block]
     for name, number in neutral:
         NEUTRAL[name](modules[number % len(modules)], number)
-        assert state.still()
+        assert state.still(block)
     CHANGES[change](modules[which % len(modules)], i)
-    assert not state.still()
+    assert not state.still(block)
 
 
-@pytest.mark.parametrize("cls", [replay.State, Forgetful])
-def test_settings_of_the_block_itself(cls):
-    block, state = make(cls)
+def test_settings_of_the_block_itself():
+    block, state = make()
     block.register_forward_hook(print)  # of no matter: it is the caller's
-    assert state.still()
+    assert state.still(block)
     block.has_skip = not block.has_skip
-    assert not state.still()
+    assert not state.still(block)
 
 
-@pytest.mark.parametrize("cls", [replay.State, Forgetful])
-def test_weights(cls):
-    for change in (
-        lambda w: w.mul_(2),
-        lambda w: setattr(w, "data", w.data.clone()),
-        lambda w: w.set_(torch.zeros_like(w)),
-    ):
-        block, state = make(cls)
-        with torch.no_grad():
-            block.bn1.weight.mul_(2)  # read at every call
-            assert state.still()
-            change(block.conv_dw.weight)
-        assert not state.still()
-
-
-def test_a_snapshot_is_taken_anew_after_a_change_of_nothing():
-    block, state = make(replay.State)
-    if not state.snapshot.holds():
-        pytest.skip("the library was built without Python's headers")
-    block.bn1.eps = another(block.bn1.eps)
-    assert not state.snapshot.holds()
-    assert state.still()
-    assert state.snapshot.holds()
-
-
-VALUES = [object() for _ in range(4)]
-NAMES = [f"name{i}" for i in range(12)]
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("set"), st.sampled_from(NAMES), st.sampled_from(VALUES)),
-        st.tuples(st.just("delete"), st.sampled_from(NAMES), st.none()),
-        st.tuples(st.just("clear"), st.none(), st.none()),
-    ),
-    max_size=20,
-)
-
-
-def play(d, steps):
-    for step, name, value in steps:
-        if step == "set":
-            d[name] = value
-        elif step == "delete":
-            d.pop(name, None)
-        else:
-            d.clear()
-
-
-@given(STEPS, STEPS)
-def test_a_snapshot_knows_every_entry(before, after):
-    """Dictionaries that shrink, grow and are emptied behind it: it may cry wolf, and is never wrong."""
-    d = {}
-    play(d, before)
-    snapshot = native.Snapshot([d, {}], [])
-    items = [*d.items()]
-    if native._snapshots() is not None:
-        assert snapshot.holds()
-    play(d, after)
-    same = len(d) == len(items) and all(a is c and b is e for (a, b), (c, e) in zip(d.items(), items, strict=True))
-    assert same or not snapshot.holds()
-
-
-def test_a_snapshot_lets_go():
-    class Value:
-        pass
-
-    value, d = Value(), {}
-    d["value"], gone = value, weakref.ref(value)
-    snapshot = native.Snapshot([d], [value])
-    del d, value
-    gc.collect()
-    if native._snapshots() is not None:
-        assert gone() is not None
-    del snapshot
-    gc.collect()
-    assert gone() is None
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(1), [1], object()], ids=lambda v: type(v).__name__)
+def test_attributes_of_any_kind(value):
+    """Comparing them may raise, and must not."""
+    block = make()[0]
+    block.conv_pw.note = value
+    state = State(block, [m for m in block.modules() if m is not block])
+    assert state.still(block)
+    block.conv_pw.note = torch.zeros(3)
+    assert not state.still(block)

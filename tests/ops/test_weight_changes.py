@@ -42,6 +42,10 @@ def write_past_the_version_counter(weight: torch.Tensor) -> None:
     weight.data.mul_(-2)
 
 
+def write_one_element(weight: torch.Tensor) -> None:
+    weight.data.view(-1)[weight.numel() // 2] += 1
+
+
 def replace_the_storage(weight: torch.Tensor) -> None:
     weight.data = weight.data.flip(0).contiguous() + 1
 
@@ -54,6 +58,7 @@ CHANGES = (
     halve_in_place,
     write_through_a_view,
     write_past_the_version_counter,
+    write_one_element,
     replace_the_storage,
     change_the_strides,
 )

@@ -3,12 +3,14 @@
 from typing import Any
 
 from effnet_kernels.ops.fused_mbconv.op import fake
-from effnet_kernels.ops.native_cpu import bind
+from effnet_kernels.ops.native_cpu import bind, supports
+
+__all__ = ["run", "supports"]
 
 # The kernel copies its window of x anyway, from any strides: an NCHW image costs the stem no extra pass.
 # A residual is read in place, so there x must be dense.
-supports, _run_any = bind("fused_mbconv", fake, dense=(), weights=(1, 7))
-_, _run_dense = bind("fused_mbconv", fake, weights=(1, 7))
+_run_any = bind("fused_mbconv", fake, dense=())
+_run_dense = bind("fused_mbconv", fake)
 
 
 def run(*args: Any) -> Any:

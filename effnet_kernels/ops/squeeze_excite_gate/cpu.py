@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_kernels.ops.native_cpu import bind
+from effnet_kernels.ops.native_cpu import bind, supports
 from effnet_kernels.ops.squeeze_excite_gate.op import fake
 
-supports, _run = bind("squeeze_excite_gate", fake, dense=(), vectors=(0,))
+__all__ = ["run", "supports"]
+
+_run = bind("squeeze_excite_gate", fake, dense=(), vectors=("mean",))
 
 
 def run(mean: Tensor, se: Sequence[Tensor], act: str, gate: str) -> Tensor:

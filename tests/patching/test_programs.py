@@ -1,4 +1,4 @@
-"""Whole models as one kept call: when they are, and that nothing goes unnoticed."""
+"""Whole models as one program: when they are, and that nothing goes unnoticed."""
 
 import copy
 import gc
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_kernels as ek
 from effnet_kernels import native
-from effnet_kernels.modules import replay
+from effnet_kernels.modules.program import Program
 from tests.models import images, in_two_threads
 from tests.patching.conftest import NAMES, build
 
@@ -21,11 +21,18 @@ pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native 
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """The kept calls that were repeated so far."""
-    calls = []
-    call = replay.Kept.__call__
-    monkeypatch.setattr(replay.Kept, "__call__", lambda self, x: (calls.append(self), call(self, x))[1])
-    return calls
+    """The programs that were repeated so far and gave a result."""
+    programs = []
+    call = Program.__call__
+
+    def counting(self, x):
+        y = call(self, x)
+        if y is not None:
+            programs.append(self)
+        return y
+
+    monkeypatch.setattr(Program, "__call__", counting)
+    return programs
 
 
 @pytest.fixture
@@ -35,8 +42,8 @@ def patched():
 
 @torch.inference_mode()
 def warm(model, x):
-    """The first call is of a new form, the second keeps every block, the third joins what was kept."""
-    return [model(x) for _ in range(3)]
+    """The first call is recorded, the second repeated."""
+    return [model(x) for _ in range(2)]
 
 
 @torch.inference_mode()
@@ -47,16 +54,15 @@ def the_long_way(model, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
-def test_the_third_call_is_one(name, dtype, replayed):
+def test_the_second_call_is_one(name, dtype, replayed):
     """The same bits as block by block, also for another image."""
     with torch.inference_mode(False):
         model = ek.patch(build(name)).to(dtype)
     x, other = images(2, 37).to(dtype), images(2, 37, seed=5).to(dtype)
-    first, second = model(x), model(x)
+    first = model(x)
     assert not replayed
     assert torch.equal(model(x), first)
     assert len(replayed) == 1
-    assert torch.equal(first, second)
     assert torch.equal(model(other), the_long_way(model, other))
     assert len(replayed) == 2
 
@@ -185,6 +191,7 @@ def test_hooks_are_called(patched, x, replayed):
         assert len(replayed) > 4  # block by block
         for handle in handles:
             handle.remove()
+        patched(x)
         replayed.clear()
         patched(x)
     assert len(seen) == 8
@@ -205,7 +212,7 @@ def test_training_and_back(patched, x, replayed):
         got = [patched(x) for _ in range(4)]
     expected = the_long_way(twin, x)
     assert all(torch.equal(y, expected) for y in got)
-    assert len(replayed) == 2
+    assert len(replayed) == 3
 
 
 def test_one_batch_norm_in_training(patched, x):
@@ -226,7 +233,7 @@ def test_half_and_back(patched, x, replayed):
     replayed.clear()
     with torch.inference_mode():
         assert all(torch.equal(patched(x), expected) for _ in range(4))
-    assert len(replayed) == 2
+    assert len(replayed) == 3
 
 
 def test_gradients_autocast_and_dispatch_take_the_long_way(patched, x, replayed):
@@ -324,19 +331,46 @@ def test_inputs_may_alternate(patched, replayed):
     assert len({id(kept.state) for kept in replayed}) == 1
 
 
-def test_what_is_kept_dies_with_the_model(x, replayed):
+CYCLES = {
+    "none": lambda m: None,
+    "hook": lambda m: m.global_pool.register_forward_hook(lambda *_: m and None),
+    "bound method": lambda m: setattr(m.classifier, "owner", m.forward_features),
+    "wrapped forward": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x)),
+    "attribute": lambda m: setattr(block(m), "model", [m]),
+    "compiled": lambda m: m.compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_what_is_kept_dies_with_the_model(cycle, x, replayed):
     patched = ek.patch(build("test_efficientnet"))
+    CYCLES[cycle](patched)
     warm(patched, x)
-    (joined,) = replayed
-    number, weight = joined.number, weakref.ref(block(patched).conv_pw.weight)
-    names = {id(m) for m in patched.modules()}
-    del joined, patched
+    model = ek.patch(build("test_efficientnet"))
+    warm(model, x)
+    gone = [weakref.ref(t) for t in (patched, *patched.parameters(), *(t for p in replayed[:-1] for t in p.kept))]
+    assert cycle == "compiled" or len(gone) > len([*patched.parameters()]) + 1
+    del patched
     replayed.clear()
+    torch.compiler.reset()
     gc.collect()
-    assert weight() is None
-    assert not names & {name for name, _ in replay._known}
-    with pytest.raises(RuntimeError, match="must be the number of a kept call"):
-        torch.ops.effnet_kernels_cpu.replay(number, x, x)
+    assert not any(ref() is not None for ref in gone)
+
+
+def _assign(model):
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [ek.unpatch, _assign, lambda m: m.to(torch.bfloat16)], ids=["unpatch", "load", "to"])
+def test_nothing_is_kept_of_tensors_that_are_gone(change, patched, x, replayed):
+    warm(patched, x)
+    gone = [weakref.ref(t) for program in replayed for call in program.calls for t in (call.packed, call.table)]
+    gone += [weakref.ref(p) for p in patched.parameters()] if change is _assign else []
+    replayed.clear()
+    change(patched)
+    gc.collect()
+    assert gone
+    assert not any(ref() is not None for ref in gone)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -362,14 +396,3 @@ def test_threads_share_one_route(patched, x):
 
     in_two_threads(work)
     assert not wrong
-
-
-def test_joining_checks_its_arguments(patched, x, replayed):
-    warm(patched, x)
-    join = torch.ops.effnet_kernels_cpu.join
-    with pytest.raises(RuntimeError, match="must be the number of a kept call"):
-        join([10**9], [])
-    with pytest.raises(RuntimeError, match="sizes must have 4 numbers"):
-        join([replayed[0].number] * 2, [1, 2, 3])
-    with pytest.raises(RuntimeError, match="sizes must have 4 numbers"):
-        join([], [])

@@ -1,0 +1,317 @@
+"""Programs: what is kept of a forward that came down to native calls, and when it may be repeated.
+
+Reading modules, checking what was read and making each native call takes a few tenths of a millisecond of Python a
+block, on a CPU at batch 1 as long as the block itself. So the calls of a forward are recorded where they are made
+(``ops/recording.py``), and if each was made on the result of the one before, they are the program of that forward: of
+a block one call, of a model all of them. It is repeated as long as nothing has changed that it was made from. The
+modules, their settings, who watches them and where all tensors lie are compared here, at every call; the contents of
+all tensors by the library, while it computes. Nobody has to tell of a change. What differs in any way takes the long
+way.
+
+Under ``patch(frozen=True)`` nothing of this is compared.
+
+A program belongs to the module whose forward it is, in whose dictionary it stands. This is the only file that keeps
+anything across calls.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
+from operator import eq, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.backends import requested
+from effnet_kernels.internals import hooks_registered
+from effnet_kernels.modules.guards import as_written, is_observed
+from effnet_kernels.ops import native_cpu
+from effnet_kernels.ops.common import autocast_dtype, to_nhwc
+from effnet_kernels.ops.recording import Recording, converted, current, recording
+
+# Attributes of modules, and of nobody else: what is kept, the word of ``patch(frozen=True)``, and its backend.
+KEPT_ATTRIBUTE = "_effnet_kernels_kept"
+FROZEN_ATTRIBUTE = "_effnet_kernels_frozen"
+BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
+# Of how many forms of input programs are kept: a server that alternates between batch sizes needs a few.
+FORMS = 4
+# Classes whose forward is no more than the plan of a whole block, where that has a result.
+REPLACEABLE: set[type[nn.Module]] = set()
+_VALUES = (bool, int, float, str, tuple, type(None))
+
+
+class Form(NamedTuple):
+    """What a tensor is but for its contents, and what autocast makes of it."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, t: Tensor) -> "Form":
+        return cls(t.shape, t.stride(), t.dtype, autocast_dtype(t))
+
+
+class Frozen:
+    """The word that weights and settings are constants, shared by all modules that one call of ``patch`` has frozen.
+
+    Programs hold for one ``epoch``: loading weights or moving the model begins another, and training it ends the word.
+    """
+
+    def __init__(self) -> None:
+        self.holds = True
+        self.epoch = 0
+
+
+class State:
+    """What a program was made from but for the contents of tensors: modules, and that nobody watches them.
+
+    Args:
+        owner: the module whose program it is.
+        modules: those whose calls the program stands for, with all below them.
+    """
+
+    def __init__(self, owner: nn.Module, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.types = [*map(type, modules)]
+        self.classes = {type(owner), *self.types}
+        self.dicts = [*map(vars, modules)]
+        # Entries that are values are compared as such; of others, such as the containers, it has to be the same object.
+        self.copies = [*map(dict, self.dicts)]
+        self.own = _settings(owner)
+        everything = [vars(owner), *self.dicts]
+        self.children = [d["_modules"] for d in everything if d["_modules"]]
+        self.children_copies = [*map(dict, self.children)]
+        self.holders = [d[name] for d in everything for name in ("_parameters", "_buffers") if d[name]]
+        self.names = [*chain.from_iterable(self.holders)]
+        self.tensors = [*chain.from_iterable(map(dict.values, self.holders))]
+        self.handles = hooks_registered()
+        backends = {d.get(BACKEND_ATTRIBUTE, "auto") for d in everything}
+        self.backends = {backend: requested(backend) for backend in backends}
+
+    @staticmethod
+    def sees_all(owner: nn.Module, modules: Iterable[nn.Module]) -> bool:
+        """Whether a comparison can see every change: none of a stride in a list, or of an epsilon in a tensor."""
+        names = "stride", "padding", "dilation", "groups", "eps"
+        return all(isinstance(vars(module).get(name), _VALUES) for module in (owner, *modules) for name in names)
+
+    def still(self, owner: nn.Module) -> bool:
+        """Whether all is as it was."""
+        try:
+            same = (
+                self.own == _settings(owner)
+                and all(map(eq, self.dicts, self.copies))
+                and all(map(eq, self.children, self.children_copies))
+            )
+        except Exception:  # of an attribute that cannot be compared
+            return False
+        if not same or [*map(type, self.modules)] != self.types:
+            return False
+        held = [*chain.from_iterable(map(dict.values, self.holders))]
+        if len(held) != len(self.tensors) or not all(map(is_, held, self.tensors)):
+            return False
+        if [*chain.from_iterable(self.holders)] != self.names or not all(map(as_written, self.classes)):
+            return False
+        if any(requested(backend) != asked for backend, asked in self.backends.items()):
+            return False
+        if self.handles != hooks_registered():
+            # Somebody has registered a hook somewhere: look whether it was here.
+            if any(map(is_observed, self.modules)):
+                return False
+            self.handles = hooks_registered()
+        return True
+
+
+def _settings(owner: nn.Module) -> dict[str, Any]:
+    """The owner's dictionary without what is kept there, which would keep itself alive."""
+    settings = vars(owner).copy()
+    settings.pop(KEPT_ATTRIBUTE, None)
+    return settings
+
+
+class Program:
+    """The calls of one forward, for inputs of one form.
+
+    Args:
+        made: what was recorded.
+        y: what came of it.
+        state: what it was made from; None under ``frozen``.
+        covered: ids of the modules that the calls stand for.
+    """
+
+    def __init__(self, made: Recording, y: Tensor, state: State | None, frozen: Frozen | None) -> None:
+        self.calls, self.covered, self.state = made.calls, made.covered, state
+        self.frozen, self.epoch = frozen, 0 if frozen is None else frozen.epoch
+        self.x, self.y = Form.of(made.first), Form.of(y)
+        self.kept = [call.kept for call in made.calls]
+        self.sources = [] if state is None else [*chain.from_iterable(call.sources for call in made.calls)]
+        self.places = _places(self.sources)
+        self.table = torch.cat([call.table for call in made.calls]) if self.sources else native_cpu.NO_TABLE
+        self.replay = native_cpu.replay()
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether it still is what the long way would do, if the contents of all tensors are what they were."""
+        if self.frozen is not None:
+            frozen = self.frozen
+            return vars(owner).get(FROZEN_ATTRIBUTE) is frozen and frozen.holds and frozen.epoch == self.epoch
+        return self.state is not None and self.state.still(owner) and _places(self.sources) == self.places
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The result; None if a tensor has changed, or the instruction set."""
+        first = x if x.dtype == self.x.dtype else converted(x, Tensor.to, self.x.dtype)
+        if first.stride() != self.x.strides:
+            first = converted(first, to_nhwc)
+        y = torch.empty_strided(self.y.shape, self.y.strides, dtype=self.y.dtype, device=x.device)
+        if not self.replay(self.kept, self.table, y, first):
+            return None
+        into = current()
+        if into is not None:
+            into.follow(x, first, self.calls, y)
+        return y
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie in memory, and how."""
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(t.shape for t in tensors if t.dim() > 1)]
+
+
+class Kept:
+    """The programs of one module, by what they stand for and the form of the input. Copies of the module start anew."""
+
+    def __init__(self) -> None:
+        self.programs: dict[tuple[Hashable, Form], Program] = {}
+        self.hopeless: set[tuple[Hashable, Form]] = set()  # what was recorded, and is no program
+
+    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
+        return Kept, ()
+
+    def of(self, key: Hashable) -> list[Program]:
+        return [program for (other, _), program in [*self.programs.items()] if other == key]
+
+    def add(self, key: Hashable, form: Form, program: Program) -> None:
+        self.programs[key, form] = program
+        names = [name for name in [*self.programs] if name[0] == key]
+        for name in names[:-FORMS]:
+            self.programs.pop(name, None)
+
+
+def repeat(key: Hashable, owner: nn.Module, x: Tensor) -> Tensor | None:
+    """The result of a program of the owner's; None where there is none, or something has changed since."""
+    kept = vars(owner).get(KEPT_ATTRIBUTE)
+    if kept is None:
+        return None
+    form = Form.of(x)
+    program = kept.programs.get((key, form))
+    if program is None:
+        return None
+    y = program(x) if program.holds(owner) else None
+    _cover(owner, program.covered)
+    if y is None and kept.programs.get((key, form)) is program:
+        kept.programs.pop((key, form), None)
+    return y
+
+
+def record(
+    key: Hashable,
+    owner: nn.Module,
+    left_out: Iterable[nn.Module | None],
+    x: Tensor,
+    run: Callable[[Tensor], Tensor | None],
+) -> Tensor | None:
+    """``run(x)``, which takes the place of the calls of some modules; if it came down to a program, that is kept."""
+    kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
+    form, outer = Form.of(x), current()
+    modules = [*_below(left_out)]
+    if (key, form) in kept.hopeless or not State.sees_all(owner, modules):
+        with recording(None):
+            y = run(x)
+        if outer is not None:
+            outer.lose()
+        return y
+    y, made = _recorded(kept.of(key), x, run)
+    made.covered.update(map(id, modules))
+    _cover(owner, made.covered)
+    if made.ends_in(y):
+        _keep(kept, key, form, made, y, owner, modules)
+    elif y is not None and not made.raced:
+        kept.hopeless.add((key, form))
+    return y
+
+
+def record_all(
+    key: Hashable, owner: nn.Module, calls: Iterable[nn.Module | None], x: Tensor, run: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``run(x)``, which calls some modules; kept if that came down to a program, and their calls can be left out."""
+    kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
+    y, made = _recorded(kept.of(key), x, run)
+    calls = [*calls]
+    if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
+        modules = [*_below(calls)]
+        if State.sees_all(owner, modules):
+            _keep(kept, key, Form.of(x), made, y, owner, modules)
+    return y
+
+
+def _recorded(known: Sequence[Program], x: Tensor, run: Callable[[Tensor], Any]) -> tuple[Any, Recording]:
+    made = Recording(x, [call for program in known for call in program.calls], any(p.state is None for p in known))
+    with recording(made):
+        y = run(x)
+    outer = current()
+    if outer is not None:
+        outer.follow(x, made.first, made.calls, y) if made.ends_in(y) else outer.lose()
+    return y, made
+
+
+def _keep(
+    kept: Kept, key: Hashable, form: Form, made: Recording, y: Tensor, owner: nn.Module, modules: list[nn.Module]
+) -> None:
+    frozen = vars(owner).get(FROZEN_ATTRIBUTE)
+    if frozen is not None and frozen.holds:
+        kept.add(key, form, Program(made, y, None, frozen))
+        return
+    # Programs for other forms share one state.
+    states = (program.state for program in kept.of(key))
+    state = next((state for state in states if state is not None and state.still(owner)), None)
+    state = state or State(owner, modules)
+    held = {*map(id, state.tensors)}
+    if all(id(source) in held for call in made.calls for source in call.sources):
+        kept.add(key, form, Program(made, y, state, None))
+
+
+def _below(modules: Iterable[nn.Module | None]) -> Iterable[nn.Module]:
+    """These modules and all in them, each once."""
+    return dict.fromkeys(inner for module in modules if module is not None for inner in module.modules())
+
+
+def _may_be_left_out(module: nn.Module | None, covered: set[int]) -> bool:
+    """Whether a module's call is no more than the calls that were recorded: those of a block, or of a Sequential."""
+    if module is None or is_observed(module) or not as_written(type(module)):
+        return False
+    if type(module) is nn.Sequential:
+        return all(_may_be_left_out(child, covered) for child in vars(module)["_modules"].values())
+    return id(module) in covered
+
+
+def _cover(owner: nn.Module, covered: set[int]) -> None:
+    """Tell whoever records that calls of these modules were left out and, if it is no more than that, the owner's."""
+    outer = current()
+    if outer is not None:
+        outer.covered |= covered
+        if type(owner) in REPLACEABLE:
+            outer.covered.add(id(owner))
+
+
+def forget(module: nn.Module) -> None:
+    """Let go of all that is kept of a module, and begin another epoch if it is frozen."""
+    vars(module).pop(KEPT_ATTRIBUTE, None)
+    frozen = vars(module).get(FROZEN_ATTRIBUTE)
+    if frozen is not None:
+        frozen.epoch += 1
+
+
+def thaw(module: nn.Module) -> None:
+    """End the word that a module's weights and settings are constants, for all that it was given for."""
+    frozen = vars(module).get(FROZEN_ATTRIBUTE)
+    if frozen is not None:
+        frozen.holds = False
