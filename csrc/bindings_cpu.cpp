@@ -210,7 +210,7 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
   m.def("digest(Tensor[] sources) -> Tensor");
   m.def("unchanged(Tensor table) -> bool");
-  m.def("replay(Tensor[] calls, Tensor table, Tensor(a!) out, Tensor x) -> bool");
+  m.def("replay(Tensor program, Tensor table, Tensor(a!) out, Tensor x) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {

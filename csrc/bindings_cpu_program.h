@@ -124,13 +124,15 @@ inline void run(const Kernels& k, const SqueezeExciteParams& p, const Pool& pool
 inline void run(const Kernels& k, const FusedMBConvParams& p, const Pool& pool) { k.fused_mbconv(p, pool); }
 inline void run(const Kernels& k, const MBConvParams& p, const Pool& pool) { k.mbconv(p, pool); }
 
-// The parameters of a kept call, for any maps of their form.
+// The parameters of a kept call, for any maps of their form. Kept calls one behind the other are a program.
 struct Kept {
-  const Kept* self;  // what lies elsewhere is no kept call
+  uint64_t mark = kMark;
   const Kernels* kernels;
   std::variant<PointwiseParams, DepthwiseParams, SqueezeExciteParams, FusedMBConvParams, MBConvParams> params;
+
+  static constexpr uint64_t kMark = 0x6b657074'63616c6c;
 };
-constexpr int64_t kKeptFloats = (sizeof(Kept) + sizeof(float) - 1) / sizeof(float);
+static_assert(std::is_trivially_copyable_v<Kept> && sizeof(Kept) % sizeof(int64_t) == 0);
 
 // The calls of one op: kMake(constants, out, ...) gives their parameters.
 template <auto kMake>
@@ -172,20 +174,12 @@ struct Op<kMake> {
                       "a call with a gate, or a residual that is not x, cannot be kept");
     }
     if constexpr (std::is_same_v<Params, DepthwiseParams>) p.mean = nullptr;
-    const Tensor kept = torch::stable::new_empty(out, {kKeptFloats}, ScalarType::Float);
-    void* const memory = kept.data_ptr();
-    new (memory) Kept{static_cast<const Kept*>(memory), &k, p};
+    const Tensor kept =
+        torch::stable::new_empty(out, {int64_t{sizeof(Kept) / sizeof(int64_t)}}, ScalarType::Long);
+    new (kept.data_ptr()) Kept{Kept::kMark, &k, p};
     return kept;
   }
 };
-
-inline const Kept& kept_call(const Tensor& t) {
-  const bool fits =
-      t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == kKeptFloats;
-  STD_TORCH_CHECK(fits && static_cast<const Kept*>(t.data_ptr())->self == t.data_ptr(),
-                  "calls must be tensors that keep_* made");
-  return *static_cast<const Kept*>(t.data_ptr());
-}
 
 inline bool same_form(const Tensor4& a, const Tensor4& b) {
   return a.is_bf16 == b.is_bf16 && std::equal(a.size, a.size + 4, b.size) &&
@@ -255,39 +249,39 @@ inline bool unchanged(Tensor table) {
 // is not what the table says, which is looked at meanwhile, or if another instruction set is in use. Maps in
 // between are dense [N, H, W, C] and live in two buffers that take turns: what one call has just read, the
 // next but one writes.
-inline bool replay(Tensors calls, Tensor table, Tensor out, Tensor x) {
+inline bool replay(Tensor program, Tensor table, Tensor out, Tensor x) {
   const Kernels& k = kernels();
+  const int64_t bytes = program.numel() * int64_t{sizeof(int64_t)}, count = bytes / int64_t{sizeof(Kept)};
+  STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.is_contiguous() &&
+                      count > 0 && bytes % int64_t{sizeof(Kept)} == 0,
+                  "program must be of keep_*");
+  const auto* const kept = static_cast<const Kept*>(program.data_ptr());
   Watch memory;
   watch(table, memory);
   SharedPool pool;
   pool.watch = &memory;
-  STD_TORCH_CHECK(!calls.empty(), "there must be calls");
-  std::vector<const Kept*> kept;
-  for (const Tensor& call : calls) {
-    kept.push_back(&kept_call(call));
-    if (kept.back()->kernels != &k) return false;
-  }
   Tensor4 from = tensor4("x", x);
   const Tensor4 to = output(out);
   int64_t elements[2] = {0, 0};
   const Tensor4* before = &from;
-  for (size_t i = 0; i < kept.size(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(kept[i].mark == Kept::kMark, "program must be of keep_*");
+    if (kept[i].kernels != &k) return false;
     std::visit(
         [&](const auto& p) {
           STD_TORCH_CHECK(same_form(p.x, *before),
                           "calls must each take what the one before gives, and the first x");
           before = &p.y;
           int64_t& most = elements[i % 2];
-          if (i + 1 < kept.size())
-            most = std::max(most, p.y.size[0] * p.y.size[1] * p.y.size[2] * p.y.size[3]);
+          if (i + 1 < count) most = std::max(most, p.y.size[0] * p.y.size[1] * p.y.size[2] * p.y.size[3]);
         },
-        kept[i]->params);
+        kept[i].params);
   }
   STD_TORCH_CHECK(same_form(to, *before), "out must be what the last of the calls gives");
   const Tensor buffers[] = {torch::stable::new_empty(x, {elements[0]}),
                             torch::stable::new_empty(x, {elements[1]})};
-  for (size_t i = 0; i < kept.size() && memory.same.load(); ++i) {
-    void* const data = i + 1 < kept.size() ? buffers[i % 2].data_ptr() : to.data;
+  for (int64_t i = 0; i < count && memory.same.load(); ++i) {
+    void* const data = i + 1 < count ? buffers[i % 2].data_ptr() : to.data;
     std::visit(
         [&](auto p) {  // a copy, with maps
           p.x.data = from.data;
@@ -297,9 +291,9 @@ inline bool replay(Tensors calls, Tensor table, Tensor out, Tensor x) {
           if (!empty(p.y)) run(k, p, pool);
           from = p.y;
         },
-        kept[i]->params);
+        kept[i].params);
   }
-  k.finish(pool);
+  if (memory.next.load() < memory.count) k.finish(pool);
   return memory.same.load();
 }
 

@@ -2,12 +2,19 @@
 // tiles.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 
 typedef uint64_t vd __attribute__((vector_size(kWidth * 4)));
+
+template <int kBits, class V>
+EFFNET_INLINE V rotated(V words) {
+  return (words << kBits) | (words >> (64 - kBits));
+}
 
 // Every word is mixed in by a bijection, so a change of one word of 64 bits is always seen, and any other
 // escapes with a probability of 2^-64. Multiplying carries a difference to higher bits, rotating brings it
@@ -16,16 +23,16 @@ template <class V>
 EFFNET_INLINE V mixed(V sum, V words) {
   sum ^= words;
   sum += sum << 21;
-  return (sum << 27) | (sum >> 37);
+  return rotated<27>(sum);
 }
 
-// The digest of a chunk, taken piece by piece: 64 bits of `bytes` from `at` on.
+// The digest of a chunk, taken piece by piece: 64 bits of `bytes` from `data` on.
 class Digest {
  public:
   Digest() = default;
   Digest(const void* data, int64_t bytes) : at_(static_cast<const char*>(data)), end_(at_ + bytes) {
     for (int64_t j = 0; j < kSums; ++j)
-      sums_[j] = vd{} + (0x9e3779b97f4a7c15u * static_cast<uint64_t>(bytes + j + 1));
+      sums_[j] = vd{} + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(bytes + j + 1);
   }
 
   const char* at() const { return at_; }
@@ -35,12 +42,14 @@ class Digest {
   void take(int64_t bytes) {
     vd sums[kSums];
     std::memcpy(sums, sums_, sizeof(sums));
+    // Four words at once, turned so that the same change of several is another one of their sum.
     const auto block = [&](const char* p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int64_t j = 0; j < kSums; ++j) {
-        vd words;
-        std::memcpy(&words, p + j * sizeof(vd), sizeof(vd));
-        sums[j] = mixed(sums[j], words);
+        vd words[4];
+        std::memcpy(words, p + j * sizeof(words), sizeof(words));
+        sums[j] =
+            mixed(sums[j], words[0] + rotated<17>(words[1]) + rotated<31>(words[2]) + rotated<47>(words[3]));
       }
     };
     for (; bytes >= kBlock && left() >= kBlock; bytes -= kBlock, at_ += kBlock) block(at_);
@@ -54,7 +63,7 @@ class Digest {
   }
 
   uint64_t value() const {
-    const vd all = mixed(mixed(mixed(sums_[0], sums_[1]), sums_[2]), sums_[3]);
+    const vd all = mixed(sums_[0], sums_[1]);
     uint64_t total = 0;
     for (size_t lane = 0; lane < sizeof(vd) / sizeof(total); ++lane)
       total = mixed<uint64_t>(total, all[lane]);
@@ -62,7 +71,7 @@ class Digest {
   }
 
  private:
-  static constexpr int64_t kSums = 4, kBlock = kSums * sizeof(vd);
+  static constexpr int64_t kSums = 2, kBlock = kSums * 4 * sizeof(vd);
 
   const char *at_ = nullptr, *end_ = nullptr;
   vd sums_[kSums];
@@ -92,10 +101,7 @@ class Watcher {
   // What a tile of this thread may fetch, that many bytes; or null.
   static const float* ahead(int64_t bytes) {
     Watcher* const watcher = current();
-    if (watcher == nullptr) return nullptr;
-    watcher->look(watcher->asked_);
-    watcher->asked_ = bytes;
-    return watcher->begin() ? reinterpret_cast<const float*>(watcher->digest_.at()) : nullptr;
+    return watcher == nullptr ? nullptr : watcher->ask(bytes);
   }
 
   // Looks at all that nobody has looked at.
@@ -107,6 +113,15 @@ class Watcher {
   static Watcher*& current() {
     static thread_local Watcher* watcher = nullptr;
     return watcher;
+  }
+
+  const float* ask(int64_t bytes) {
+    constexpr int64_t kPiece = 4096;
+    if (asked_ >= std::min(kPiece, digest_.left())) look(asked_), asked_ = 0;
+    if (!begin()) return nullptr;
+    const char* const from = digest_.at() + asked_;
+    asked_ += bytes;
+    return reinterpret_cast<const float*>(from);
   }
 
   bool begin() {

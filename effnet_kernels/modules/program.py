@@ -37,6 +37,7 @@ BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
 FORMS = 4
 # Classes whose forward is no more than the plan of a whole block, where that has a result.
 REPLACEABLE: set[type[nn.Module]] = set()
+_WITHOUT_SETTINGS = {nn.Identity, nn.SiLU, nn.ReLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid}
 _VALUES = (bool, int, float, str, tuple, type(None))
 
 
@@ -76,15 +77,17 @@ class State:
         self.modules = modules
         self.types = [*map(type, modules)]
         self.classes = {type(owner), *self.types}
-        self.dicts = [*map(vars, modules)]
         # Entries that are values are compared as such; of others, such as the containers, it has to be the same object.
+        # What has no setting that its forward reads may still get a forward of its own.
+        self.plain = [vars(module) for module in modules if type(module) in _WITHOUT_SETTINGS]
+        self.dicts = [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+        self.sizes = [*map(len, self.plain)]
         self.copies = [*map(dict, self.dicts)]
         self.own = _settings(owner)
         everything = [vars(owner), *self.dicts]
         self.children = [d["_modules"] for d in everything if d["_modules"]]
         self.children_copies = [*map(dict, self.children)]
         self.holders = [d[name] for d in everything for name in ("_parameters", "_buffers") if d[name]]
-        self.names = [*chain.from_iterable(self.holders)]
         self.tensors = [*chain.from_iterable(map(dict.values, self.holders))]
         self.handles = hooks_registered()
         backends = {d.get(BACKEND_ATTRIBUTE, "auto") for d in everything}
@@ -106,12 +109,12 @@ class State:
             )
         except Exception:  # of an attribute that cannot be compared
             return False
-        if not same or [*map(type, self.modules)] != self.types:
+        if not same or [*map(type, self.modules)] != self.types or [*map(len, self.plain)] != self.sizes:
             return False
         held = [*chain.from_iterable(map(dict.values, self.holders))]
         if len(held) != len(self.tensors) or not all(map(is_, held, self.tensors)):
             return False
-        if [*chain.from_iterable(self.holders)] != self.names or not all(map(as_written, self.classes)):
+        if not all(map(as_written, self.classes)):
             return False
         if any(requested(backend) != asked for backend, asked in self.backends.items()):
             return False
@@ -144,7 +147,7 @@ class Program:
         self.calls, self.covered, self.state = made.calls, made.covered, state
         self.frozen, self.epoch = frozen, 0 if frozen is None else frozen.epoch
         self.x, self.y = Form.of(made.first), Form.of(y)
-        self.kept = [call.kept for call in made.calls]
+        self.kept = torch.cat([call.kept for call in made.calls])
         self.sources = [] if state is None else [*chain.from_iterable(call.sources for call in made.calls)]
         self.places = _places(self.sources)
         self.table = torch.cat([call.table for call in made.calls]) if self.sources else native_cpu.NO_TABLE

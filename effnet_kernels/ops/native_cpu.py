@@ -81,11 +81,11 @@ def _record(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[
         return False
     x = arguments["x"]
     into.follow(into.original(x), x, [call], outs[0])
-    return len(outs) == 1 and replay()([call.kept], NO_TABLE, outs[0], x)
+    return len(outs) == 1 and replay()(call.kept, NO_TABLE, outs[0], x)
 
 
 def replay() -> Callable[..., bool]:
-    """The native op that makes kept calls: calls, table, out, x. False where memory is not as the table says."""
+    """The native op that makes kept calls: program, table, out, x. False where memory is not as the table says."""
     return _native.replay.default
 
 

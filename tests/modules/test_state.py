@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.modules.program import State
+from effnet_kernels.modules.program import _WITHOUT_SETTINGS, State
 from tests.models import randomize
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -94,7 +94,8 @@ def test_any_change_is_noticed_and_nothing_else(neutral, change, which, i):
     for name, number in neutral:
         NEUTRAL[name](modules[number % len(modules)], number)
         assert state.still(block)
-    CHANGES[change](modules[which % len(modules)], i)
+    read = [m for m in modules if type(m) not in _WITHOUT_SETTINGS]
+    CHANGES[change](read[which % len(read)], i)
     assert not state.still(block)
 
 
@@ -114,4 +115,13 @@ def test_attributes_of_any_kind(value):
     state = State(block, [m for m in block.modules() if m is not block])
     assert state.still(block)
     block.conv_pw.note = torch.zeros(3)
+    assert not state.still(block)
+
+
+@pytest.mark.parametrize("change", ["an attribute more", "a forward hook", "a backward hook", "class"])
+def test_activations_have_no_settings_but_may_be_watched(change):
+    block, state = make()
+    block.bn1.act.train()
+    assert state.still(block)
+    CHANGES[change](block.bn1.act, 0)
     assert not state.still(block)
