@@ -1,4 +1,4 @@
-"""What a call costs in Python, per op: the eager boundary that small batches pay.
+"""What a call costs in Python, per op and per block: the eager boundary that small batches pay.
 
     python -m benchmarks.boundary
 
@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 
+import effnet_kernels as ek
 import effnet_kernels.functional as F
 from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.environment import describe, environment
@@ -41,6 +42,7 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     one, dw, dense = half(64, 64, 1, 1), half(64, 1, 3, 3), half(64, 64, 3, 3)
     se = F.SqueezeExciteWeights(half(16, 64, 1, 1), half(16), half(64, 16, 1, 1), half(64))
     conv, depthwise = F.ConvBN(one, wide), F.ConvBN(dw, wide)
+    block = ek.MBConv(64, 64, exp_ratio=1.0, se_layer=ek.SqueezeExcite, device=device, dtype=torch.float16).eval()
     return {
         "pointwise_conv_bn_act": lambda: F.pointwise_conv_bn_act(x, one, wide, backend="triton"),
         "depthwise_conv_bn_act": lambda: F.depthwise_conv_bn_act(x, dw, wide, backend="triton"),
@@ -48,6 +50,7 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         "squeeze_excite": lambda: F.squeeze_excite(x, se, backend="triton"),
         "fused_mbconv": lambda: F.fused_mbconv(x, F.ConvBN(dense, wide), conv, residual=True, backend="triton"),
         "mbconv": lambda: F.mbconv(x, conv, depthwise, se, conv, residual=True, backend="triton"),
+        "mbconv, from its modules": lambda: block(x),
     }
 
 
@@ -85,7 +88,7 @@ def main() -> None:
         raise SystemExit("unset TRITON_INTERPRET: it measures the interpreter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    with contextlib.nullcontext() if device == "cuda" else enqueueing_left_out():
+    with ek.use_backend("triton") if device == "cuda" else enqueueing_left_out():
         for name, call in calls(device).items():
             call()
             rounds = []

@@ -212,8 +212,8 @@ def fuse(part: Part, block: nn.Module, x: Tensor) -> Tensor | None:
     """
     if not may_fuse(x):
         return None
-    plain = is_plain(x)
-    if plain:
+    kept = is_plain(x) and program.may_keep(x)
+    if kept:
         y = program.repeat(part, block, x)
         if y is not None:
             return y
@@ -229,7 +229,7 @@ def fuse(part: Part, block: nn.Module, x: Tensor) -> Tensor | None:
             return _train(plan, x, backend)
         if not _is_worth_it(plan, x, backend):
             return None
-        if plain:
+        if kept:
             replaced = part.replaced(block).values()
             return program.record(part, block, replaced, x, lambda x: plan.run(x, backend))
         return plan.run(x, backend)

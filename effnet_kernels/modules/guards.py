@@ -42,13 +42,8 @@ def may_fuse(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether this is inference on a CPU with nobody between us and the kernels."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and not internals.dispatch_modes()
-    )
+    """Whether this is inference with nobody between us and the kernels."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not internals.dispatch_modes()
 
 
 def check_calls(modules: Iterable[nn.Module | None]) -> None:

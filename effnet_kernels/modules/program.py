@@ -8,12 +8,14 @@ modules, their settings, who watches them and where all tensors lie are compared
 all tensors by the library, while it computes. Nobody has to tell of a change. What differs in any way takes the long
 way.
 
-Under ``patch(frozen=True)`` nothing of this is compared.
+Under ``patch(frozen=True)`` nothing of this is compared. On a GPU, where kernels read the weights where they are and
+Python runs ahead of them, that is the only time that anything is kept: the forward of a model as a CUDA graph.
 
 A program belongs to the module whose forward it is, in whose dictionary it stands. This is the only file that keeps
 anything across calls.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from operator import eq, is_
@@ -27,7 +29,7 @@ from effnet_kernels.internals import hooks_registered
 from effnet_kernels.modules.guards import as_written, is_observed
 from effnet_kernels.ops import native_cpu
 from effnet_kernels.ops.common import autocast_dtype, to_nhwc
-from effnet_kernels.ops.recording import Recording, converted, current, recording
+from effnet_kernels.ops.recording import Call, Recording, converted, current, recording
 
 # Attributes of modules, and of nobody else: what is kept, the word of ``patch(frozen=True)``, and its backend.
 KEPT_ATTRIBUTE = "_effnet_kernels_kept"
@@ -63,6 +65,12 @@ class Frozen:
     def __init__(self) -> None:
         self.holds = True
         self.epoch = 0
+
+    @staticmethod
+    def of(module: nn.Module) -> "Frozen | None":
+        """The word that was given for a module, if it holds."""
+        frozen = vars(module).get(FROZEN_ATTRIBUTE)
+        return frozen if frozen is not None and frozen.holds else None
 
 
 class State:
@@ -156,8 +164,7 @@ class Program:
     def holds(self, owner: nn.Module) -> bool:
         """Whether it still is what the long way would do, if the contents of all tensors are what they were."""
         if self.frozen is not None:
-            frozen = self.frozen
-            return vars(owner).get(FROZEN_ATTRIBUTE) is frozen and frozen.holds and frozen.epoch == self.epoch
+            return Frozen.of(owner) is self.frozen and self.frozen.epoch == self.epoch
         return self.state is not None and self.state.still(owner) and _places(self.sources) == self.places
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -179,20 +186,71 @@ def _places(tensors: list[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(t.shape for t in tensors if t.dim() > 1)]
 
 
+class Captured:
+    """The frozen forward of a model on a GPU as a CUDA graph, for inputs of one form. Threads call it in turns."""
+
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], frozen: Frozen
+    ) -> None:
+        self.calls, self.covered, self.state = [_ON_GPU], set[int](), None
+        self.frozen, self.epoch = frozen, frozen.epoch
+        # The graph reads the weights where they are: that memory stays, whatever becomes of the parameters.
+        self.memory = [
+            t.untyped_storage() for module in modules for t in (*module.parameters(False), *module.buffers(False))
+        ]
+        self.lock, self.graph, self.done = threading.Lock(), torch.cuda.CUDAGraph(), torch.cuda.Event()
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device), recording(None):
+            self.x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run(self.x)  # whatever a first call on a stream sets up
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.y = run(self.x)
+
+    def holds(self, owner: nn.Module) -> bool:
+        return Frozen.of(owner) is self.frozen and self.frozen.epoch == self.epoch
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self.lock, torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            with torch.inference_mode(False), torch.no_grad():
+                self.x.copy_(x)
+            self.graph.replay()
+            y = self.y.clone()
+            self.done.record(stream)
+        return y
+
+
+# What is noted of a plan that ran on a GPU: there is nothing to repeat but all of it at once.
+_ON_GPU = Call("", torch.float32, [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def may_keep(x: Tensor) -> bool:
+    """Whether a plan that runs on x can be repeated, or is of something that can."""
+    return (x.is_cpu and not on_gpu(x)) or current() is not None
+
+
 class Kept:
     """The programs of one module, by what they stand for and the form of the input. Copies of the module start anew."""
 
     def __init__(self) -> None:
-        self.programs: dict[tuple[Hashable, Form], Program] = {}
+        self.programs: dict[tuple[Hashable, Form], Program | Captured] = {}
         self.hopeless: set[tuple[Hashable, Form]] = set()  # what was recorded, and is no program
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
 
-    def of(self, key: Hashable) -> list[Program]:
+    def of(self, key: Hashable) -> list[Program | Captured]:
         return [program for (other, _), program in [*self.programs.items()] if other == key]
 
-    def add(self, key: Hashable, form: Form, program: Program) -> None:
+    def add(self, key: Hashable, form: Form, program: Program | Captured) -> None:
         self.programs[key, form] = program
         names = [name for name in [*self.programs] if name[0] == key]
         for name in names[:-FORMS]:
@@ -223,9 +281,14 @@ def record(
     run: Callable[[Tensor], Tensor | None],
 ) -> Tensor | None:
     """``run(x)``, which takes the place of the calls of some modules; if it came down to a program, that is kept."""
-    kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
-    form, outer = Form.of(x), current()
-    modules = [*_below(left_out)]
+    outer, modules = current(), [*_below(left_out)]
+    if on_gpu(x):
+        y = run(x)
+        if outer is not None and y is not None:
+            outer.follow(x, x, [_ON_GPU], y)
+            _cover(owner, {*map(id, modules)})
+        return y
+    kept, form = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept()), Form.of(x)
     if (key, form) in kept.hopeless or not State.sees_all(owner, modules):
         with recording(None):
             y = run(x)
@@ -246,17 +309,22 @@ def record_all(
     key: Hashable, owner: nn.Module, calls: Iterable[nn.Module | None], x: Tensor, run: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``run(x)``, which calls some modules; kept if that came down to a program, and their calls can be left out."""
+    frozen = Frozen.of(owner)
+    if not x.is_cpu and (frozen is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
+        return run(x)
     kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
     y, made = _recorded(kept.of(key), x, run)
     calls = [*calls]
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
         modules = [*_below(calls)]
-        if State.sees_all(owner, modules):
+        if frozen is not None and on_gpu(x):
+            kept.add(key, Form.of(x), Captured(run, x, modules, frozen))
+        elif State.sees_all(owner, modules):
             _keep(kept, key, Form.of(x), made, y, owner, modules)
     return y
 
 
-def _recorded(known: Sequence[Program], x: Tensor, run: Callable[[Tensor], Any]) -> tuple[Any, Recording]:
+def _recorded(known: Sequence[Program | Captured], x: Tensor, run: Callable[[Tensor], Any]) -> tuple[Any, Recording]:
     made = Recording(x, [call for program in known for call in program.calls], any(p.state is None for p in known))
     with recording(made):
         y = run(x)
@@ -269,8 +337,8 @@ def _recorded(known: Sequence[Program], x: Tensor, run: Callable[[Tensor], Any])
 def _keep(
     kept: Kept, key: Hashable, form: Form, made: Recording, y: Tensor, owner: nn.Module, modules: list[nn.Module]
 ) -> None:
-    frozen = vars(owner).get(FROZEN_ATTRIBUTE)
-    if frozen is not None and frozen.holds:
+    frozen = Frozen.of(owner)
+    if frozen is not None:
         kept.add(key, form, Program(made, y, None, frozen))
         return
     # Programs for other forms share one state.

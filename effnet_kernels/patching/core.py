@@ -276,9 +276,9 @@ def _explain(module: nn.Module, part: Part, sharded: set[nn.Module]) -> tuple[bo
     cls = own_class(module)
     if cls is ADAPTERS[cls].stock:
         return False, f"not patched: {plan}"
-    backend, frozen = module.__dict__.get(BACKEND_ATTRIBUTE), module.__dict__.get(FROZEN_ATTRIBUTE)
-    words = [str(plan), *([f"[{backend}]"] if backend else []), *(["[frozen]"] if frozen and frozen.holds else [])]
-    return True, " ".join(words)
+    backend = module.__dict__.get(BACKEND_ATTRIBUTE)
+    words = [f"[{backend}]"] * (backend is not None) + ["[frozen]"] * (Frozen.of(module) is not None)
+    return True, " ".join([str(plan), *words])
 
 
 def _meant_for_fuse_model(model: nn.Module) -> dict[nn.Module, str]:
