@@ -157,7 +157,7 @@ class Program:
         self.x, self.y = Form.of(made.first), Form.of(y)
         self.kept = torch.cat([call.kept for call in made.calls])
         self.sources = [] if state is None else [*chain.from_iterable(call.sources for call in made.calls)]
-        self.places = _places(self.sources)
+        self.places = native_cpu.places([t for call in made.calls for t in call.memory] if self.sources else [])
         self.table = torch.cat([call.table for call in made.calls]) if self.sources else native_cpu.NO_TABLE
         self.replay = native_cpu.replay()
 
@@ -165,7 +165,7 @@ class Program:
         """Whether it still is what the long way would do, if the contents of all tensors are what they were."""
         if self.frozen is not None:
             return Frozen.of(owner) is self.frozen and self.frozen.epoch == self.epoch
-        return self.state is not None and self.state.still(owner) and _places(self.sources) == self.places
+        return self.state is not None and self.state.still(owner) and native_cpu.places(self.sources) == self.places
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The result; None if a tensor has changed, or the instruction set."""
@@ -179,11 +179,6 @@ class Program:
         if into is not None:
             into.follow(x, first, self.calls, y)
         return y
-
-
-def _places(tensors: list[Tensor]) -> list[Any]:
-    """Where tensors lie in memory, and how."""
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(t.shape for t in tensors if t.dim() > 1)]
 
 
 class Captured:
@@ -225,7 +220,7 @@ class Captured:
 
 
 # What is noted of a plan that ran on a GPU: there is nothing to repeat but all of it at once.
-_ON_GPU = Call("", torch.float32, [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
+_ON_GPU = Call("", torch.float32, [], [], [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -266,11 +261,10 @@ def repeat(key: Hashable, owner: nn.Module, x: Tensor) -> Tensor | None:
     program = kept.programs.get((key, form))
     if program is None:
         return None
-    y = program(x) if program.holds(owner) else None
+    if not program.holds(owner):
+        return None
     _cover(owner, program.covered)
-    if y is None and kept.programs.get((key, form)) is program:
-        kept.programs.pop((key, form), None)
-    return y
+    return program(x)
 
 
 def record(
@@ -295,12 +289,13 @@ def record(
         if outer is not None:
             outer.lose()
         return y
-    y, made = _recorded(kept.of(key), x, run)
+    y, made = _recorded(kept.of(key), owner, x, run)
     made.covered.update(map(id, modules))
     _cover(owner, made.covered)
+    kept.programs.pop((key, form), None)
     if made.ends_in(y):
         _keep(kept, key, form, made, y, owner, modules)
-    elif y is not None and not made.raced:
+    elif y is not None:
         kept.hopeless.add((key, form))
     return y
 
@@ -313,7 +308,8 @@ def record_all(
     if not x.is_cpu and (frozen is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
     kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
-    y, made = _recorded(kept.of(key), x, run)
+    y, made = _recorded(kept.of(key), owner, x, run)
+    kept.programs.pop((key, Form.of(x)), None)
     calls = [*calls]
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
         modules = [*_below(calls)]
@@ -324,8 +320,12 @@ def record_all(
     return y
 
 
-def _recorded(known: Sequence[Program | Captured], x: Tensor, run: Callable[[Tensor], Any]) -> tuple[Any, Recording]:
-    made = Recording(x, [call for program in known for call in program.calls], any(p.state is None for p in known))
+def _recorded(
+    known: Sequence[Program | Captured], owner: nn.Module, x: Tensor, run: Callable[[Tensor], Any]
+) -> tuple[Any, Recording]:
+    current_ones = [program for program in known if program.frozen is None or program.holds(owner)]
+    constant = any(program.frozen is not None for program in current_ones)
+    made = Recording(x, [call for program in current_ones for call in program.calls], constant)
     with recording(made):
         y = run(x)
     outer = current()

@@ -1,7 +1,8 @@
 """The glue between the ops and the native CPU library, the same for every op."""
 
 import inspect
-import itertools
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,12 +75,7 @@ def _record(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[
     ):
         into.lose()
         return False
-    call = _keep(into, op, outs, arguments)
-    if call is None:
-        into.raced = True
-        into.lose()
-        return False
-    x = arguments["x"]
+    call, x = _keep(into, op, outs, arguments), arguments["x"]
     into.follow(into.original(x), x, [call], outs[0])
     return len(outs) == 1 and replay()(call.kept, NO_TABLE, outs[0], x)
 
@@ -93,29 +89,53 @@ def replay() -> Callable[..., bool]:
 NO_TABLE = torch.empty((0, 3), dtype=torch.int64, device="cpu")
 
 
-def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Call | None:
-    """The call in a form to be repeated; None where another thread writes its weights all the time."""
-    inputs = ("x", *_KEPT[op])
-    held = [a for name, a in arguments.items() if name not in inputs]
-    flat = itertools.chain.from_iterable(a if isinstance(a, list) else [a] for a in held)
-    sources = [into.original(t) for t in flat if isinstance(t, Tensor)]
+def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Call:
+    """The call in a form to be repeated.
+
+    Another thread may be writing the weights. They are packed when they have come to rest; if they never do, it is the
+    call that was known before that is made, of the weights before the write, and looked at again the next time.
+    """
+    constants = {name: a for name, a in arguments.items() if name not in ("x", *_KEPT[op])}
+    sources: list[Tensor] = []
+    _map([*constants.values()], lambda t: sources.append(into.original(t)))
     keep, pack = (getattr(_native, f"{what}_{op}").default for what in ("keep", "pack"))
-    dtype = outs[0].dtype
-    for call in into.known:
-        alike = (call.op, call.dtype, [*map(id, call.sources)]) == (op, dtype, [*map(id, sources)])
-        if alike and (into.constant or _native.unchanged.default(call.table)):
+    dtype, epsilons = outs[0].dtype, [a for a in constants.values() if isinstance(a, float)]
+    alike = op, dtype, epsilons, [*map(id, sources)]
+    known = [call for call in into.known if (call.op, call.dtype, call.epsilons, [*map(id, call.sources)]) == alike]
+    for call in known:
+        if into.constant or (places(call.sources) == places(call.memory) and _native.unchanged.default(call.table)):
             return call._replace(kept=keep(call.packed, *outs, *arguments.values()))
-    for _ in range(3):
-        table = _native.digest.default(sources)
-        # Converted anew: what came here may be older than the table.
-        anew = {name: _anew(into, a) if name not in inputs else a for name, a in arguments.items()}
-        packed = pack(*outs, *anew.values())
+    for _ in range(_LOOKS):
+        memory = [t.data for t in sources]  # of this moment: a source may be given other memory
+        table = _native.digest.default(memory)
+        of = dict(zip(map(id, sources), memory, strict=True))
+        # Converted again: what came here may be older than the table.
+        anew = {
+            name: _map(a, lambda t, of=of: of[id(into.original(t))].to(t.dtype))  # type: ignore[misc]
+            for name, a in constants.items()
+        }
+        packed = pack(*outs, *(arguments | anew).values())
+        if known and threading.active_count() > 1:
+            time.sleep(_REST)
         if _native.unchanged.default(table):
-            return Call(op, dtype, sources, table, packed, keep(packed, *outs, *arguments.values()))
-    return None
+            break
+    else:
+        if known:
+            return known[-1]._replace(kept=keep(known[-1].packed, *outs, *arguments.values()))
+    return Call(op, dtype, epsilons, sources, memory, table, packed, keep(packed, *outs, *arguments.values()))
 
 
-def _anew(into: Recording, argument: Any) -> Any:
+def _map(argument: Any, convert: Callable[[Tensor], Any]) -> Any:
+    """An argument with all tensors in it converted."""
     if isinstance(argument, list):
-        return [_anew(into, a) for a in argument]
-    return into.original(argument).to(argument.dtype) if isinstance(argument, Tensor) else argument
+        return [_map(a, convert) for a in argument]
+    return convert(argument) if isinstance(argument, Tensor) else argument
+
+
+def places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie in memory, and how."""
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(t.shape for t in tensors if t.dim() > 1)]
+
+
+# How often to look whether weights have come to rest that another thread may be writing, and how far apart, in seconds.
+_LOOKS, _REST = 5, 1e-3

@@ -14,8 +14,10 @@ class Call(NamedTuple):
 
     op: str
     dtype: torch.dtype  # of the maps
+    epsilons: list[float]
     sources: list[Tensor]  # all tensors that it was made of, as the modules hold them
-    table: Tensor  # what they were
+    memory: list[Tensor]  # where they were then, and how they lay there
+    table: Tensor  # what was in it
     packed: Tensor  # what was made of them
     kept: Tensor  # its parameters, which point into ``packed``
 
@@ -34,7 +36,6 @@ class Recording:
         self.calls: list[Call] = []
         self.covered: set[int] = set()  # ids of the modules that were not called because the calls stand for them
         self.first = x  # x as the first call takes it
-        self.raced = False  # whether a call was lost to another thread that was writing its weights
         self._last: Tensor | None = x
         # Tensors that are others in another dtype or order of memory, and those.
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}

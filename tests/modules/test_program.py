@@ -1,9 +1,13 @@
 """Programs of single blocks: when they are repeated, and that no change goes unnoticed."""
 
 import copy
+import ctypes
 import gc
+import mmap
+import os
 import pickle
 import threading
+import types
 import weakref
 
 import pytest
@@ -13,6 +17,8 @@ from torch import nn
 import effnet_kernels as ek
 from effnet_kernels import native
 from effnet_kernels.modules.program import FORMS, KEPT_ATTRIBUTE, Program
+from effnet_kernels.ops import native_cpu
+from tests.guarded import death
 from tests.models import images, randomize
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -381,3 +387,73 @@ def test_threads_share_what_is_kept(block, x):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+WRITERS = {
+    "data": lambda m, state: setattr(m.conv_pw.weight, "data", state["conv_pw.weight"].clone()),
+    "parameter": lambda m, state: setattr(m.conv_pw, "weight", nn.Parameter(state["conv_pw.weight"].clone())),
+    "load_state_dict": lambda m, state: m.conv_pw.load_state_dict({"weight": state["conv_pw.weight"]}, assign=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_writer_among_threads(write, x):
+    """Each result is of the old or of the new weights, whenever they are exchanged."""
+    block = make()
+    states = [{name: t.clone() for name, t in block.state_dict().items()} for _ in range(2)]
+    states[1]["conv_pw.weight"].mul_(-1.5)
+    expected = []
+    for state in states:
+        WRITERS[write](block, state)
+        expected += warm(block, x)[:1]
+    assert not torch.equal(*expected)
+    wrong, seen, done = [], set(), threading.Event()
+
+    def read():
+        with torch.inference_mode():
+            while not done.is_set():
+                y = block(x)
+                which = [torch.equal(y, e) for e in expected]
+                wrong.append(y) if not any(which) else seen.add(which.index(True))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    with torch.no_grad():
+        for i in range(1500):
+            WRITERS[write](block, states[i % 2])
+            if i % 5 == 0:
+                done.wait(0.001)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    assert seen == {0, 1}
+
+
+def test_what_is_kept_is_never_written_to(x, monkeypatch):
+    """Constants and calls in memory that can only be read: a kernel that wrote to them would end the process."""
+
+    def read_only(t):
+        area = mmap.mmap(-1, t.numel() * t.itemsize)
+        copy = torch.frombuffer(area, dtype=t.dtype).view(t.shape).copy_(t)
+        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(area)))
+        assert ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(len(area)), mmap.PROT_READ) == 0
+        return copy
+
+    class Ops:
+        def __getattr__(self, name):
+            op = getattr(torch.ops.effnet_kernels_cpu, name).default
+            keeps = name.split("_")[0] in ("pack", "keep", "digest")
+            return types.SimpleNamespace(default=lambda *args: read_only(op(*args)) if keeps else op(*args))
+
+    def calls():
+        for block in (make(), ek.FusedMBConv(8, 8, act_layer=nn.SiLU).eval(), ek.SqueezeExcite(8).eval()):
+            outputs = warm(block, x)
+            assert torch.equal(*outputs)
+        os.write(2, b"replayed\n")
+        (program,) = vars(block)[KEPT_ATTRIBUTE].programs.values()
+        program.calls[0].packed[0] = 1  # and this is what would happen
+
+    monkeypatch.setattr(native_cpu, "_native", Ops())
+    assert death([("calls", calls)]) == "SIGSEGV in replayed"
