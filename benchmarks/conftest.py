@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         compiled = not metafunc.config.getoption("--no-compile")
-        names = contenders.contender_names(DEVICE, compiled=compiled)
+        models = metafunc.function.__name__ == "test_model"
+        names = contenders.contender_names(DEVICE, compiled=compiled, models=models)
         metafunc.parametrize("contender", names)
 
 
@@ -112,7 +113,9 @@ class Suite:
         cases = self.levels.setdefault(case.level, {})
         if case.title not in cases:
             compiled = not self.config.getoption("--no-compile")
-            names = names or contenders.contender_names(DEVICE, compiled=compiled, with_peers=not case.trains)
+            names = names or contenders.contender_names(
+                DEVICE, compiled=compiled, with_peers=not case.trains, models=case.level == "model"
+            )
             results = case.measure(names, self.config.getoption("--seconds"))
             self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}
             if DEVICE == "cuda":

@@ -37,21 +37,28 @@ def ours(backend: str) -> str:
     return f"{OURS} {backend}"
 
 
-def contender_names(device: str = "cpu", *, compiled: bool = True, with_peers: bool = True) -> list[str]:
-    """The contenders that this environment can field on ``device``; peers run on a CPU."""
+def contender_names(
+    device: str = "cpu", *, compiled: bool = True, with_peers: bool = True, models: bool = False
+) -> list[str]:
+    """The contenders that this environment can field on ``device``; peers run on a CPU.
+
+    Of whole models one more of ours is frozen, as the weights of peers are; on a GPU all are, in a captured graph.
+    """
     names = [STOCK, CHANNELS_LAST]
     if compiled:
         names += [COMPILED, AUTOTUNED] if device == "cuda" else [COMPILED]
     if with_peers and device == "cpu":
         names += [name for name in PEERS if importlib.util.find_spec(name)]
     available = effnet_kernels.backends()
-    names += [ours(backend) for backend in automatic(device) if available[backend][0]]
-    return names
+    fielded = [backend for backend in automatic(device) if available[backend][0]]
+    frozen = ["cpu frozen"] if models and device == "cpu" and "cpu" in fielded else []
+    return names + [ours(backend) for backend in (*frozen, *fielded)]
 
 
 def patched(model: nn.Module, backend: str) -> nn.Module:
-    """A patched copy of a stock model."""
-    return effnet_kernels.patch(copy.deepcopy(model), backend=backend)
+    """A patched copy of a stock model; ``backend`` may be followed by " frozen"."""
+    name, _, frozen = backend.partition(" ")
+    return effnet_kernels.patch(copy.deepcopy(model), backend=name, frozen=bool(frozen))
 
 
 def build(
