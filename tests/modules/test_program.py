@@ -16,10 +16,13 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels import native
-from effnet_kernels.modules.program import FORMS, KEPT_ATTRIBUTE, Program
+from effnet_kernels.modules.program import FORMS, KEPT_ATTRIBUTE
 from effnet_kernels.ops import native_cpu
 from tests.guarded import death
 from tests.models import images, randomize
+from tests.programs import replayed, the_long_way, warm
+
+__all__ = ["replayed"]
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
 
@@ -38,33 +41,6 @@ def x():
     return images(2, 9, 8).to(memory_format=torch.channels_last)
 
 
-@pytest.fixture
-def replayed(monkeypatch):
-    """The programs that were repeated so far and gave a result."""
-    programs = []
-    call = Program.__call__
-
-    def counting(self, x):
-        y = call(self, x)
-        if y is not None:
-            programs.append(self)
-        return y
-
-    monkeypatch.setattr(Program, "__call__", counting)
-    return programs
-
-
-def warm(block, x):
-    """The first call is recorded, the second repeated."""
-    with torch.inference_mode():
-        return [block(x) for _ in range(2)]
-
-
-def the_long_way(block, x):
-    with torch.inference_mode():
-        return copy.deepcopy(block)(x)
-
-
 @torch.inference_mode()
 def test_the_second_call_is_a_repetition(block, x, replayed):
     first = block(x)
@@ -78,92 +54,47 @@ def test_the_second_call_is_a_repetition(block, x, replayed):
     assert len(replayed) == 2
 
 
-def replace_weight(block):
-    block.conv_pw.weight = nn.Parameter(block.conv_pw.weight * 2)
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
 
 
-def replace_weight_behind_the_back(block):
-    block.conv_pw._parameters["weight"] = nn.Parameter(block.conv_pw.weight * 2)
+def _own_forward(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 2
 
 
-def replace_buffer(block):
-    block.bn2.running_var = block.bn2.running_var * 4
+def _set(module, **attributes):
+    for name, value in attributes.items():
+        setattr(module, name, value)
 
 
-def replace_child(block):
-    block.bn1 = randomize(copy.deepcopy(block.bn1), seed=9)
+CHANGES = {
+    "parameter": lambda m: _set(m.conv_pw, weight=nn.Parameter(m.conv_pw.weight * 2)),
+    "_parameters": lambda m: m.conv_pw._parameters.update(weight=nn.Parameter(m.conv_pw.weight * 2)),
+    "buffer": lambda m: _set(m.bn2, running_var=m.bn2.running_var * 4),
+    "child": lambda m: _set(m, bn1=randomize(copy.deepcopy(m.bn1), seed=9)),
+    "class": lambda m: _set(m.conv_pwl, __class__=Doubled),
+    "forward": lambda m: _own_forward(m.conv_dw),
+    "hook": lambda m: m.conv_dw.register_forward_hook(lambda module, inputs, output: output * 2),
+    "weight": lambda m: m.conv_dw.weight.mul_(2),
+    "weight.data": lambda m: _set(m.conv_dw.weight, data=m.conv_dw.weight.data * 2),
+    "norm": lambda m: m.bn3.weight.mul_(2),
+    "norm.data": lambda m: _set(m.bn3.weight, data=m.bn3.weight.data * 2),
+    "se": lambda m: m.se.conv_expand.weight.mul_(-3),
+    "epsilon": lambda m: _set(m.bn2, eps=3.0),
+    "stride": lambda m: (_set(m.conv_dw, stride=(2, 2)), _set(m, has_skip=False)),
+    "activation": lambda m: _set(m.bn1, act=nn.ReLU()),
+    "padding": lambda m: (_set(m.conv_dw, padding=(0, 0)), _set(m, has_skip=False)),
+    "shortcut": lambda m: _set(m, has_skip=False),
+}
 
 
-def replace_class(block):
-    class Doubled(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    block.conv_pwl.__class__ = Doubled
-
-
-def own_forward(block):
-    forward = block.conv_dw.forward
-    block.conv_dw.forward = lambda x: forward(x) * 2
-
-
-def add_hook(block):
-    block.conv_dw.register_forward_hook(lambda module, inputs, output: output * 2)
-
-
-def write_weight(block):
-    with torch.no_grad():
-        block.conv_dw.weight.mul_(2)
-
-
-def write_weight_data(block):
-    block.conv_dw.weight.data = block.conv_dw.weight.data * 2
-
-
-def write_norm(block):
-    with torch.no_grad():
-        block.bn3.weight.mul_(2)
-
-
-def write_norm_data(block):
-    block.bn3.weight.data = block.bn3.weight.data * 2
-
-
-def write_se(block):
-    with torch.no_grad():
-        block.se.conv_expand.weight.mul_(-3)
-
-
-def change_epsilon(block):
-    block.bn2.eps = 3.0
-
-
-def change_stride(block):
-    block.conv_dw.stride = (2, 2)
-    block.has_skip = False
-
-
-def change_activation(block):
-    block.bn1.act = nn.ReLU()
-
-
-def change_padding(block):
-    block.conv_dw.padding = (0, 0)
-    block.has_skip = False
-
-
-def no_shortcut(block):
-    block.has_skip = False
-
-
-CHANGES = [value for name, value in list(globals().items()) if "_" in name and name.split("_")[0] in (
-    "replace", "own", "add", "write", "change", "no")]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CHANGES)
 def test_every_change_is_noticed(change, block, x):
     before = warm(block, x)[0]
-    change(block)
+    with torch.no_grad():
+        CHANGES[change](block)
     with torch.inference_mode():
         got = block(x)
     expected = the_long_way(block, x)

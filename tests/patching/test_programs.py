@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -11,44 +10,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_kernels as ek
-from effnet_kernels import native
-from effnet_kernels.modules.program import Program
-from tests.models import images, in_two_threads
+from tests.models import images
 from tests.patching.conftest import NAMES, build
+from tests.programs import replayed, the_long_way, warm
+
+__all__ = ["replayed"]
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
 
 
 @pytest.fixture
-def replayed(monkeypatch):
-    """The programs that were repeated so far and gave a result."""
-    programs = []
-    call = Program.__call__
-
-    def counting(self, x):
-        y = call(self, x)
-        if y is not None:
-            programs.append(self)
-        return y
-
-    monkeypatch.setattr(Program, "__call__", counting)
-    return programs
-
-
-@pytest.fixture
 def patched():
     return ek.patch(build("test_efficientnet"))
-
-
-@torch.inference_mode()
-def warm(model, x):
-    """The first call is recorded, the second repeated."""
-    return [model(x) for _ in range(2)]
-
-
-@torch.inference_mode()
-def the_long_way(model, x):
-    return copy.deepcopy(model)(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -289,19 +262,6 @@ def test_unpatching_is_noticed(patched, x, replayed):
         assert torch.equal(patched(x), first)
 
 
-def test_an_instruction_set_is_noticed(patched, x, replayed):
-    before = warm(patched, x)[0]
-    chosen = native.instruction_set()
-    replayed.clear()
-    native.set_instruction_set("generic")
-    try:
-        with torch.inference_mode():
-            torch.testing.assert_close(patched(x), before, rtol=1e-4, atol=1e-4)
-        assert not replayed
-    finally:
-        native.set_instruction_set(chosen)
-
-
 def test_threads_change_nothing(patched, x, replayed):
     before = warm(patched, x)[0]
     threads = torch.get_num_threads()
@@ -314,21 +274,6 @@ def test_threads_change_nothing(patched, x, replayed):
     finally:
         torch.set_num_threads(threads)
     assert len(replayed) == 3
-
-
-@torch.inference_mode()
-def test_inputs_may_alternate(patched, replayed):
-    inputs = [images(2, 37), images(1, 37), images(2, 48)]
-    expected = [the_long_way(patched, i) for i in inputs]
-    for _ in range(3):
-        for i, y in zip(inputs, expected, strict=True):
-            assert torch.equal(patched(i), y)
-    replayed.clear()
-    for _ in range(2):
-        for i, y in zip(inputs, expected, strict=True):
-            assert torch.equal(patched(i), y)
-    assert len(replayed) == 6
-    assert len({id(kept.state) for kept in replayed}) == 1
 
 
 CYCLES = {
@@ -371,28 +316,3 @@ def test_nothing_is_kept_of_tensors_that_are_gone(change, patched, x, replayed):
     gc.collect()
     assert gone
     assert not any(ref() is not None for ref in gone)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_keep_for_themselves(patched, x, replayed, clone):
-    before = warm(patched, x)[0]
-    twin = clone(patched)
-    with torch.no_grad():
-        for p in patched.parameters():
-            p.zero_()
-    replayed.clear()
-    assert all(torch.equal(y, before) for y in warm(twin, x))
-    assert len(replayed) == 1
-
-
-def test_threads_share_one_route(patched, x):
-    inputs = [x, x.flip(3)]
-    expected = [warm(patched, i)[0] for i in inputs]
-    wrong = []
-
-    def work(i):
-        with torch.inference_mode():
-            wrong.extend(n for n in range(50) if not torch.equal(patched(inputs[i]), expected[i]))
-
-    in_two_threads(work)
-    assert not wrong
