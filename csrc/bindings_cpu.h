@@ -67,9 +67,15 @@ inline bool is_bf16(const char* name, const Tensor& t) {
   return type == ScalarType::BFloat16;
 }
 
+inline void* memory(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.data_ptr() != nullptr || t.numel() == 0, name,
+                  " has no memory: its storage was released");
+  return t.data_ptr();
+}
+
 inline Tensor4 tensor4(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-  Tensor4 out{t.data_ptr(), is_bf16(name, t), {}, {}};
+  Tensor4 out{memory(name, t), is_bf16(name, t), {}, {}};
   for (int i = 0; i < 4; ++i) {
     out.size[i] = t.size(i);
     out.stride[i] = t.stride(i);
@@ -97,7 +103,7 @@ inline Tensor4 map(const char* name, const Tensor& t) {
 
 inline Vector vector(const char* name, const Tensor& t, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
-  return {t.data_ptr(), is_bf16(name, t), t.stride(0)};
+  return {memory(name, t), is_bf16(name, t), t.stride(0)};
 }
 
 template <class AnyWeight>  // a tensor, or one that is packed

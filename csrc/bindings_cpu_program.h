@@ -212,7 +212,7 @@ inline Tensor digest(Tensors sources) {
     uint64_t extent = 1;  // elements from the first to the last
     for (int i = 0; i < t.dim(); ++i)
       extent = t.size(i) == 0 || extent == 0 ? 0 : extent + (t.size(i) - 1) * t.stride(i);
-    const uint64_t begin = reinterpret_cast<uint64_t>(t.data_ptr()),
+    const uint64_t begin = reinterpret_cast<uint64_t>(memory("a source", t)),
                    end = begin + extent * item_bytes(t.scalar_type());
     for (uint64_t at = begin; at < end; at += kChunkBytes)
       chunks.push_back({at, std::min<uint64_t>(kChunkBytes, end - at), 0});

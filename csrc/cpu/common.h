@@ -72,6 +72,10 @@ struct Chunk {
   uint64_t address, bytes, digest;
 };
 
+// What digests are made with; drawn once for each process.
+constexpr int64_t kDigestKeys = 256;
+const uint32_t* digest_keys();  // 64-byte aligned
+
 // Chunks to be compared on the side, each by one thread.
 struct Watch {
   const Chunk* chunks;

@@ -11,70 +11,66 @@ namespace EFFNET_ISA {
 
 typedef uint64_t vd __attribute__((vector_size(kWidth * 4)));
 
-template <int kBits, class V>
-EFFNET_INLINE V rotated(V words) {
-  return (words << kBits) | (words >> (64 - kBits));
+// Products of the lower halves of the words.
+EFFNET_INLINE vd multiply_low(vd a, vd b) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vd)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
 }
 
-// Every word is mixed in by a bijection, so a change of one word of 64 bits is always seen, and any other
-// escapes with a probability of 2^-64. Multiplying carries a difference to higher bits, rotating brings it
-// back to lower ones.
-template <class V>
-EFFNET_INLINE V mixed(V sum, V words) {
-  sum ^= words;
-  sum += sum << 21;
-  return rotated<27>(sum);
-}
-
-// The digest of a chunk, taken piece by piece: 64 bits of `bytes` from `data` on.
+// The digest of a chunk, taken piece by piece. Of each block the hash NH of UMAC (Black et al. 1999, RFC
+// 4418): the sum of (a + key) * (b + key') over pairs of 32-bit words, with keys that are drawn at random for
+// each process. Whatever the change of a block is, it goes unseen with a probability of 2^-32 at most. Those
+// of a chunk's blocks are mixed one into the other, which keeps them apart.
 class Digest {
  public:
   Digest() = default;
-  Digest(const void* data, int64_t bytes) : at_(static_cast<const char*>(data)), end_(at_ + bytes) {
-    for (int64_t j = 0; j < kSums; ++j)
-      sums_[j] = vd{} + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(bytes + j + 1);
-  }
+  Digest(const void* data, int64_t bytes)
+      : at_(static_cast<const char*>(data)), end_(at_ + bytes), total_(static_cast<uint64_t>(bytes)) {}
 
   const char* at() const { return at_; }
   int64_t left() const { return end_ - at_; }
 
   // Takes the next bytes, as many whole blocks as there are in them, or all that is left.
   void take(int64_t bytes) {
-    vd sums[kSums];
-    std::memcpy(sums, sums_, sizeof(sums));
-    // Four words at once, turned so that the same change of several is another one of their sum.
-    const auto block = [&](const char* p) {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < kSums; ++j) {
-        vd words[4];
-        std::memcpy(words, p + j * sizeof(words), sizeof(words));
-        sums[j] =
-            mixed(sums[j], words[0] + rotated<17>(words[1]) + rotated<31>(words[2]) + rotated<47>(words[3]));
-      }
-    };
-    for (; bytes >= kBlock && left() >= kBlock; bytes -= kBlock, at_ += kBlock) block(at_);
+    for (; bytes >= kBlock && left() >= kBlock; bytes -= kBlock, at_ += kBlock) add(at_);
     if (left() < kBlock && left() > 0) {
-      char rest[kBlock] = {};
+      alignas(64) char rest[kBlock] = {};
       std::memcpy(rest, at_, left());
-      block(rest);
+      add(rest);
       at_ = end_;
     }
-    std::memcpy(sums_, sums, sizeof(sums));
   }
 
-  uint64_t value() const {
-    const vd all = mixed(sums_[0], sums_[1]);
-    uint64_t total = 0;
-    for (size_t lane = 0; lane < sizeof(vd) / sizeof(total); ++lane)
-      total = mixed<uint64_t>(total, all[lane]);
-    return total;
-  }
+  uint64_t value() const { return total_; }
 
  private:
-  static constexpr int64_t kSums = 2, kBlock = kSums * 4 * sizeof(vd);
+  static constexpr int64_t kBlock = kDigestKeys * sizeof(uint32_t), kStep = sizeof(vd);
+
+  void add(const char* block) {
+    vd sums[4] = {};
+    const auto* keys = reinterpret_cast<const char*>(digest_keys());
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBlock; i += kStep) {
+      vu words, key;
+      std::memcpy(&words, block + i, kStep);
+      std::memcpy(&key, keys + i, kStep);
+      const vd pairs = (vd)(words + key);
+      sums[i / kStep % 4] += multiply_low(pairs, pairs >> 32);
+    }
+    const vd sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    uint64_t hash = 0;
+    for (size_t lane = 0; lane < kStep / sizeof(hash); ++lane) hash += sum[lane];
+    total_ = (total_ ^ hash) * 0x9e3779b97f4a7c15u;
+    total_ ^= total_ >> 32;
+  }
 
   const char *at_ = nullptr, *end_ = nullptr;
-  vd sums_[kSums];
+  uint64_t total_ = 0;
 };
 
 [[maybe_unused]] static uint64_t digest(const void* data, int64_t bytes) {

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <random>
 
 #include "common.h"
 
@@ -97,6 +98,18 @@ float* Scratch::take(int64_t floats) {
   arena.used += floats;
   unseal(taken, wanted);
   return taken;
+}
+
+const uint32_t* digest_keys() {
+  struct alignas(64) Keys {
+    uint32_t words[kDigestKeys];
+    Keys() {
+      std::random_device random;
+      for (uint32_t& word : words) word = random();
+    }
+  };
+  static const Keys keys;
+  return keys.words;
 }
 
 }  // namespace effnet

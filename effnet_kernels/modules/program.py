@@ -73,6 +73,20 @@ class Frozen:
         return frozen if frozen is not None and frozen.holds else None
 
 
+class Words:
+    """Those that were given for a module and all parts of it that are patched, at one moment."""
+
+    def __init__(self, owner: nn.Module, modules: Iterable[nn.Module]) -> None:
+        patched = [owner, *(module for module in modules if type(module) in REPLACEABLE)]
+        words = {id(word): word for word in map(Frozen.of, patched)}
+        self.words = [(word, word.epoch) for word in words.values() if word is not None]
+        self.given = len(self.words) == len(words)
+
+    def hold(self, owner: nn.Module) -> bool:
+        """Whether all of them hold, and nothing was loaded or moved since."""
+        return Frozen.of(owner) is not None and all(word.holds and word.epoch == epoch for word, epoch in self.words)
+
+
 class State:
     """What a program was made from but for the contents of tensors: modules, and that nobody watches them.
 
@@ -93,7 +107,9 @@ class State:
         self.copies = [*map(dict, self.dicts)]
         self.own = _settings(owner)
         everything = [vars(owner), *self.dicts]
-        self.children = [d["_modules"] for d in everything if d["_modules"]]
+        # An empty Sequential, which may get children, is no leaf.
+        containers = {id(vars(module)) for module in modules if type(module) is nn.Sequential}
+        self.children = [d["_modules"] for d in everything if d["_modules"] or id(d) in containers]
         self.children_copies = [*map(dict, self.children)]
         self.holders = [d[name] for d in everything for name in ("_parameters", "_buffers") if d[name]]
         self.tensors = [*chain.from_iterable(map(dict.values, self.holders))]
@@ -107,7 +123,7 @@ class State:
         names = "stride", "padding", "dilation", "groups", "eps"
         return all(isinstance(vars(module).get(name), _VALUES) for module in (owner, *modules) for name in names)
 
-    def still(self, owner: nn.Module) -> bool:
+    def hold(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
         try:
             same = (
@@ -147,25 +163,21 @@ class Program:
     Args:
         made: what was recorded.
         y: what came of it.
-        state: what it was made from; None under ``frozen``.
-        covered: ids of the modules that the calls stand for.
+        state: what it was made from, or the words that this is constant.
     """
 
-    def __init__(self, made: Recording, y: Tensor, state: State | None, frozen: Frozen | None) -> None:
+    def __init__(self, made: Recording, y: Tensor, state: State | Words) -> None:
         self.calls, self.covered, self.state = made.calls, made.covered, state
-        self.frozen, self.epoch = frozen, 0 if frozen is None else frozen.epoch
         self.x, self.y = Form.of(made.first), Form.of(y)
         self.kept = torch.cat([call.kept for call in made.calls])
-        self.sources = [] if state is None else [*chain.from_iterable(call.sources for call in made.calls)]
+        self.sources = [] if isinstance(state, Words) else [*chain.from_iterable(call.sources for call in made.calls)]
         self.places = native_cpu.places([t for call in made.calls for t in call.memory] if self.sources else [])
         self.table = torch.cat([call.table for call in made.calls]) if self.sources else native_cpu.NO_TABLE
         self.replay = native_cpu.replay()
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether it still is what the long way would do, if the contents of all tensors are what they were."""
-        if self.frozen is not None:
-            return Frozen.of(owner) is self.frozen and self.frozen.epoch == self.epoch
-        return self.state is not None and self.state.still(owner) and native_cpu.places(self.sources) == self.places
+        return self.state.hold(owner) and native_cpu.places(self.sources) == self.places
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The result; None if a tensor has changed, or the instruction set."""
@@ -184,11 +196,8 @@ class Program:
 class Captured:
     """The frozen forward of a model on a GPU as a CUDA graph, for inputs of one form. Threads call it in turns."""
 
-    def __init__(
-        self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], frozen: Frozen
-    ) -> None:
-        self.calls, self.covered, self.state = [_ON_GPU], set[int](), None
-        self.frozen, self.epoch = frozen, frozen.epoch
+    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], state: Words) -> None:
+        self.calls, self.covered, self.state = [_ON_GPU], set[int](), state
         # The graph reads the weights where they are: that memory stays, whatever becomes of the parameters.
         self.memory = [
             t.untyped_storage() for module in modules for t in (*module.parameters(False), *module.buffers(False))
@@ -205,7 +214,7 @@ class Captured:
                 self.y = run(self.x)
 
     def holds(self, owner: nn.Module) -> bool:
-        return Frozen.of(owner) is self.frozen and self.frozen.epoch == self.epoch
+        return self.state.hold(owner)
 
     def __call__(self, x: Tensor) -> Tensor:
         with self.lock, torch.cuda.device(x.device):
@@ -220,7 +229,7 @@ class Captured:
 
 
 # What is noted of a plan that ran on a GPU: there is nothing to repeat but all of it at once.
-_ON_GPU = Call("", torch.float32, [], [], [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
+_ON_GPU = Call((), [], [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -237,7 +246,8 @@ class Kept:
 
     def __init__(self) -> None:
         self.programs: dict[tuple[Hashable, Form], Program | Captured] = {}
-        self.hopeless: set[tuple[Hashable, Form]] = set()  # what was recorded, and is no program
+        # What was recorded and was no program: how often it is not to be tried again, now and after another failure.
+        self.pauses: dict[tuple[Hashable, Form], tuple[int, int]] = {}
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
@@ -283,7 +293,9 @@ def record(
             _cover(owner, {*map(id, modules)})
         return y
     kept, form = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept()), Form.of(x)
-    if (key, form) in kept.hopeless or not State.sees_all(owner, modules):
+    left, pause = kept.pauses.get((key, form), (0, 1))
+    if left > 0 or not State.sees_all(owner, modules):
+        kept.pauses[key, form] = left - 1, pause
         with recording(None):
             y = run(x)
         if outer is not None:
@@ -295,8 +307,9 @@ def record(
     kept.programs.pop((key, form), None)
     if made.ends_in(y):
         _keep(kept, key, form, made, y, owner, modules)
+        kept.pauses.pop((key, form), None)
     elif y is not None:
-        kept.hopeless.add((key, form))
+        kept.pauses[key, form] = pause, min(2 * pause, 64)
     return y
 
 
@@ -304,8 +317,7 @@ def record_all(
     key: Hashable, owner: nn.Module, calls: Iterable[nn.Module | None], x: Tensor, run: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``run(x)``, which calls some modules; kept if that came down to a program, and their calls can be left out."""
-    frozen = Frozen.of(owner)
-    if not x.is_cpu and (frozen is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
+    if not x.is_cpu and (Frozen.of(owner) is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
     kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
     y, made = _recorded(kept.of(key), owner, x, run)
@@ -313,8 +325,10 @@ def record_all(
     calls = [*calls]
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
         modules = [*_below(calls)]
-        if frozen is not None and on_gpu(x):
-            kept.add(key, Form.of(x), Captured(run, x, modules, frozen))
+        if on_gpu(x):
+            words = Words(owner, modules)
+            if words.given:
+                kept.add(key, Form.of(x), Captured(run, x, modules, words))
         elif State.sees_all(owner, modules):
             _keep(kept, key, Form.of(x), made, y, owner, modules)
     return y
@@ -323,9 +337,10 @@ def record_all(
 def _recorded(
     known: Sequence[Program | Captured], owner: nn.Module, x: Tensor, run: Callable[[Tensor], Any]
 ) -> tuple[Any, Recording]:
-    current_ones = [program for program in known if program.frozen is None or program.holds(owner)]
-    constant = any(program.frozen is not None for program in current_ones)
-    made = Recording(x, [call for program in current_ones for call in program.calls], constant)
+    words = [program for program in known if isinstance(program.state, Words)]
+    constant = [program for program in words if program.holds(owner)]
+    calls = [call for program in (constant or known) if constant or program not in words for call in program.calls]
+    made = Recording(x, calls, bool(constant))
     with recording(made):
         y = run(x)
     outer = current()
@@ -337,17 +352,17 @@ def _recorded(
 def _keep(
     kept: Kept, key: Hashable, form: Form, made: Recording, y: Tensor, owner: nn.Module, modules: list[nn.Module]
 ) -> None:
-    frozen = Frozen.of(owner)
-    if frozen is not None:
-        kept.add(key, form, Program(made, y, None, frozen))
+    words = Words(owner, modules)
+    if words.given:
+        kept.add(key, form, Program(made, y, words))
         return
     # Programs for other forms share one state.
     states = (program.state for program in kept.of(key))
-    state = next((state for state in states if state is not None and state.still(owner)), None)
+    state = next((state for state in states if isinstance(state, State) and state.hold(owner)), None)
     state = state or State(owner, modules)
     held = {*map(id, state.tensors)}
     if all(id(source) in held for call in made.calls for source in call.sources):
-        kept.add(key, form, Program(made, y, state, None))
+        kept.add(key, form, Program(made, y, state))
 
 
 def _below(modules: Iterable[nn.Module | None]) -> Iterable[nn.Module]:

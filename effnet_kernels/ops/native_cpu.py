@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_kernels import native
 from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.recording import Call, Recording, converted, current
@@ -70,12 +71,14 @@ _KEPT: dict[str, tuple[str, ...]] = {
 
 def _record(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[str, Any]) -> bool:
     """Note a call, and whether that was to make it."""
-    if op not in _KEPT or any(
-        arguments[name] is not None and arguments[name] is not arguments["x"] for name in _KEPT[op]
-    ):
+    if op not in _KEPT:
         into.lose()
         return False
-    call, x = _keep(into, op, outs, arguments), arguments["x"]
+    x, others = arguments["x"], [arguments[name] for name in _KEPT[op] if arguments[name] is not None]
+    call = None if any(other is not x for other in others) else _keep(into, op, outs, arguments)
+    if call is None:
+        into.lose()
+        return False
     into.follow(into.original(x), x, [call], outs[0])
     return len(outs) == 1 and replay()(call.kept, NO_TABLE, outs[0], x)
 
@@ -89,8 +92,8 @@ def replay() -> Callable[..., bool]:
 NO_TABLE = torch.empty((0, 3), dtype=torch.int64, device="cpu")
 
 
-def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Call:
-    """The call in a form to be repeated.
+def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Call | None:
+    """The call in a form to be repeated; None where tensors are not what lies in their memory.
 
     Another thread may be writing the weights. They are packed when they have come to rest; if they never do, it is the
     call that was known before that is made, of the weights before the write, and looked at again the next time.
@@ -99,9 +102,11 @@ def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[st
     sources: list[Tensor] = []
     _map([*constants.values()], lambda t: sources.append(into.original(t)))
     keep, pack = (getattr(_native, f"{what}_{op}").default for what in ("keep", "pack"))
-    dtype, epsilons = outs[0].dtype, [a for a in constants.values() if isinstance(a, float)]
-    alike = op, dtype, epsilons, [*map(id, sources)]
-    known = [call for call in into.known if (call.op, call.dtype, call.epsilons, [*map(id, call.sources)]) == alike]
+    if any(t.is_neg() or t.is_conj() for t in sources):
+        return None
+    settings = (op, outs[0].dtype, native.instruction_set(), *(a for a in constants.values() if isinstance(a, float)))
+    alike = settings, [*map(id, sources)]
+    known = [call for call in into.known if (call.settings, [*map(id, call.sources)]) == alike]
     for call in known:
         if into.constant or (places(call.sources) == places(call.memory) and _native.unchanged.default(call.table)):
             return call._replace(kept=keep(call.packed, *outs, *arguments.values()))
@@ -122,7 +127,7 @@ def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[st
     else:
         if known:
             return known[-1]._replace(kept=keep(known[-1].packed, *outs, *arguments.values()))
-    return Call(op, dtype, epsilons, sources, memory, table, packed, keep(packed, *outs, *arguments.values()))
+    return Call(settings, sources, memory, table, packed, keep(packed, *outs, *arguments.values()))
 
 
 def _map(argument: Any, convert: Callable[[Tensor], Any]) -> Any:
@@ -134,7 +139,7 @@ def _map(argument: Any, convert: Callable[[Tensor], Any]) -> Any:
 
 def places(tensors: list[Tensor]) -> list[Any]:
     """Where tensors lie in memory, and how."""
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *(t.shape for t in tensors if t.dim() > 1)]
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(Tensor.numel, tensors)]
 
 
 # How often to look whether weights have come to rest that another thread may be writing, and how far apart, in seconds.

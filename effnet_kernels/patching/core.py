@@ -81,33 +81,26 @@ def register(
     STANDS_FOR[patched] = stock
     rename(stock, patched)
     patched.__reduce_ex__ = _reduce  # type: ignore[method-assign]
-    for name, method in _WATCHED.items():
-        setattr(patched, name, _watched(patched, name, method))
+    for name in ("train", "load_state_dict", internals.APPLY, internals.LOAD):
+        setattr(patched, name, _watched(patched, name))
     if any(part.calls is None for part in parts):
         program.REPLACEABLE.add(patched)
 
 
-def _train(module: nn.Module, mode: bool = True) -> None:
-    if mode and not module.training:
-        program.thaw(module)
+def _watched(patched: type[nn.Module], name: str) -> Callable[..., Any]:
+    """A method of a patched class in place of the one that it inherits, which ends what is kept of the module."""
 
-
-def _other_tensors(module: nn.Module, *_: Any, **__: Any) -> None:
-    program.forget(module)
-
-
-# Methods of a module that change what is kept of it, and what is done before each.
-_WATCHED = {"train": _train, internals.APPLY: _other_tensors, internals.LOAD: _other_tensors}
-
-
-def _watched(patched: type[nn.Module], name: str, before: Callable[..., None]) -> Callable[..., Any]:
-    """The method of a patched class in place of the one that it inherits."""
-    stock = getattr(nn.Module, name)
-
-    @functools.wraps(stock)
+    @functools.wraps(getattr(nn.Module, name))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before(self, *args, **kwargs)
-        return getattr(super(patched, self), name)(*args, **kwargs)
+        if name == "train":
+            if (not args or args[0]) and kwargs.get("mode", True) and not self.training:
+                program.thaw(self)
+        else:
+            program.forget(self)
+        result = getattr(super(patched, self), name)(*args, **kwargs)
+        if name != "train":
+            program.forget(self)  # others may have called it meanwhile
+        return result
 
     return method
 
@@ -173,9 +166,9 @@ def patch(model: Model, *, backend: str = "auto", frozen: bool = False) -> Model
         backend: backend of every fused call in this model; "auto" leaves it to ``use_backend``, the
             environment and the measured order.
         frozen: for deployment: from the first forward on, weights, settings and hooks are constants, and no call looks
-            for changes. ``load_state_dict`` and ``to`` are seen, and the next forward begins anew; training, that is
-            ``train()`` or a forward for gradients, ends it. Writes to weights, settings and hooks past these are
-            not seen: call ``patch`` again behind them.
+            for changes. ``load_state_dict`` and ``to`` of the model or of a patched part of it begin anew at the next
+            forward; training it, by ``train()`` or a forward for gradients, ends it. Other writes to weights, settings
+            or hooks, and what is done to the layers inside of a fused block alone, are not seen: ``patch`` again.
 
     Returns:
         The same model.

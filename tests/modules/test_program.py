@@ -92,9 +92,15 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_is_noticed(change, block, x):
-    before = warm(block, x)[0]
+    """Whichever of several programs is called first: what they share is right for all, or for none."""
+    inputs = [x, x[:1], images(2, 10, 8)]
+    before, *_ = [warm(block, i)[0] for i in inputs]
+    held = [p.data for p in block.parameters()]  # noqa: F841 (the old memory stays)
     with torch.no_grad():
         CHANGES[change](block)
+    for i in inputs[1:]:
+        with torch.inference_mode():
+            assert all(torch.equal(block(i), the_long_way(block, i)) for _ in range(2))
     with torch.inference_mode():
         got = block(x)
     expected = the_long_way(block, x)
@@ -204,14 +210,19 @@ def test_autocast_has_programs_of_its_own(x, replayed):
         torch.testing.assert_close(block(x), plain)
 
 
-def test_an_instruction_set_is_noticed(block, x, replayed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_instruction_set_is_noticed(dtype, block, x, replayed):
+    block, x = block.to(dtype), x.to(dtype)
+    warm(block, x[:1])
     before = warm(block, x)[0]
     chosen = native.instruction_set()
     native.set_instruction_set("generic")
     replayed.clear()
     try:
         with torch.inference_mode():
-            torch.testing.assert_close(block(x), before)
+            close = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+            torch.testing.assert_close(block(x), before, **close)
+            torch.testing.assert_close(block(x[:1]), before[:1], **close)
         assert not replayed
     finally:
         native.set_instruction_set(chosen)
@@ -388,3 +399,50 @@ def test_what_is_kept_is_never_written_to(x, monkeypatch):
 
     monkeypatch.setattr(native_cpu, "_native", Ops())
     assert death([("calls", calls)]) == "SIGSEGV in replayed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_digests_of_writes_with_a_structure(dtype):
+    """Elements swapped, doubled and halved, negated at all distances: what a sum of turned words would not see."""
+    digest, generator = torch.ops.effnet_kernels_cpu.digest, torch.Generator().manual_seed(0)
+    weight = torch.randn(1 << 14, generator=generator).to(dtype)
+    before = digest([weight])
+    assert torch.equal(digest([weight]), before)
+    for distance in (*range(1, 130), 256, 512, 1024, 4096):
+        for change in ("swap", "scale", "negate"):
+            other = weight.clone()
+            a, b = other[:-distance:2], other[distance::2]
+            n = min(len(a), len(b), distance // 2 + 1)
+            if change == "swap":
+                a[:n], b[:n] = b[:n].clone(), a[:n].clone()
+            elif change == "scale":
+                a[:n], b[:n] = a[:n] * 2, b[:n] / 4
+            else:
+                a[:n], b[:n] = -a[:n], -b[:n]
+            weight_now = weight.clone()
+            weight.copy_(other)
+            assert not torch.ops.effnet_kernels_cpu.unchanged(before), (change, distance)
+            weight.copy_(weight_now)
+    assert torch.ops.effnet_kernels_cpu.unchanged(before)
+
+
+@torch.inference_mode()
+def test_released_memory_is_an_error(block, x):
+    for module in (block, copy.deepcopy(block)):
+        warm(module, x)
+    block.conv_pw.weight.untyped_storage().resize_(0)
+    for module in (block, copy.copy(block)):
+        with pytest.raises(RuntimeError, match="has no memory: its storage was released"):
+            module(x)
+
+
+def test_what_is_no_program_is_tried_again(block, x, replayed):
+    """After more and more calls, as it may become one."""
+    with torch.inference_mode():
+        with ek.use_backend("reference"):
+            for _ in range(10):
+                block(x)
+        for _ in range(20):
+            block(x)
+    assert len(replayed) > 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import effnet_kernels as ek
-from effnet_kernels.modules.program import KEPT_ATTRIBUTE
+from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Words
 from tests.patching.conftest import build
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -105,12 +105,14 @@ THAWS = {
 
 @pytest.mark.parametrize("thaw", THAWS)
 def test_training_ends_it(thaw, model, x):
-    run(model, x)
+    for form in (x, x[:1]):
+        run(model, form)
     THAWS[thaw](model, x)
     model.eval()
     assert not is_frozen(model)
     for _ in range(2):
         assert is_current(model, x)
+        assert is_current(model, x[:1])
         double(model)
     model.blocks[4][-1].conv_dw.weight.data[0] += 1
     assert is_current(model, x)
@@ -148,4 +150,33 @@ def test_a_frozen_program_holds_nothing_of_the_model(model, x):
         p.untyped_storage().resize_(0)
     with torch.inference_mode():
         assert torch.equal(model(x), before)
-    assert all(p.state is None and len(p.table) == 0 for p in vars(model)[KEPT_ATTRIBUTE].programs.values())
+    assert all(isinstance(p.state, Words) and len(p.table) == 0 for p in vars(model)[KEPT_ATTRIBUTE].programs.values())
+
+
+def test_words_of_parts(model, x):
+    """A part that was frozen by another call of patch, and then alone is loaded or trained."""
+    ek.patch(model.blocks[4], frozen=True)
+    run(model, x)
+    double(model.blocks[4])
+    model.blocks[4][-1].load_state_dict(model.blocks[4][-1].state_dict())
+    assert is_current(model, x)
+    model.blocks[4].train().eval()
+    double(model.blocks[4])
+    assert is_current(model, x)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_forward_in_the_midst_of_loading(assign, model, x):
+    """What it sees is a mixture, which must not become a constant."""
+    run(model, x)
+    twin = copy.deepcopy(model)
+    double(twin)
+    state = {name: t.clone() for name, t in twin.state_dict().items()}
+
+    def look(*_):
+        run(model, x)
+
+    hooks = [m.register_load_state_dict_pre_hook(look) for m in model.modules()]
+    assert len(hooks) > 10
+    model.load_state_dict(state, assign=assign)
+    assert is_current(model, x)

@@ -103,6 +103,11 @@ def _double_block(model):
     block(model).__class__ = Doubled
 
 
+class _Double(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
 CHANGES = {
     "load_state_dict": _load,
     "optimizer step": _step,
@@ -119,6 +124,7 @@ CHANGES = {
     "a block less": lambda m: m.blocks[4].__delitem__(-1),
     "a block more": _append,
     "a stock stage": _replace_by_stock,
+    "children of an empty Sequential": lambda m: m.blocks[4][-1].append(_Double()),
     "class of a stage": _double_stage,
     "class of a block": _double_block,
     "forward of a stage": lambda m: _double_output(m.blocks[4]),
@@ -139,8 +145,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_is_noticed(change, x):
     """By the next call and, once that is settled, by those that are kept after it."""
-    model = ek.patch(build("tf_efficientnetv2_b0"))
-    before = warm(model, x)[0]
+    model = build("tf_efficientnetv2_b0")
+    if "empty" in change:
+        model.blocks[4].append(nn.Sequential())
+    before = warm(ek.patch(model), x)[0]
     CHANGES[change](model)
     with torch.inference_mode():
         got = [model(x) for _ in range(5)]
