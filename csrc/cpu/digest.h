@@ -22,55 +22,67 @@ EFFNET_INLINE vd multiply_low(vd a, vd b) {
 #endif
 }
 
-// The digest of a chunk, taken piece by piece. Of each block the hash NH of UMAC (Black et al. 1999, RFC
-// 4418): the sum of (a + key) * (b + key') over pairs of 32-bit words, with keys that are drawn at random for
-// each process. Whatever the change of a block is, it goes unseen with a probability of 2^-32 at most. Those
-// of a chunk's blocks are mixed one into the other, which keeps them apart.
+// A bijection of both: multiplying carries a difference to higher bits, rotating brings it back to lower
+// ones.
+template <class V>
+EFFNET_INLINE V mixed(V sum, V words) {
+  sum ^= words;
+  sum += sum << 21;
+  return (sum << 27) | (sum >> 37);
+}
+
+// The digest of a chunk, taken piece by piece. Of each block, lane by lane, the hash NH of UMAC (Black et al.
+// 1999, RFC 4418): the sum of (a + key) * (b + key') over pairs of 32-bit words, with keys that are drawn at
+// random for each process. Whatever the change of a block is, it goes unseen with a probability of 2^-32 at
+// most. The hashes of a chunk's blocks are mixed one into the other, which keeps them apart.
 class Digest {
  public:
   Digest() = default;
   Digest(const void* data, int64_t bytes)
-      : at_(static_cast<const char*>(data)), end_(at_ + bytes), total_(static_cast<uint64_t>(bytes)) {}
+      : at_(static_cast<const char*>(data)), end_(at_ + bytes), keys_(digest_keys()), total_{} {}
 
   const char* at() const { return at_; }
   int64_t left() const { return end_ - at_; }
 
   // Takes the next bytes, as many whole blocks as there are in them, or all that is left.
   void take(int64_t bytes) {
-    for (; bytes >= kBlock && left() >= kBlock; bytes -= kBlock, at_ += kBlock) add(at_);
+    vd total = total_;
+    for (; bytes >= kBlock && left() >= kBlock; bytes -= kBlock, at_ += kBlock)
+      total = mixed(total, hash(at_));
     if (left() < kBlock && left() > 0) {
       alignas(64) char rest[kBlock] = {};
       std::memcpy(rest, at_, left());
-      add(rest);
+      total = mixed(total, hash(rest));
       at_ = end_;
     }
+    total_ = total;
   }
 
-  uint64_t value() const { return total_; }
+  uint64_t value() const {
+    uint64_t all = 0;
+    for (size_t lane = 0; lane < sizeof(vd) / sizeof(all); ++lane) all = mixed<uint64_t>(all, total_[lane]);
+    return all;
+  }
 
  private:
   static constexpr int64_t kBlock = kDigestKeys * sizeof(uint32_t), kStep = sizeof(vd);
 
-  void add(const char* block) {
+  vd hash(const char* block) const {
     vd sums[4] = {};
-    const auto* keys = reinterpret_cast<const char*>(digest_keys());
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kBlock; i += kStep) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kBlock / kStep; ++i) {
       vu words, key;
-      std::memcpy(&words, block + i, kStep);
-      std::memcpy(&key, keys + i, kStep);
+      std::memcpy(&words, block + i * kStep, kStep);
+      std::memcpy(&key, keys_ + i * kStep / sizeof(uint32_t), kStep);
       const vd pairs = (vd)(words + key);
-      sums[i / kStep % 4] += multiply_low(pairs, pairs >> 32);
+      sums[i % 4] += multiply_low(pairs, pairs >> 32);
     }
-    const vd sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    uint64_t hash = 0;
-    for (size_t lane = 0; lane < kStep / sizeof(hash); ++lane) hash += sum[lane];
-    total_ = (total_ ^ hash) * 0x9e3779b97f4a7c15u;
-    total_ ^= total_ >> 32;
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 
   const char *at_ = nullptr, *end_ = nullptr;
-  uint64_t total_ = 0;
+  const uint32_t* keys_ = nullptr;
+  vd total_;
 };
 
 [[maybe_unused]] static uint64_t digest(const void* data, int64_t bytes) {
@@ -112,8 +124,10 @@ class Watcher {
   }
 
   const float* ask(int64_t bytes) {
+    // What was asked for last is still on its way.
     constexpr int64_t kPiece = 4096;
-    if (asked_ >= std::min(kPiece, digest_.left())) look(asked_), asked_ = 0;
+    if (asked_ >= digest_.left()) look(digest_.left()), asked_ = 0;
+    if (asked_ >= 2 * kPiece) look(kPiece), asked_ -= kPiece;
     if (!begin()) return nullptr;
     const char* const from = digest_.at() + asked_;
     asked_ += bytes;
