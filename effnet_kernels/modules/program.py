@@ -167,12 +167,14 @@ class Program:
     """
 
     def __init__(self, made: Recording, y: Tensor, state: State | Words) -> None:
-        self.calls, self.covered, self.state = made.calls, made.covered, state
+        constant = isinstance(state, Words)
+        self.calls = [call._replace(memory=[], table=native_cpu.NO_TABLE) if constant else call for call in made.calls]
+        self.covered, self.state = made.covered, state
         self.x, self.y = Form.of(made.first), Form.of(y)
-        self.kept = torch.cat([call.kept for call in made.calls])
-        self.sources = [] if isinstance(state, Words) else [*chain.from_iterable(call.sources for call in made.calls)]
-        self.places = native_cpu.places([t for call in made.calls for t in call.memory] if self.sources else [])
-        self.table = torch.cat([call.table for call in made.calls]) if self.sources else native_cpu.NO_TABLE
+        self.kept = torch.cat([call.kept for call in self.calls])
+        self.sources = [] if constant else [t for call in self.calls for t in call.sources]
+        self.places = native_cpu.places([t for call in self.calls for t in call.memory])
+        self.table = torch.cat([call.table for call in self.calls])
         self.replay = native_cpu.replay()
 
     def holds(self, owner: nn.Module) -> bool:
@@ -244,10 +246,18 @@ def may_keep(x: Tensor) -> bool:
 class Kept:
     """The programs of one module, by what they stand for and the form of the input. Copies of the module start anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: int = 0) -> None:
+        self.owner = owner  # its id: a shallow copy finds this in its dictionary, too
         self.programs: dict[tuple[Hashable, Form], Program | Captured] = {}
         # What was recorded and was no program: how often it is not to be tried again, now and after another failure.
-        self.pauses: dict[tuple[Hashable, Form], tuple[int, int]] = {}
+        self.pauses: dict[Hashable, tuple[int, int]] = {}
+
+    @staticmethod
+    def by(owner: nn.Module) -> "Kept":
+        kept = vars(owner).get(KEPT_ATTRIBUTE)
+        if kept is None or kept.owner != id(owner):
+            kept = vars(owner)[KEPT_ATTRIBUTE] = Kept(id(owner))
+        return kept
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
@@ -265,13 +275,8 @@ class Kept:
 def repeat(key: Hashable, owner: nn.Module, x: Tensor) -> Tensor | None:
     """The result of a program of the owner's; None where there is none, or something has changed since."""
     kept = vars(owner).get(KEPT_ATTRIBUTE)
-    if kept is None:
-        return None
-    form = Form.of(x)
-    program = kept.programs.get((key, form))
-    if program is None:
-        return None
-    if not program.holds(owner):
+    program = None if kept is None or kept.owner != id(owner) else kept.programs.get((key, Form.of(x)))
+    if program is None or not program.holds(owner):
         return None
     _cover(owner, program.covered)
     return program(x)
@@ -284,7 +289,12 @@ def record(
     x: Tensor,
     run: Callable[[Tensor], Tensor | None],
 ) -> Tensor | None:
-    """``run(x)``, which takes the place of the calls of some modules; if it came down to a program, that is kept."""
+    """``run(x)``, kept if it came down to a program.
+
+    Args:
+        key: what of the owner it is.
+        left_out: the modules whose calls it takes the place of.
+    """
     outer, modules = current(), [*_below(left_out)]
     if on_gpu(x):
         y = run(x)
@@ -292,10 +302,10 @@ def record(
             outer.follow(x, x, [_ON_GPU], y)
             _cover(owner, {*map(id, modules)})
         return y
-    kept, form = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept()), Form.of(x)
-    left, pause = kept.pauses.get((key, form), (0, 1))
+    kept, form = Kept.by(owner), Form.of(x)
+    left, pause = kept.pauses.get(key, (0, 1))
     if left > 0 or not State.sees_all(owner, modules):
-        kept.pauses[key, form] = left - 1, pause
+        kept.pauses[key] = max(0, left - 1), pause
         with recording(None):
             y = run(x)
         if outer is not None:
@@ -307,19 +317,19 @@ def record(
     kept.programs.pop((key, form), None)
     if made.ends_in(y):
         _keep(kept, key, form, made, y, owner, modules)
-        kept.pauses.pop((key, form), None)
+        kept.pauses.pop(key, None)
     elif y is not None:
-        kept.pauses[key, form] = pause, min(2 * pause, 64)
+        kept.pauses[key] = pause, min(2 * pause, 64)
     return y
 
 
 def record_all(
     key: Hashable, owner: nn.Module, calls: Iterable[nn.Module | None], x: Tensor, run: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``run(x)``, which calls some modules; kept if that came down to a program, and their calls can be left out."""
+    """``run(x)``, kept if it came down to a program and the calls that it makes of modules can be left out."""
     if not x.is_cpu and (Frozen.of(owner) is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
-    kept = vars(owner).setdefault(KEPT_ATTRIBUTE, Kept())
+    kept = Kept.by(owner)
     y, made = _recorded(kept.of(key), owner, x, run)
     kept.programs.pop((key, Form.of(x)), None)
     calls = [*calls]
@@ -337,10 +347,9 @@ def record_all(
 def _recorded(
     known: Sequence[Program | Captured], owner: nn.Module, x: Tensor, run: Callable[[Tensor], Any]
 ) -> tuple[Any, Recording]:
-    words = [program for program in known if isinstance(program.state, Words)]
-    constant = [program for program in words if program.holds(owner)]
-    calls = [call for program in (constant or known) if constant or program not in words for call in program.calls]
-    made = Recording(x, calls, bool(constant))
+    constant = [program for program in known if isinstance(program.state, Words) and program.holds(owner)]
+    alike = constant or [program for program in known if isinstance(program.state, State)]
+    made = Recording(x, [call for program in alike for call in program.calls], bool(constant))
     with recording(made):
         y = run(x)
     outer = current()

@@ -38,7 +38,7 @@ def bind(
         dense: names of the maps that the native op takes in dense [N, H, W, C] only.
         vectors: names of the [N, C] tensors that it takes in contiguous float32 only.
     """
-    native = getattr(_native, op).default
+    call = getattr(_native, op).default
     names = [*inspect.signature(fake).parameters]
 
     def run(*args: Any) -> Any:
@@ -53,7 +53,7 @@ def bind(
         outs = out if isinstance(out, tuple) else (out,)
         into = current()
         if into is None or not _record(into, op, outs, arguments):
-            native(*outs, *arguments.values())
+            call(*outs, *arguments.values())
         return out
 
     return run

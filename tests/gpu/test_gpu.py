@@ -13,6 +13,7 @@ from effnet_kernels.backends import Problem, automatic, backends, implementation
 from effnet_kernels.benchmarking import timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.training import Step
+from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Captured
 from effnet_kernels.ops.common import Op
 from tests import whole_models
 from tests.models import calibrate, images, randomize
@@ -170,6 +171,23 @@ def test_a_model_in_a_graph(backend):
         graph()
     assert graph.calls == len(graph.outputs) > 1
     assert all(torch.equal(output, expected) for output in graph.outputs)
+
+
+@torch.inference_mode()
+def test_a_frozen_model_is_one_graph(backend):
+    """Called by itself; it agrees with the same model as it is, for other images, forms and streams."""
+    model, _ = narrow_model(torch.float16)
+    frozen = ek.patch(copy.deepcopy(model), backend=backend, frozen=True)
+    ek.patch(model, backend=backend)
+    for n in (1, 2):
+        for seed in (1, 2, 3):
+            x = images(n, 64, seed=seed).to("cuda", torch.float16)
+            with torch.cuda.stream(torch.cuda.Stream()) as stream:
+                y = frozen(x)
+            torch.cuda.synchronize()
+            assert torch.equal(y, model(x)), stream
+    (programs,) = [vars(m)[KEPT_ATTRIBUTE].programs for m in frozen.modules() if KEPT_ATTRIBUTE in vars(m)]
+    assert [type(program) for program in programs.values()] == [Captured, Captured]
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Words
@@ -180,3 +181,12 @@ def test_a_forward_in_the_midst_of_loading(assign, model, x):
     assert len(hooks) > 10
     model.load_state_dict(state, assign=assign)
     assert is_current(model, x)
+
+
+def test_a_shallow_copy_has_programs_of_its_own(model, x):
+    before = run(model, x)
+    twin = copy.copy(model)
+    twin.blocks = nn.Sequential(*[*model.blocks][:-1])
+    twin.conv_head = nn.Conv2d(48, 256, 1, bias=False)
+    assert is_current(twin, x)
+    assert torch.equal(run(model, x), before)
