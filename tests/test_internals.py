@@ -125,7 +125,7 @@ def agree(call):
     torch.testing.assert_close(call(patched), call(stock), rtol=1e-3, atol=1e-4)
 
 with torch.inference_mode():
-    for _ in range(4):  # the last ones might be replayed
+    for _ in range(4):  # the last ones might be programs
         agree(lambda m: m(x))
 with torch.no_grad():
     for m in (stock, patched):

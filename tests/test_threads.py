@@ -70,7 +70,7 @@ def test_models_have_the_same_bits_for_any_number_of_threads():
                 for threads in (2, 3):
                     torch.set_num_threads(threads)
                     for (m, x), y in zip(cases, expected, strict=True):
-                        for _ in range(4):  # the last ones are replayed
+                        for _ in range(4):  # the last ones are programs
                             assert torch.equal(m(x), y), (isa, threads)
                     assert started() == alone + threads - 1
         """
