@@ -21,6 +21,7 @@ import effnet_kernels as ek
 import effnet_kernels.functional as F
 from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.environment import describe, environment
+from effnet_kernels.benchmarking.models import create_model
 from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
 
@@ -43,7 +44,7 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     se = F.SqueezeExciteWeights(half(16, 64, 1, 1), half(16), half(64, 16, 1, 1), half(64))
     conv, depthwise = F.ConvBN(one, wide), F.ConvBN(dw, wide)
     block = ek.MBConv(64, 64, exp_ratio=1.0, se_layer=ek.SqueezeExcite, device=device, dtype=torch.float16).eval()
-    return {
+    found: dict[str, Callable[[], object]] = {
         "pointwise_conv_bn_act": lambda: F.pointwise_conv_bn_act(x, one, wide, backend="triton"),
         "depthwise_conv_bn_act": lambda: F.depthwise_conv_bn_act(x, dw, wide, backend="triton"),
         "squeeze_excite_gate": lambda: F.squeeze_excite_gate(mean, se, backend="triton"),
@@ -52,6 +53,12 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
         "mbconv": lambda: F.mbconv(x, conv, depthwise, se, conv, residual=True, backend="triton"),
         "mbconv, from its modules": lambda: block(x),
     }
+    if device == "cuda":  # only there a forward can be captured
+        image = half(1, 3, 224, 224)
+        for words, frozen in (("", False), (", frozen", True)):
+            model = create_model("efficientnet_b0").to(device, torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            found[f"efficientnet_b0 @224{words}"] = functools.partial(ek.patch(model, frozen=frozen), image)
+    return found
 
 
 @contextlib.contextmanager
