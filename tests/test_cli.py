@@ -22,7 +22,7 @@ def wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """patch() that gives a model whose logits are off by far more than rounding."""
     patch = effnet_kernels.patch
 
-    def wrong(model, *, backend="auto"):
+    def wrong(model, *, backend="auto", frozen=False):
         patch(model, backend=backend).register_forward_hook(lambda module, inputs, output: output * 1.01)
         return model
 

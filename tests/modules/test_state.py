@@ -93,18 +93,18 @@ def test_any_change_is_noticed_and_nothing_else(neutral, change, which, i):
     modules = [m for m in block.modules() if m is not block]
     for name, number in neutral:
         NEUTRAL[name](modules[number % len(modules)], number)
-        assert state.still(block)
+        assert state.hold(block)
     read = [m for m in modules if type(m) not in _WITHOUT_SETTINGS]
     CHANGES[change](read[which % len(read)], i)
-    assert not state.still(block)
+    assert not state.hold(block)
 
 
 def test_settings_of_the_block_itself():
     block, state = make()
     block.register_forward_hook(print)  # of no matter: it is the caller's
-    assert state.still(block)
+    assert state.hold(block)
     block.has_skip = not block.has_skip
-    assert not state.still(block)
+    assert not state.hold(block)
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), torch.ones(1), [1], object()], ids=lambda v: type(v).__name__)
@@ -113,15 +113,15 @@ def test_attributes_of_any_kind(value):
     block = make()[0]
     block.conv_pw.note = value
     state = State(block, [m for m in block.modules() if m is not block])
-    assert state.still(block)
+    assert state.hold(block)
     block.conv_pw.note = torch.zeros(3)
-    assert not state.still(block)
+    assert not state.hold(block)
 
 
 @pytest.mark.parametrize("change", ["an attribute more", "a forward hook", "a backward hook", "class"])
 def test_activations_have_no_settings_but_may_be_watched(change):
     block, state = make()
     block.bn1.act.train()
-    assert state.still(block)
+    assert state.hold(block)
     CHANGES[change](block.bn1.act, 0)
-    assert not state.still(block)
+    assert not state.hold(block)
