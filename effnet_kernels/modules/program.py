@@ -265,7 +265,14 @@ class Kept:
     def of(self, key: Hashable) -> list[Program | Captured]:
         return [program for (other, _), program in [*self.programs.items()] if other == key]
 
-    def add(self, key: Hashable, form: Form, program: Program | Captured) -> None:
+    def settle(self, key: Hashable, form: Form, program: Program | Captured | None) -> None:
+        """Keep what was recorded; if that was no program, try again after more and more calls."""
+        self.programs.pop((key, form), None)
+        if program is None:
+            pause = self.pauses.get(key, (0, 1))[1]
+            self.pauses[key] = pause, min(2 * pause, 64)
+            return
+        self.pauses.pop(key, None)
         self.programs[key, form] = program
         names = [name for name in [*self.programs] if name[0] == key]
         for name in names[:-FORMS]:
@@ -311,15 +318,12 @@ def record(
         if outer is not None:
             outer.lose()
         return y
+    state = _state(kept, key, owner, modules)
     y, made = _recorded(kept.of(key), owner, x, run)
     made.covered.update(map(id, modules))
     _cover(owner, made.covered)
-    kept.programs.pop((key, form), None)
-    if made.ends_in(y):
-        _keep(kept, key, form, made, y, owner, modules)
-        kept.pauses.pop(key, None)
-    elif y is not None:
-        kept.pauses[key] = pause, min(2 * pause, 64)
+    if y is not None:
+        kept.settle(key, form, _program(made, y, owner, state) if made.ends_in(y) else None)
     return y
 
 
@@ -329,18 +333,23 @@ def record_all(
     """``run(x)``, kept if it came down to a program and the calls that it makes of modules can be left out."""
     if not x.is_cpu and (Frozen.of(owner) is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
-    kept = Kept.by(owner)
+    kept, modules = Kept.by(owner), [*_below(calls := [*calls])]
+    left, pause = kept.pauses.get(key, (0, 1))
+    if left > 0:
+        kept.pauses[key] = left - 1, pause
+        return run(x)
+    for module in modules:
+        if type(module) in REPLACEABLE:
+            Kept.by(module)  # an entry of its dictionary, which is compared
+    state = _state(kept, key, owner, modules)
     y, made = _recorded(kept.of(key), owner, x, run)
-    kept.programs.pop((key, Form.of(x)), None)
-    calls = [*calls]
+    program: Program | Captured | None = None
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
-        modules = [*_below(calls)]
-        if on_gpu(x):
-            words = Words(owner, modules)
-            if words.given:
-                kept.add(key, Form.of(x), Captured(run, x, modules, words))
+        if isinstance(state, Words) and on_gpu(x):
+            program = Captured(run, x, modules, state) if state.hold(owner) else None
         elif State.sees_all(owner, modules):
-            _keep(kept, key, Form.of(x), made, y, owner, modules)
+            program = _program(made, y, owner, state)
+    kept.settle(key, Form.of(x), program)
     return y
 
 
@@ -358,20 +367,24 @@ def _recorded(
     return y, made
 
 
-def _keep(
-    kept: Kept, key: Hashable, form: Form, made: Recording, y: Tensor, owner: nn.Module, modules: list[nn.Module]
-) -> None:
+def _state(kept: Kept, key: Hashable, owner: nn.Module, modules: list[nn.Module]) -> State | Words:
+    """What a forward that is about to be recorded is made from; programs for other forms share it."""
     words = Words(owner, modules)
     if words.given:
-        kept.add(key, form, Program(made, y, words))
-        return
-    # Programs for other forms share one state.
+        return words
     states = (program.state for program in kept.of(key))
-    state = next((state for state in states if isinstance(state, State) and state.hold(owner)), None)
-    state = state or State(owner, modules)
-    held = {*map(id, state.tensors)}
-    if all(id(source) in held for call in made.calls for source in call.sources):
-        kept.add(key, form, Program(made, y, state))
+    return next((s for s in states if isinstance(s, State) and s.hold(owner)), None) or State(owner, modules)
+
+
+def _program(made: Recording, y: Tensor, owner: nn.Module, state: State | Words) -> Program | None:
+    """What was recorded as a program; None if something has changed meanwhile, or is not the modules'."""
+    if not state.hold(owner):
+        return None
+    if isinstance(state, State):
+        held = {*map(id, state.tensors)}
+        if not all(id(source) in held for call in made.calls for source in call.sources):
+            return None
+    return Program(made, y, state)
 
 
 def _below(modules: Iterable[nn.Module | None]) -> Iterable[nn.Module]:

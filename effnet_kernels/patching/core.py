@@ -92,14 +92,14 @@ def _watched(patched: type[nn.Module], name: str) -> Callable[..., Any]:
 
     @functools.wraps(getattr(nn.Module, name))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if name == "train":
-            if (not args or args[0]) and kwargs.get("mode", True) and not self.training:
-                program.thaw(self)
-        else:
+        before = self.training
+        if name != "train":
             program.forget(self)
         result = getattr(super(patched, self), name)(*args, **kwargs)
-        if name != "train":
-            program.forget(self)  # others may have called it meanwhile
+        if name != "train" or self.training != before:
+            program.forget(self)  # what others have kept meanwhile, too
+        if self.training and not before:
+            program.thaw(self)
         return result
 
     return method
@@ -168,7 +168,8 @@ def patch(model: Model, *, backend: str = "auto", frozen: bool = False) -> Model
         frozen: for deployment: from the first forward on, weights, settings and hooks are constants, and no call looks
             for changes. ``load_state_dict`` and ``to`` of the model or of a patched part of it begin anew at the next
             forward; training it, by ``train()`` or a forward for gradients, ends it. Other writes to weights, settings
-            or hooks, and what is done to the layers inside of a fused block alone, are not seen: ``patch`` again.
+            or hooks, what is done to the layers inside of a fused block alone, what another thread loads during a
+            forward, and training under ``torch.compile`` are not seen: ``patch`` again.
 
     Returns:
         The same model.

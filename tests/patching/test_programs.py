@@ -172,7 +172,8 @@ def test_hooks_are_called(patched, x, replayed):
         assert len(replayed) > 4  # block by block
         for handle in handles:
             handle.remove()
-        patched(x)
+        for _ in range(4):
+            patched(x)
         replayed.clear()
         patched(x)
     assert len(seen) == 8
@@ -324,3 +325,28 @@ def test_nothing_is_kept_of_tensors_that_are_gone(change, patched, x, replayed):
     gc.collect()
     assert gone
     assert not any(ref() is not None for ref in gone)
+
+
+MEANWHILE = {
+    "hook": lambda m: block(m).conv_dw.register_forward_hook(lambda _m, _i, y: y * 2),
+    "epsilon": lambda m: setattr(block(m).bn1, "eps", 1.0),
+    "activation": lambda m: setattr(block(m).bn1, "act", nn.ReLU()),
+    "training": lambda m: block(m).bn1.train(),
+    "weight": lambda m: block(m).conv_pw.weight.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", MEANWHILE)
+def test_a_change_in_the_midst_of_recording(change, patched, x):
+    """Made behind the blocks that it concerns, by a hook that takes itself away."""
+
+    def once(*_):
+        handle.remove()
+        MEANWHILE[change](patched)
+
+    handle = patched.blocks.register_forward_hook(once)
+    with torch.no_grad():
+        patched(x)
+        for _ in range(3):
+            expected = ek.unpatch(copy.deepcopy(patched))(x)
+            torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-4)
