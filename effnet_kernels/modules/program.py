@@ -119,9 +119,13 @@ class State:
 
     @staticmethod
     def sees_all(owner: nn.Module, modules: Iterable[nn.Module]) -> bool:
-        """Whether a comparison can see every change: none of a stride in a list, or of an epsilon in a tensor."""
+        """Whether a comparison can see every change: none of a stride in a list, or inside of a ScriptModule."""
         names = "stride", "padding", "dilation", "groups", "eps"
-        return all(isinstance(vars(module).get(name), _VALUES) for module in (owner, *modules) for name in names)
+        everything = [vars(owner), *map(vars, modules)]
+        return all(
+            isinstance(d.get("_modules"), dict) and all(isinstance(d.get(name), _VALUES) for name in names)
+            for d in everything
+        )
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether all is as it was."""
@@ -335,8 +339,8 @@ def record_all(
         return run(x)
     kept, modules = Kept.by(owner), [*_below(calls := [*calls])]
     left, pause = kept.pauses.get(key, (0, 1))
-    if left > 0:
-        kept.pauses[key] = left - 1, pause
+    if left > 0 or not State.sees_all(owner, modules):
+        kept.pauses[key] = max(0, left - 1), pause
         return run(x)
     for module in modules:
         if type(module) in REPLACEABLE:
@@ -347,7 +351,7 @@ def record_all(
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
         if isinstance(state, Words) and on_gpu(x):
             program = Captured(run, x, modules, state) if state.hold(owner) else None
-        elif State.sees_all(owner, modules):
+        else:
             program = _program(made, y, owner, state)
     kept.settle(key, Form.of(x), program)
     return y
