@@ -425,7 +425,13 @@ def _run(record: Record, command: Iterable[str | Path], **variables: str) -> str
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w+", errors="replace") as file:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # What a shell runs in the background ignores interrupts, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             process.wait(max(1.0, record.left() - 12))
