@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through
 from effnet_kernels.ops.conv_block_train.products import Products
-from effnet_kernels.ops.native_cpu import DTYPES
+from effnet_kernels.ops.native_cpu import supports
+
+__all__ = ["run", "supports"]
 
 _native = torch.ops.effnet_kernels_cpu
 _train_statistics = _native.train_statistics.default
@@ -111,14 +112,6 @@ def _norm(norm: Norm | None) -> tuple[Tensor | None, str]:
 
 def _gradient(g: Gradient) -> tuple[Any, ...]:
     return g.grad, g.raw, g.norm.vectors, g.act, g.gate, g.bias
-
-
-def supports(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
-        return False, "only float32 and bfloat16 have CPU kernels"
-    return True, "any shape"
 
 
 def run(step: Callable[..., Any], *args: Any) -> Any:
