@@ -269,6 +269,13 @@ class Kept:
     def of(self, key: Hashable) -> list[Program | Captured]:
         return [program for (other, _), program in [*self.programs.items()] if other == key]
 
+    def pausing(self, key: Hashable) -> bool:
+        """Whether this call is one of those for which nothing is recorded."""
+        left, pause = self.pauses.get(key, (0, 1))
+        if left > 0:
+            self.pauses[key] = left - 1, pause
+        return left > 0
+
     def settle(self, key: Hashable, form: Form, program: Program | Captured | None) -> None:
         """Keep what was recorded; if that was no program, try again after more and more calls."""
         self.programs.pop((key, form), None)
@@ -314,9 +321,7 @@ def record(
             _cover(owner, {*map(id, modules)})
         return y
     kept, form = Kept.by(owner), Form.of(x)
-    left, pause = kept.pauses.get(key, (0, 1))
-    if left > 0 or not State.sees_all(owner, modules):
-        kept.pauses[key] = max(0, left - 1), pause
+    if kept.pausing(key) or not State.sees_all(owner, modules):
         with recording(None):
             y = run(x)
         if outer is not None:
@@ -338,9 +343,7 @@ def record_all(
     if not x.is_cpu and (Frozen.of(owner) is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
     kept, modules = Kept.by(owner), [*_below(calls := [*calls])]
-    left, pause = kept.pauses.get(key, (0, 1))
-    if left > 0 or not State.sees_all(owner, modules):
-        kept.pauses[key] = max(0, left - 1), pause
+    if kept.pausing(key) or not State.sees_all(owner, modules):
         return run(x)
     for module in modules:
         if type(module) in REPLACEABLE:
