@@ -1,7 +1,5 @@
 // Registers the CUDA kernels as torch.ops.effnet_kernels_cuda.*, against PyTorch's stable ABI. The library
 // links to the CUDA runtime statically and to no CUDA part of torch, so that it loads where there is no GPU.
-//
-// With CUDA_EMULATION the same ops serve CPU tensors: see tests/emulation.
 #include "bindings_cuda.h"
 
 namespace effnet::cuda {
@@ -275,7 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("refusal", TORCH_BOX(&effnet::cuda::refusal));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, EFFNET_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CUDA, m) {
   m.impl("pointwise_conv_bn_act", TORCH_BOX(&effnet::cuda::pointwise_conv_bn_act));
   m.impl("depthwise_conv_bn_act", TORCH_BOX(&effnet::cuda::depthwise_conv_bn_act));
   m.impl("squeeze_excite_gate", TORCH_BOX(&effnet::cuda::squeeze_excite_gate));

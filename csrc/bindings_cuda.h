@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,13 +18,6 @@
 #include <vector>
 
 #include "cuda/api.h"
-
-#if defined(CUDA_EMULATION)
-#define EFFNET_DEVICE CPU
-#else
-#define EFFNET_DEVICE CUDA
-#include <dlfcn.h>
-#endif
 
 namespace effnet::cuda {
 
@@ -42,10 +37,7 @@ inline void check(const char* op, cudaError_t error) { check(op, Status{error, n
 
 // torch's current stream on a device. It comes from torch's CUDA library, which is looked up among those that
 // are loaded instead of linked to.
-inline cudaStream_t current_stream([[maybe_unused]] int device) {
-#if defined(CUDA_EMULATION)
-  return nullptr;
-#else
+inline cudaStream_t current_stream(int device) {
   using Function = int32_t (*)(int32_t, void**);
   static const Function function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -56,28 +48,20 @@ inline cudaStream_t current_stream([[maybe_unused]] int device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(function(device, &stream) == 0, "torch does not tell its current CUDA stream");
   return static_cast<cudaStream_t>(stream);
-#endif
 }
 
-// Makes the device of x current as long as it lives; the stream to launch on.
+// Makes the device of x current as long as it lives; the stream to launch on. torch's guard knows which
+// device a thread has chosen, and makes no context on one that it never used.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& x) {
-#if defined(CUDA_EMULATION)
-    STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU: these kernels are emulated");
-#else
-    STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
-    device_ = x.get_device_index();
-#endif
-    stream_ = current_stream(device_);
-    check("cudaGetDevice", cudaGetDevice(&previous_));
-    if (previous_ != device_) check("cudaSetDevice", cudaSetDevice(device_));
+  explicit OnDeviceOf(const Tensor& x)
+      : device_(device_of(x)), guard_(device_), stream_(current_stream(device_)) {
+    // This library's own runtime goes by the thread's current context, and where there is none by a number of
+    // its own.
+    int current = 0;
+    check("cudaGetDevice", cudaGetDevice(&current));
+    if (current != device_) check("cudaSetDevice", cudaSetDevice(device_));
   }
-  ~OnDeviceOf() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-  OnDeviceOf(const OnDeviceOf&) = delete;
-  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
 
   cudaStream_t stream() const { return stream_; }
 
@@ -90,8 +74,14 @@ class OnDeviceOf {
   }
 
  private:
-  int device_ = 0, previous_ = 0;
-  cudaStream_t stream_ = nullptr;
+  static int device_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+    return x.get_device_index();
+  }
+
+  const int device_;
+  const torch::stable::accelerator::DeviceGuard guard_;
+  const cudaStream_t stream_;
 };
 
 // ---- arguments -------------------------------------------------------------------------------------------

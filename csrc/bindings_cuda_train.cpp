@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effnet_kernels_cuda, m) {
       "Tensor? x_norm, str x_act, Tensor weight, int[] size, int[] stride, int[] padding) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, EFFNET_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CUDA, m) {
   m.impl("train_depthwise", TORCH_BOX(&effnet::cuda::train_depthwise));
   m.impl("train_depthwise_backward", TORCH_BOX(&effnet::cuda::train_depthwise_backward));
 }

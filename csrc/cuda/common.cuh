@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -274,16 +275,30 @@ auto with_window(DType dtype, const Window& window, F&& f) {
   });
 }
 
+// Allows blocks of `kernel` on the current device all the shared memory that the device has: always the same
+// value, so that no other thread's launch is in the way.
+template <auto kKernel>
+cudaError_t allow_all_shared_memory() {
+  static std::atomic<uint64_t> done{0};  // bit i: on device i; beyond 63 it is done anew at every launch
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error != cudaSuccess || (done.load(std::memory_order_acquire) & bit) != 0) return error;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
+  return error;
+}
+
 // Enqueues kernel<<<grid, threads, shared_bytes, stream>>>(params). Up to 48 KB of dynamic shared memory need
-// no leave; more is asked for at every call, which costs less than a microsecond and needs no state per
-// device.
-template <class Params>
-Status launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-              const Params& params) {
+// no leave.
+template <auto kKernel, class Params>
+Status launch(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_all_shared_memory<kKernel>();
     if (error != cudaSuccess) return {error, nullptr};
   }
   cudaLaunchConfig_t config = {};
@@ -291,15 +306,14 @@ Status launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, 
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  return {cudaLaunchKernelEx(&config, kernel, params), nullptr};
+  return {cudaLaunchKernelEx(&config, kKernel, params), nullptr};
 }
 
 // The same for `blocks` in a row.
-template <class Params>
-Status launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-              const Params& params) {
+template <auto kKernel, class Params>
+Status launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, const Params& params) {
   if (blocks > INT32_MAX) return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
+  return launch<kKernel>(dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, params);
 }
 
 }  // namespace effnet::cuda

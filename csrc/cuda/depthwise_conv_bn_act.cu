@@ -341,8 +341,8 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
 
   const int threads = ceil_div(g.vectors * g.strips, 32) * 32;
   const int shared_bytes = (Tr::kRows + g.strips) * g.vectors * Tr::kChannels * 4;
-  return launch(depthwise_kernel<Tr>, blocks_across * g.tiles_h, threads, shared_bytes, stream,
-                launch_params);
+  return launch<depthwise_kernel<Tr>>(blocks_across * g.tiles_h, threads, shared_bytes, stream,
+                                      launch_params);
 }
 
 Columns columns_of(const DepthwiseParams& p) {

@@ -323,8 +323,8 @@ Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& 
                      segments_of_row(p, plan),
                      ceil_div(p.c_mid, kChannels)};
   const int64_t blocks = ceil_div<int64_t>(p.n, plan.images) * plan.tiles * args.slices;
-  return launch(expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>, blocks, kGemmThreads,
-                plan.shared_bytes, stream, args);
+  return launch<expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>>(blocks, kGemmThreads,
+                                                                          plan.shared_bytes, stream, args);
 }
 
 template <class T, int kChannels>

@@ -285,7 +285,7 @@ Status launch_tile(const FusedMBConvParams& p, int shared_limit, cudaStream_t st
   args.tiles_w = ceil_div(p.ow, args.tile_w);
   const int64_t blocks = p.n * args.tiles_h * args.tiles_w * args.tiles_n;
   const int bytes = static_cast<int>(S::bytes(static_cast<int64_t>(args.halo_h) * args.halo_w, args.depth));
-  return launch(fused_mbconv_kernel<T, kMid, kOut>, blocks, kGemmThreads, bytes, stream, args);
+  return launch<fused_mbconv_kernel<T, kMid, kOut>>(blocks, kGemmThreads, bytes, stream, args);
 }
 
 }  // namespace

@@ -230,8 +230,8 @@ Status launch_tile(const PointwiseParams& p, cudaStream_t stream) {
   Args args = {p, rows_of_16_bytes<T>(p.c_in, {p.x, p.weight, p.gate}),
                rows_of_16_bytes<T>(p.c_out, {p.y, p.residual}), ceil_div(p.c_out, kColumns)};
   const int64_t groups = kPool ? p.n : ceil_div<int64_t>(p.n * p.pixels, Tile::kRows);
-  return launch(pointwise_kernel<T, Tile, kGate, kPool>, groups * args.tiles_n, kGemmThreads,
-                Shared<T, Tile>::kBytes, stream, args);
+  return launch<pointwise_kernel<T, Tile, kGate, kPool>>(groups * args.tiles_n, kGemmThreads,
+                                                         Shared<T, Tile>::kBytes, stream, args);
 }
 
 template <class T, bool kGate>

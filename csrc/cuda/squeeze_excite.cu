@@ -181,8 +181,8 @@ Status launch_map(MapLaunch p, int64_t n, cudaStream_t stream) {
   p.chunks = ceil_div(vectors, kMaxVectors);
   p.vectors = ceil_div(vectors, p.chunks);
   const int shared_bytes = kPool ? p.vectors * kLanes * kChannels * 4 : 0;
-  return launch(map_kernel<T, kChannels, kPool>, n * p.tiles * p.chunks, p.vectors * kLanes, shared_bytes,
-                stream, p);
+  return launch<map_kernel<T, kChannels, kPool>>(n * p.tiles * p.chunks, p.vectors * kLanes, shared_bytes,
+                                                 stream, p);
 }
 
 // Lanes add up in the same order whether or not channels go in vectors: the bits depend on the shape alone.
@@ -224,8 +224,8 @@ Status launch_squeeze_excite_gate(const GateParams& p, cudaStream_t stream) {
   const int parts = p.n >= 64 ? 1 : std::min(8, ceil_div(p.c, kGateThreads / 8));
   const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>(parts));
   return with_dtype(p.dtype, [&](auto element) {
-    return launch(gate_kernel<decltype(element)>, grid, kGateThreads, static_cast<int>(shared_bytes), stream,
-                  launch_params);
+    return launch<gate_kernel<decltype(element)>>(grid, kGateThreads, static_cast<int>(shared_bytes), stream,
+                                                  launch_params);
   });
 }
 
@@ -242,7 +242,7 @@ Status launch_scale(const ScaleParams& p, cudaStream_t stream) {
 }
 
 Status launch_mean(const MeanParams& p, cudaStream_t stream) {
-  return launch(mean_kernel, ceil_div(p.n * p.c, int64_t{kMeanThreads}), kMeanThreads, 0, stream, p);
+  return launch<mean_kernel>(ceil_div(p.n * p.c, int64_t{kMeanThreads}), kMeanThreads, 0, stream, p);
 }
 
 #if !defined(CUDA_EMULATION)

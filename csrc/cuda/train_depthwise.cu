@@ -263,10 +263,10 @@ Status launch_train_depthwise(const TrainDepthwiseParams& p, cudaStream_t stream
     using Tr = decltype(traits);
     sums.g = geometry_of<Tr>(p);
     sums.width = sums.g.strips * Tr::kWidth;
-    return launch_typed<Tr>(forward_kernel<Tr>, p, stream);
+    return launch_typed<Tr, forward_kernel<Tr>>(p, stream);
   });
   if (!launched.ok() || p.statistics == nullptr) return launched;
-  return launch(statistics_kernel, ceil_div(p.c, 32), 32 * kReduceGroups, 0, stream, sums);
+  return launch<statistics_kernel>(ceil_div(p.c, 32), 32 * kReduceGroups, 0, stream, sums);
 }
 
 }  // namespace effnet::cuda

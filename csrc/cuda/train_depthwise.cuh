@@ -167,13 +167,12 @@ Geometry geometry_of(const typename Tr::Params& p) {
   return g;
 }
 
-template <class Tr>
-Status launch_typed(void (*kernel)(Launch<typename Tr::Params>), const typename Tr::Params& p,
-                    cudaStream_t stream) {
+template <class Tr, auto kKernel>
+Status launch_typed(const typename Tr::Params& p, cudaStream_t stream) {
   const Geometry g = geometry_of<Tr>(p);
   const int threads = ceil_div(g.vectors * g.strips, 32) * 32;
-  return launch(kernel, g.parts() * g.chunks, threads, shared_bytes<Tr>(g), stream,
-                Launch<typename Tr::Params>{p, g});
+  return launch<kKernel>(g.parts() * g.chunks, threads, shared_bytes<Tr>(g), stream,
+                         Launch<typename Tr::Params>{p, g});
 }
 
 // Calls f(Traits()) with the traits of a problem, whose window has been checked.

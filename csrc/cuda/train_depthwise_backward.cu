@@ -379,7 +379,7 @@ Status launch_train_depthwise_backward(const TrainDepthwiseBackwardParams& p, cu
     const Status launched = with_traits(p, [&](auto traits) {
       using Tr = decltype(traits);
       parts = geometry_of<Tr>(p).parts();
-      return launch_typed<Tr>(backward_kernel<Tr>, p, stream);
+      return launch_typed<Tr, backward_kernel<Tr>>(p, stream);
     });
     if (!launched.ok()) return launched;
   }
@@ -387,7 +387,7 @@ Status launch_train_depthwise_backward(const TrainDepthwiseBackwardParams& p, cu
   const ReduceParams reduce{p.partial, p.dweight, p.moments, parts, p.c, taps};
   const int64_t blocks = ceil_div<int64_t>(int64_t{taps + 2} * p.c, 32);
   return with_dtype(p.dtype, [&](auto element) {
-    return launch(reduce_kernel<decltype(element)>, blocks, 32 * kReduceGroups, 0, stream, reduce);
+    return launch<reduce_kernel<decltype(element)>>(blocks, 32 * kReduceGroups, 0, stream, reduce);
   });
 }
 

@@ -33,10 +33,18 @@ FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 # Kernels read memory through pointers of other types, as nvcc lets them.
 FLAGS += ["-fno-strict-aliasing", "-Wno-class-memaccess", "-fno-extern-tls-init", "-Wno-unused-function"]
 KERNEL_FLAGS = ["-x", "c++", "-DCUDA_EMULATION", "-include", "cuda_runtime.h"]
+# A call before every load and store of a kernel, for include/cuda_emulation/accesses.h: as the source has them, not put
+# together or taken apart.
+ACCESS_FLAGS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
+ACCESS_FLAGS += ["-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-fno-store-merging"]
 ASAN_FLAGS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
 # Checks as calls: in unrolled kernels the compiler takes half the time for them.
 ASAN_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
 
+
+# What the bindings ask of torch on a device, which torch.cpp answers.
+TORCH = ["dlopen", "dlsym", "torch_call_dispatcher", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard"]
+KEPT: list[object] = []  # registrations last as long as their objects
 
 # ---- what the machine has --------------------------------------------------------------------------------------
 
@@ -171,10 +179,13 @@ def build(
     module_name = f"{name}_asan" if asan else name
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     with one_builder(module_name), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        jobs = [(HERE / "control.cpp", KERNEL_FLAGS), *sources]
+        jobs = [(HERE / "emulation.cpp", KERNEL_FLAGS), *sources]
         module_job = (HERE / "module.cpp", [*python, f"-DMODULE={module_name}", *defines])
         *objects, module_object = pool.map(
-            lambda job: compile_object(job[0], [*job[1], *sanitize]), [*jobs, module_job]
+            lambda job: compile_object(
+                job[0], [*job[1], *(sanitize or (ACCESS_FLAGS if job[0].suffix == ".cu" else []))]
+            ),
+            [*jobs, module_job],
         )
 
         folder = BUILD / f"{module_name}-{digest(path.name for path in (*objects, module_object))}"
@@ -192,6 +203,7 @@ def build(
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    loaded.set_device(90)
     return loaded
 
 
@@ -215,6 +227,35 @@ def load(asan: bool | None = None) -> ModuleType:
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     csrc = ROOT / "csrc"
     sources = [(source, KERNEL_FLAGS) for source in sorted(csrc.glob("cuda/*.cu"))]
-    sources += [(source, [*KERNEL_FLAGS, *torch_flags]) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
-    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    return build("emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[])
+    sources += [(source, torch_flags) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]  # as for a GPU
+    sources.append((HERE / "torch.cpp", ["-DCUDA_EMULATION", *torch_flags[:2]]))
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f"-Wl,--wrap={function}" for function in TORCH)]
+    asan = asan_is_loaded() if asan is None else asan
+    emulation = build("emulated_kernels", sources, asan=asan, link=link, defines=[])
+    serve_cpu_tensors(emulation)
+    return emulation
+
+
+def serve_cpu_tensors(emulation: ModuleType) -> None:
+    """Registers for the CPU what the library has for CUDA: the same ops, on the same memory as a device has it."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    library = torch.library.Library("effnet_kernels_cuda", "IMPL")
+    under_way: list[object] = []  # deferred launches read and write it
+
+    def bind(name: str) -> None:
+        op = getattr(torch.ops.effnet_kernels_cuda, name).default
+
+        def run(*args: object) -> None:
+            if not emulation.deferred():
+                under_way.clear()
+            under_way.append(args)
+            op(*tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, -1), args))
+
+        library.impl(name, run, "CPU")
+
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+        if name.startswith("effnet_kernels_cuda::"):
+            bind(name.partition("::")[2])
+    KEPT.append(library)

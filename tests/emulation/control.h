@@ -5,14 +5,40 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda_emulation/accesses.h"
+
 #define CUDA_EMULATION_EXPORT extern "C" __attribute__((visibility("default")))
 
 CUDA_EMULATION_EXPORT void cuda_emulation_set_seed(uint64_t seed);
-CUDA_EMULATION_EXPORT bool cuda_emulation_set_device(int capability, int multiprocessors);
+CUDA_EMULATION_EXPORT void cuda_emulation_set_natural_order(bool natural);
 CUDA_EMULATION_EXPORT void cuda_emulation_forget_barrier(const char* file, int line);
 CUDA_EMULATION_EXPORT void cuda_emulation_set_patience(double seconds);
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_launches();
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_switches();
+
+// The number of the device with this capability, -1 where there is none. With 0 multiprocessors it has as
+// many as the product.
+CUDA_EMULATION_EXPORT int cuda_emulation_find_device(int capability, int multiprocessors);
+CUDA_EMULATION_EXPORT void cuda_emulation_choose_device(int device);
+CUDA_EMULATION_EXPORT int cuda_emulation_current_device();
+CUDA_EMULATION_EXPORT uint64_t cuda_emulation_contexts();  // bit i: device i has one
+CUDA_EMULATION_EXPORT void cuda_emulation_forget_contexts();
+CUDA_EMULATION_EXPORT void cuda_emulation_set_pause(double seconds);
+CUDA_EMULATION_EXPORT void cuda_emulation_defer(bool deferred);
+CUDA_EMULATION_EXPORT bool cuda_emulation_deferred();
+CUDA_EMULATION_EXPORT void cuda_emulation_synchronize();
+
+CUDA_EMULATION_EXPORT void cuda_emulation_count(bool counting);
+CUDA_EMULATION_EXPORT void cuda_emulation_costs(void (*visit)(const cuda_emulation::Cost&, void*),
+                                                void* data);
+// `address` in the library.
+CUDA_EMULATION_EXPORT void cuda_emulation_launch_bounds(void (*visit)(uint64_t address, int threads,
+                                                                      int blocks, void*),
+                                                        void* data);
+
+// torch.cpp: the calling thread's stream on a device, and torch's view of the thread's current device.
+CUDA_EMULATION_EXPORT void cuda_emulation_set_torch_stream(int device, int stream);
+CUDA_EMULATION_EXPORT int cuda_emulation_torch_device();
 
 // fixtures.cu: the kernel of that name, over `in` and `out`. Returns CUDA's own message where the launch
 // fails.

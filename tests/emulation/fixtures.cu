@@ -89,6 +89,49 @@ __global__ void votes(const float* in, float* out, int n) {
   if (threadIdx.x == 0) out[n - 1] = static_cast<float>(count + 10000 * any + 100000 * all);
 }
 
+// Neighbours write the two halves of a word; with kSame the same half.
+template <bool kSame>
+__global__ void halves(const float* in, float* out, int) {
+  __shared__ __align__(4) __half values[1024];
+  const unsigned i = threadIdx.x;
+  values[kSame ? i / 2 * 2 : i] = __half(in[i]);
+  __syncthreads();
+  out[i] = __half2float(values[kSame ? i / 2 * 2 : i ^ 1]);
+}
+
+// Everybody reads a value, which one thread then replaces.
+template <bool kBarrier>
+__global__ void read_then_write(const float* in, float* out, int) {
+  __shared__ float value;
+  if (threadIdx.x == 0) value = in[0];
+  __syncthreads();
+  out[threadIdx.x] = value;
+  if (kBarrier) __syncthreads();
+  if (threadIdx.x == 40) value = in[1];
+}
+
+// A row of 32 values to a warp, transposed in shared memory, whose rows are kPitch values long.
+template <int kPitch>
+__global__ void transpose(const float* in, float* out, int) {
+  __shared__ float values[32 * kPitch];
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  values[lane * kPitch + warp] = in[warp * 32 + lane];
+  __syncthreads();
+  out[lane * 32 + warp] = values[lane * kPitch + warp];
+}
+
+// Four neighbouring values at a time.
+__global__ void copy_vectors(const float* in, float* out, int) {
+  __shared__ float4 values[256];
+  values[threadIdx.x] = reinterpret_cast<const float4*>(in)[threadIdx.x];
+  __syncthreads();
+  reinterpret_cast<float4*>(out)[threadIdx.x] = values[threadIdx.x];
+}
+
+__global__ void __launch_bounds__(64) bounded(const float* in, float* out, int) {
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
 // ---- tensor cores and asynchronous copies ---------------------------------------------------------------
 
 // out [16, 16] = a [16, 32] @ b [32, 16]; in is a, then b. One warp.
@@ -193,7 +236,8 @@ __global__ void misaligned_load(const float* in, float* out, int) {
 }
 
 __global__ void misaligned_vector(const float* in, float* out, int) {
-  out[threadIdx.x] = reinterpret_cast<const float4*>(in + threadIdx.x)->x;
+  const float4 four = *reinterpret_cast<const float4*>(in + threadIdx.x);
+  out[threadIdx.x] = four.x + four.y + four.z + four.w;
 }
 
 __global__ void copy_to_global(const float* in, float* out, int) { cp_async_16(out, in); }
@@ -262,7 +306,7 @@ __global__ void ask_until_answered(const float* in, float* out, int) {
 __global__ void loop_on_a_plain_variable(const float*, float* out, int) {
   __shared__ int answer;
   const volatile int* asked = &answer;
-  answer = 0;
+  if (threadIdx.x == 0) answer = 0;
   __syncthreads();
   if (threadIdx.x == 3)
     while (*asked == 0) {
@@ -286,6 +330,14 @@ constexpr Fixture kFixtures[] = {
     {"warp_reverse", warp_reverse<true>},
     {"warp_reverse_without_barrier", warp_reverse<false>},
     {"votes", votes},
+    {"halves", halves<false>},
+    {"halves_twice", halves<true>},
+    {"read_then_write", read_then_write<true>},
+    {"read_then_write_without_barrier", read_then_write<false>},
+    {"transpose", transpose<33>},
+    {"transpose_with_conflicts", transpose<32>},
+    {"copy_vectors", copy_vectors},
+    {"bounded", bounded},
     {"matrix_product_fp16", matrix_product<__half>},
     {"matrix_product_bf16", matrix_product<__nv_bfloat16>},
     {"double_buffer", double_buffer<1, true>},
@@ -315,6 +367,25 @@ constexpr Fixture kFixtures[] = {
 
 }  // namespace fixtures
 
+// out = in through a temporary. `freed`: after which of the two launches; `stream`: of the second one.
+static cudaError_t copy_through_temporary(const float* in, float* out, int n, int freed, int stream) {
+  const auto launch = [n](const float* from, float* to, int stream) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(n);
+    config.stream = reinterpret_cast<cudaStream_t>(cuda_emulation::runtime.stream(3, stream));
+    return cudaLaunchKernelEx(&config, fixtures::copy, from, to, n);
+  };
+  void* temporary = nullptr;
+  cudaError_t error = cudaMallocAsync(&temporary, n * sizeof(float), nullptr);
+  for (int i = 0; i < 2 && error == cudaSuccess; ++i) {
+    const auto middle = static_cast<float*>(temporary);
+    error = launch(i == 0 ? in : middle, i == 0 ? middle : out, i == 0 ? 0 : stream);
+    if (i == freed) cudaFreeAsync(temporary, nullptr);
+  }
+  return error;
+}
+
 const char* cuda_emulation_run_fixture(const char* name, const float* in, float* out, int n, int blocks,
                                        int threads, size_t dynamic_shared) {
   for (const fixtures::Fixture& fixture : fixtures::kFixtures) {
@@ -330,5 +401,9 @@ const char* cuda_emulation_run_fixture(const char* name, const float* in, float*
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, fixture.kernel, in, out, n);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
-  return "no such fixture";
+  cudaError_t error = cudaErrorNotSupported;
+  if (std::strcmp(name, "temporary") == 0) error = copy_through_temporary(in, out, n, 1, 0);
+  if (std::strcmp(name, "temporary_freed_too_early") == 0) error = copy_through_temporary(in, out, n, 0, 0);
+  if (std::strcmp(name, "temporary_on_another_stream") == 0) error = copy_through_temporary(in, out, n, 1, 1);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -98,6 +98,7 @@ class Stacks {
   Stacks& operator=(const Stacks&) = delete;
 
   unsigned char* bottom(int i) const { return base_ + i * stride() + page_; }
+  bool contains(const unsigned char* pointer) const { return pointer >= base_ && pointer < base_ + bytes_; }
 
   // The tops are staggered: at a stride of a power of two, the live ends of all stacks would share a few
   // cache sets.

@@ -8,12 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "accesses.h"
 #include "random.h"
 
 namespace cuda_emulation {
 
 template <typename To, typename From>
-To bit_cast(From from) {
+CUDA_EMULATION_HOST_CODE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);

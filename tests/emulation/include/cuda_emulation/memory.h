@@ -7,20 +7,12 @@
 
 namespace cuda_emulation {
 
-// A misaligned vector access ends a kernel on the GPU.
-template <typename T>
-T* aligned(T* pointer) {
-  if (reinterpret_cast<std::uintptr_t>(pointer) % alignof(T) != 0)
-    scheduler.fail("accesses %p, which is not aligned to %zu bytes", static_cast<const void*>(pointer),
-                   alignof(T));
-  return pointer;
-}
-
 // Threads are not interrupted, so any operation is atomic. Whoever waits for another's by asking again lets
 // it run.
 template <typename T, typename Update>
-T atomic(T* pointer, Update update) {
-  const T old = *aligned(pointer);
+CUDA_EMULATION_HOST_CODE T atomic(T* pointer, Update update) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % sizeof(T) != 0) accesses.misaligned(pointer, sizeof(T));
+  const T old = *pointer;
   *pointer = update(old);
   scheduler.yield_sometimes();
   return old;
@@ -28,10 +20,10 @@ T atomic(T* pointer, Update update) {
 
 }  // namespace cuda_emulation
 
-#define CUDA_EMULATION_LOAD(name)             \
-  template <typename T>                       \
-  T name(const T* pointer) {                  \
-    return *cuda_emulation::aligned(pointer); \
+#define CUDA_EMULATION_LOAD(name) \
+  template <typename T>           \
+  T name(const T* pointer) {      \
+    return *pointer;              \
   }
 CUDA_EMULATION_LOAD(__ldg)
 CUDA_EMULATION_LOAD(__ldca)
@@ -41,10 +33,10 @@ CUDA_EMULATION_LOAD(__ldcv)
 CUDA_EMULATION_LOAD(__ldlu)
 #undef CUDA_EMULATION_LOAD
 
-#define CUDA_EMULATION_STORE(name)             \
-  template <typename T>                        \
-  void name(T* pointer, T value) {             \
-    *cuda_emulation::aligned(pointer) = value; \
+#define CUDA_EMULATION_STORE(name) \
+  template <typename T>            \
+  void name(T* pointer, T value) { \
+    *pointer = value;              \
   }
 CUDA_EMULATION_STORE(__stcg)
 CUDA_EMULATION_STORE(__stcs)

@@ -15,7 +15,7 @@
 
 namespace cuda_emulation {
 
-inline void check_shared(const void* pointer, std::size_t bytes, const char* call) {
+CUDA_EMULATION_HOST_CODE inline void check_shared(const void* pointer, std::size_t bytes, const char* call) {
   if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0)
     scheduler.fail("calls %s with a shared address, %p, that is not a multiple of %zu", call, pointer, bytes);
   if (!block_memory.contains(pointer, bytes))
@@ -30,7 +30,7 @@ struct MatrixLoad {
 };
 
 template <bool kTransposed>
-void perform_ldmatrix_x4(void* const* operands, unsigned) {
+CUDA_EMULATION_HOST_CODE void perform_ldmatrix_x4(void* const* operands, unsigned) {
   const auto lanes = reinterpret_cast<MatrixLoad* const*>(operands);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t elements[8][8];
@@ -45,7 +45,7 @@ void perform_ldmatrix_x4(void* const* operands, unsigned) {
 }
 
 // Exact, also for subnormal numbers; without branches, so that it is vectorised.
-inline float half_bits_to_float(uint16_t half) {
+CUDA_EMULATION_HOST_CODE inline float half_bits_to_float(uint16_t half) {
   const float magnitude = bit_cast<float>((half & 0x7fffu) << 13) * 0x1p112f;
   uint32_t bits = bit_cast<uint32_t>(magnitude) | (half & 0x8000u) << 16;
   if (magnitude >= 0x1p16f) bits |= 0x7f800000u;  // infinity and NaN
@@ -53,14 +53,14 @@ inline float half_bits_to_float(uint16_t half) {
 }
 
 template <typename T>
-float matrix_element(uint32_t bits) {
+CUDA_EMULATION_HOST_CODE float matrix_element(uint32_t bits) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   if constexpr (std::is_same_v<T, __half>) return half_bits_to_float(static_cast<uint16_t>(bits));
   return bit_cast<float>(bits << 16);
 }
 
 // Tensor cores cut off what does not fit into fp32. Infinities and NaNs stay what they are.
-inline float toward_zero(double x) {
+CUDA_EMULATION_HOST_CODE inline float toward_zero(double x) {
   const float nearest = static_cast<float>(x);
   if (!(std::fabs(double{nearest}) > std::fabs(x))) return nearest;
   return std::nextafter(nearest, 0.0f);
@@ -72,7 +72,7 @@ struct MatrixProduct {
 };
 
 template <typename T>
-void perform_mma_m16n8k16(void* const* operands, unsigned) {
+CUDA_EMULATION_HOST_CODE void perform_mma_m16n8k16(void* const* operands, unsigned) {
   const auto lanes = reinterpret_cast<MatrixProduct* const*>(operands);
   float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -101,13 +101,14 @@ void perform_mma_m16n8k16(void* const* operands, unsigned) {
 // ---- asynchronous copies --------------------------------------------------------------------------------
 
 // The copies of the oldest group take place.
-inline void complete_group(AsyncCopies& pending) {
+CUDA_EMULATION_HOST_CODE inline void complete_group(AsyncCopies& pending) {
   const auto count = static_cast<std::ptrdiff_t>(pending.groups.front());
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     const AsyncCopies::Copy& copy = pending.copies[i];
     auto* shared = static_cast<unsigned char*>(copy.shared);
     std::memcpy(shared, copy.global, copy.valid_bytes);
     std::memset(shared + copy.valid_bytes, 0, 16 - copy.valid_bytes);
+    accesses.finish_copy(shared, __builtin_return_address(0));
   }
   pending.copies.erase(pending.copies.begin(), pending.copies.begin() + count);
   pending.groups.erase(pending.groups.begin());
@@ -121,7 +122,7 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 // Until a wait the data are not there, and what was there is lost.
-inline void cp_async_16(void* shared, const void* global, int valid_bytes = 16) {
+CUDA_EMULATION_HOST_CODE inline void cp_async_16(void* shared, const void* global, int valid_bytes = 16) {
   check_shared(shared, 16, "cp.async");
   if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
     scheduler.fail("calls cp.async with a global address, %p, that is not a multiple of 16", global);
@@ -130,11 +131,12 @@ inline void cp_async_16(void* shared, const void* global, int valid_bytes = 16) 
   const auto* source = static_cast<const volatile unsigned char*>(global);  // the access is reported here
   if (valid_bytes > 0) (void)source[0], (void)source[valid_bytes - 1];
 #endif
+  accesses.start_copy(shared, global, valid_bytes, __builtin_return_address(0));
   std::memset(shared, 0xff, 16);
   scheduler.copies().copies.push_back({shared, global, valid_bytes});
 }
 
-inline void cp_async_commit() {
+CUDA_EMULATION_HOST_CODE inline void cp_async_commit() {
   AsyncCopies& pending = scheduler.copies();
   std::size_t earlier = 0;
   for (const std::size_t copies : pending.groups) earlier += copies;
@@ -142,19 +144,23 @@ inline void cp_async_commit() {
 }
 
 template <int kPending>
-void cp_async_wait() {
+CUDA_EMULATION_HOST_CODE void cp_async_wait() {
   AsyncCopies& pending = scheduler.copies();
   while (pending.groups.size() > kPending) complete_group(pending);
 }
 
-inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, CUDA_EMULATION_CALLER) {
+CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row,
+                                                 CUDA_EMULATION_CALLER) {
   check_shared(row, 16, "ldmatrix");
+  accesses.access(row, 16, false, __builtin_return_address(0));
   MatrixLoad operand{row, fragment};
   scheduler.whole_warp(&operand, perform_ldmatrix_x4<false>, {"ldmatrix_x4", file, line});
 }
 
-inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row, CUDA_EMULATION_CALLER) {
+CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
+                                                       CUDA_EMULATION_CALLER) {
   check_shared(row, 16, "ldmatrix");
+  accesses.access(row, 16, false, __builtin_return_address(0));
   MatrixLoad operand{row, fragment};
   scheduler.whole_warp(&operand, perform_ldmatrix_x4<true>, {"ldmatrix_x4_trans", file, line});
 }

@@ -1,6 +1,5 @@
 // Runs one block after another, every thread of a block as a fiber. A thread runs until it waits or returns;
-// which one follows is drawn from a seeded random sequence, so code that lacks a barrier sees an order in
-// which it fails.
+// which one follows is drawn from a seeded random sequence, or follows from their numbers.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,13 +16,14 @@
 #include <utility>
 #include <vector>
 
+#include "accesses.h"
 #include "fiber.h"
 #include "random.h"
 #include "shared_memory.h"
 #include "watchdog.h"
 
-inline uint3 threadIdx{}, blockIdx{};
-inline dim3 blockDim{}, gridDim{};
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 namespace cuda_emulation {
@@ -99,8 +99,15 @@ class ReadyQueue {
 
 class Scheduler {
  public:
-  // Runs `kernel(arguments)` for every thread of every block. Throws Error.
-  void run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*), void* arguments);
+  // A kernel: `call(arguments)` runs `function` once.
+  struct Kernel {
+    const void* function;
+    void (*call)(void*);
+    void* arguments;
+    std::size_t argument_bytes;
+  };
+  // Runs the kernel for every thread of every block. Throws Error.
+  void run(dim3 grid, dim3 block, std::size_t dynamic_shared, const Kernel& kernel);
 
   // ---- called by the running thread ----
 
@@ -117,6 +124,10 @@ class Scheduler {
   void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
                   const Site& site);
 
+  // What __syncwarp performs. Alone of the collectives it orders accesses to memory; here, of all lanes that
+  // have not returned.
+  static void warp_barrier(void* const*, unsigned) {}
+
   // The same for all 32 lanes, none of which may be missing.
   void whole_warp(void* operands, void (*perform)(void* const*, unsigned), const Site& site) {
     if (warps_[current().warp].lanes != 0xffffffff)
@@ -127,7 +138,7 @@ class Scheduler {
   // Lets other threads run: for what waits by asking again.
   void yield();
   void yield_sometimes() {
-    if (random_.below(8) == 0) yield();
+    if (natural_ || random_.below(8) == 0) yield();
   }
 
   // Ends the launch with an error about the running thread.
@@ -139,6 +150,8 @@ class Scheduler {
     seed_ = seed;
     launches_ = 0;
   }
+  // In natural order, blocks and threads run as they are numbered: nothing is drawn.
+  void set_natural_order(bool natural) { natural_ = natural; }
   // The barrier in that line lets everybody pass, as if it had been forgotten. `file` is the end of a path;
   // line 0 forgets none.
   void forget_barrier(std::string file, int line) {
@@ -147,11 +160,14 @@ class Scheduler {
   }
   // Seconds of processor time that a thread may run without waiting or returning.
   void set_patience(double seconds) { patience_ = seconds; }
+  std::uint64_t seed() const { return seed_; }
   std::uint64_t launches() const { return launches_; }
   std::uint64_t switches() const { return switches_; }
 
   AsyncCopies& copies() { return copies_[&current() - threads_.data()]; }
   Thread& lane(int i) { return threads_[current().warp * 32 + i]; }
+  std::string thread_name(int i) const { return name(threads_[i]); }
+  bool on_a_stack(const unsigned char* pointer) const { return stacks_ && stacks_->contains(pointer); }
 
  private:
   void ready_all();
@@ -169,6 +185,7 @@ class Scheduler {
   void enter(Thread& thread) {
     current_ = &thread;
     threadIdx = thread.index;
+    accesses.begin_thread(static_cast<int>(&thread - threads_.data()));
     ++progress_;
   }
 
@@ -205,9 +222,9 @@ class Scheduler {
 
   // The launch.
   std::mutex running_a_kernel_;
-  void (*kernel_)(void*) = nullptr;
-  void* arguments_ = nullptr;
+  Kernel kernel_{};
   Random random_;
+  bool natural_ = false;
   std::vector<int> order_, warp_order_, lane_order_;
   std::uint64_t seed_ = 0, launches_ = 0, switches_ = 0, progress_ = 0;
   double patience_ = 30;
@@ -215,8 +232,6 @@ class Scheduler {
   int forgotten_line_ = 0;
 };
 
-inline Scheduler scheduler;
+extern Scheduler scheduler;
 
 }  // namespace cuda_emulation
-
-#include "scheduler_impl.h"

@@ -1,18 +1,26 @@
-// Included by scheduler.h.
+// Included by emulation.cpp.
 #pragma once
+
+#include "scheduler.h"
+
+uint3 threadIdx{}, blockIdx{};
+dim3 blockDim{}, gridDim{};
 
 namespace cuda_emulation {
 
+SharedMemory block_memory;
+Scheduler scheduler;
+
 // ---- waiting --------------------------------------------------------------------------------------------
 
-inline bool Scheduler::forgotten(const Site& site) const {
+bool Scheduler::forgotten(const Site& site) const {
   if (site.line != forgotten_line_) return false;
   const std::string file = site.file;
   return file.size() >= forgotten_file_.size() &&
          file.compare(file.size() - forgotten_file_.size(), std::string::npos, forgotten_file_) == 0;
 }
 
-inline int Scheduler::barrier(bool predicate, const Site& site) {
+int Scheduler::barrier(bool predicate, const Site& site) {
   if (forgotten(site)) return predicate;
   Thread& self = current();
   self.state = State::kAtBarrier;
@@ -28,14 +36,15 @@ inline int Scheduler::barrier(bool predicate, const Site& site) {
   if (++barrier_.arrived == count_) {
     barrier_.result = barrier_.holds;
     barrier_.arrived = barrier_.holds = 0;
+    accesses.barrier();
     ready_all();
   }
   leave();
   return barrier_.result;
 }
 
-inline void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* const*, unsigned),
-                                  const Site& site) {
+void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* const*, unsigned),
+                           const Site& site) {
   Thread& self = current();
   Warp& warp = warps_[self.warp];
   mask &= warp.lanes;
@@ -59,12 +68,13 @@ inline void Scheduler::collective(unsigned mask, void* operands, void (*perform)
            name(other).c_str(), other.site.text().c_str(), other.mask);
   }
   perform(warp.operands, mask);
+  if (perform == warp_barrier && (mask | warp.finished) == warp.lanes) accesses.warp_barrier(self.warp);
   warp.waiting &= ~mask;
   self.state = State::kReady;
   ready_lanes(mask & ~(1u << self.lane), &lane(0));
 }
 
-inline void Scheduler::yield() {
+void Scheduler::yield() {
   constexpr int kLimit = 10'000'000;
   if (++stalled_ > kLimit) fail("waits for a value that no thread changes; neither does any other go on");
   ready_.push_back(current());
@@ -74,9 +84,13 @@ inline void Scheduler::yield() {
 // ---- who runs next --------------------------------------------------------------------------------------
 
 // All threads of the block become ready: in any order, or a warp at a time.
-inline void Scheduler::ready_all() {
+void Scheduler::ready_all() {
   stalled_ = 0;
   const int warps = (count_ + 31) / 32;
+  if (natural_) {
+    for (int i = 0; i < count_; ++i) ready(threads_[i]);
+    return;
+  }
   if (random_.below(2) == 0) {
     random_.shuffle(order_.begin(), count_);
     for (int i = 0; i < count_; ++i) ready(threads_[order_[i]]);
@@ -92,15 +106,15 @@ inline void Scheduler::ready_all() {
 }
 
 // The lanes of a warp become ready: they run at once, ahead of the other warps, or after those.
-inline void Scheduler::ready_lanes(unsigned lanes, Thread* warp) {
+void Scheduler::ready_lanes(unsigned lanes, Thread* warp) {
   stalled_ = 0;
-  const bool ahead = random_.below(2) == 0;
-  random_.shuffle(lane_order_.begin(), 32);
+  const bool ahead = !natural_ && random_.below(2) == 0;
+  if (!natural_) random_.shuffle(lane_order_.begin(), 32);
   for (int lane : lane_order_)
     if (lanes >> lane & 1) ready(warp[lane], ahead);
 }
 
-inline void Scheduler::ready(Thread& thread, bool ahead) {
+void Scheduler::ready(Thread& thread, bool ahead) {
   thread.state = State::kReady;
   if (ahead)
     ready_.push_front(thread);
@@ -108,12 +122,12 @@ inline void Scheduler::ready(Thread& thread, bool ahead) {
     ready_.push_back(thread);
 }
 
-inline Thread* Scheduler::next() { return ready_.empty() ? nullptr : ready_.pop_front(); }
+Thread* Scheduler::next() { return ready_.empty() ? nullptr : ready_.pop_front(); }
 
 // ---- fibers ---------------------------------------------------------------------------------------------
 
 // The current thread waits, or is ready again: others run before this returns.
-inline void Scheduler::leave() {
+void Scheduler::leave() {
   Thread& self = *current_;
   Fiber& fiber = *running_;
   self.fiber = &fiber;
@@ -123,7 +137,7 @@ inline void Scheduler::leave() {
 }
 
 // Without a thread that could go on, back to run_block().
-inline void Scheduler::resume(Thread* thread, Fiber& from) {
+void Scheduler::resume(Thread* thread, Fiber& from) {
   if (thread == nullptr) return switch_context(from.context, main_);
   if (thread->fiber == nullptr) thread->fiber = &free_fiber(thread);
   running_ = thread->fiber;
@@ -132,7 +146,7 @@ inline void Scheduler::resume(Thread* thread, Fiber& from) {
 }
 
 // A fiber runs one thread after another; as long as none of them waits it serves them all.
-inline void Scheduler::fiber_main() {
+void Scheduler::fiber_main() {
   enter_context();
   Scheduler& s = scheduler;
   Fiber& self = *s.running_;
@@ -140,7 +154,7 @@ inline void Scheduler::fiber_main() {
     Thread& thread = *self.thread;
     s.enter(thread);
     try {
-      s.kernel_(s.arguments_);
+      s.kernel_.call(s.kernel_.arguments);
     } catch (const std::exception& error) {
       s.fail("threw an exception: %s", error.what());
     }
@@ -155,7 +169,7 @@ inline void Scheduler::fiber_main() {
   }
 }
 
-inline Fiber& Scheduler::free_fiber(Thread* thread) {
+Fiber& Scheduler::free_fiber(Thread* thread) {
   if (free_fibers_.empty()) {
     if (!stacks_) stacks_ = std::make_unique<Stacks>(kMaxThreads);
     const int i = fibers_made_++;
@@ -168,7 +182,7 @@ inline Fiber& Scheduler::free_fiber(Thread* thread) {
   return fiber;
 }
 
-inline void Scheduler::finish(Thread& thread) {
+void Scheduler::finish(Thread& thread) {
   stalled_ = 0;
   thread.state = State::kFinished;
   ++finished_;
@@ -185,15 +199,14 @@ inline void Scheduler::finish(Thread& thread) {
 
 // ---- blocks and launches --------------------------------------------------------------------------------
 
-inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(void*),
-                           void* arguments) {
+void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, const Kernel& kernel) {
   const std::lock_guard lock(running_a_kernel_);
   random_ = Random(scatter(seed_) + ++launches_);
   gridDim = grid;
   blockDim = block;
   kernel_ = kernel;
-  arguments_ = arguments;
   block_memory.open(dynamic_shared);
+  accesses.open(kernel.function, kernel.arguments, kernel.argument_bytes);
 #if defined(CUDA_EMULATION_ASAN)
   __sanitizer_set_death_callback(name_current);
 #endif
@@ -214,7 +227,7 @@ inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, vo
 
   std::vector<std::uint32_t> blocks(std::size_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0u);
-  random_.shuffle(blocks.begin(), static_cast<std::uint32_t>(blocks.size()));
+  if (!natural_) random_.shuffle(blocks.begin(), static_cast<std::uint32_t>(blocks.size()));
   const Watchdog watchdog(patience_, progress_, lose_patience);
   for (const std::uint32_t i : blocks) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
@@ -223,7 +236,7 @@ inline void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, vo
   }
 }
 
-inline void Scheduler::run_block() {
+void Scheduler::run_block() {
   for (int i = 0; i < count_; ++i) {
     threads_[i].fiber = nullptr;
     copies_[i].copies.clear();
@@ -235,15 +248,17 @@ inline void Scheduler::run_block() {
   }
   finished_ = 0;
   barrier_ = {};
+  accesses.begin_block();
   ready_all();
   Thread* first = next();
   first->fiber = &free_fiber(first);
   running_ = first->fiber;
   switch_context(main_, running_->context);
   current_ = nullptr;
+  accesses.end_block();
   if (error_.empty() && finished_ == count_) return;
 
-  const std::string error = error_.empty() ? deadlock() : error_;
+  const std::string error = with_lines(error_.empty() ? deadlock() : error_);
   error_.clear();
   ready_.clear();
   free_fibers_.clear();  // whatever the others were doing, they are started afresh
@@ -253,7 +268,7 @@ inline void Scheduler::run_block() {
 
 // ---- errors ---------------------------------------------------------------------------------------------
 
-inline void Scheduler::fail(const char* format, ...) {
+void Scheduler::fail(const char* format, ...) {
   char text[1024];
   va_list arguments;
   va_start(arguments, format);
@@ -264,38 +279,38 @@ inline void Scheduler::fail(const char* format, ...) {
   __builtin_unreachable();
 }
 
-inline void Scheduler::lose_patience() {
+void Scheduler::lose_patience() {
   if (scheduler.current_ != nullptr)
     scheduler.fail(
         "runs on and on, without waiting or returning: does it wait for a plain variable to change?");
 }
 
-inline const Thread& Scheduler::any_finished() const {
+const Thread& Scheduler::any_finished() const {
   int i = 0;
   while (threads_[i].state != State::kFinished) ++i;
   return threads_[i];
 }
 
-inline std::string Scheduler::block_name() {
+std::string Scheduler::block_name() {
   return "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
          std::to_string(blockIdx.z) + ")";
 }
 
-inline std::string Scheduler::name(const Thread& thread) {
+std::string Scheduler::name(const Thread& thread) {
   const uint3 i = thread.index;
   return "thread (" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
 #if defined(CUDA_EMULATION_ASAN)
 // Ends AddressSanitizer's report.
-inline void Scheduler::name_current() {
+void Scheduler::name_current() {
   if (scheduler.current_ == nullptr) return;
   std::fprintf(stderr, "in %s, %s\n", block_name().c_str(), name(*scheduler.current_).c_str());
 }
 #endif
 
 // One line for every place where threads wait.
-inline std::string Scheduler::deadlock() const {
+std::string Scheduler::deadlock() const {
   std::string text = block_name() + ": deadlock, no thread can go on";
   std::vector<bool> told(count_, false);
   for (int i = 0; i < count_; ++i) {

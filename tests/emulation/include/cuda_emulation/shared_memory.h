@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "fiber.h"
 
@@ -55,6 +56,7 @@ class SharedMemory {
 
   unsigned char* dynamic() const { return dynamic_; }
   std::size_t dynamic_bytes() const { return dynamic_bytes_; }
+  std::pair<const unsigned char*, const unsigned char*> all() const { return {begin_, end_}; }
 
   bool contains(const void* pointer, std::size_t bytes) const {
     auto* p = static_cast<const unsigned char*>(pointer);
@@ -93,6 +95,6 @@ class SharedMemory {
   std::size_t dynamic_bytes_ = 0;
 };
 
-inline SharedMemory block_memory;
+extern SharedMemory block_memory;
 
 }  // namespace cuda_emulation

@@ -81,8 +81,8 @@ inline int lane_index() { return scheduler.current().lane; }
 }  // namespace cuda_emulation
 
 inline void __syncwarp(unsigned mask = 0xffffffff, CUDA_EMULATION_CALLER) {
-  cuda_emulation::scheduler.collective(mask, nullptr, [](void* const*, unsigned) {},
-                                       {"__syncwarp", file, line});
+  using cuda_emulation::Scheduler;
+  cuda_emulation::scheduler.collective(mask, nullptr, Scheduler::warp_barrier, {"__syncwarp", file, line});
 }
 
 template <typename T>

@@ -1,0 +1,318 @@
+// Included by emulation.cpp.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <array>
+#include <bitset>
+#include <cinttypes>
+#include <cstdio>
+#include <set>
+
+#include "accesses.h"
+#include "scheduler.h"
+
+// Made by the linker: where this library begins and ends.
+extern "C" __attribute__((visibility("hidden"))) const unsigned char __ehdr_start[], _end[];
+
+namespace cuda_emulation {
+
+Accesses accesses;
+
+// ---- races in shared memory ----------------------------------------------------------------------------
+
+// One cell for every four bytes, and two more for what touches less than four. A single byte counts as two.
+struct Accesses::Shadow {
+  static constexpr std::size_t kWords = 2 * kMaxSharedMemory / 4;
+  Cell words[kWords];
+  Cell halves[2 * kWords];
+  std::uint32_t half_epoch[kWords] = {};  // when a half was last touched
+  std::uint32_t copied_to[kWords] = {};   // the block in which a cp.async is under way to it
+};
+
+void Accesses::open(const void* kernel, const void* arguments, std::size_t argument_bytes) {
+  if (!shadow_) shadow_ = std::make_shared<Shadow>();
+  std::tie(shared_begin_, shared_end_) = block_memory.all();
+  if (static_cast<std::size_t>(shared_end_ - shared_begin_) > 4 * Shadow::kWords)
+    throw Error("the kernels have more static shared memory than the emulation watches");
+  kernel_ = relative(kernel);
+  arguments_ = {reinterpret_cast<std::uintptr_t>(arguments),
+                reinterpret_cast<std::uintptr_t>(arguments) + argument_bytes};
+  counted_ = false;
+}
+
+void Accesses::begin_block() {
+  ++epoch_;
+  ++block_;
+}
+
+void Accesses::visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc) {
+  if (pointer >= shared_begin_ && pointer < shared_end_) {
+    visit_shared(pointer - shared_begin_, bytes, write, relative(pc));
+    if (counting_) note(pointer - shared_begin_, bytes, true, relative(pc));
+  } else if (counting_) {
+    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+    const bool private_memory = scheduler.on_a_stack(pointer) ||
+                                (pointer >= __ehdr_start && pointer < _end) ||
+                                (address >= arguments_.first && address < arguments_.second);
+    if (!private_memory) note(address, bytes, false, relative(pc));
+  }
+}
+
+void Accesses::visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc) {
+  Shadow& shadow = *shadow_;
+  for (std::size_t word = offset / 4; 4 * word < offset + bytes; ++word) {
+    Cell& whole = shadow.words[word];
+    check_copy(word, pc);
+    check(whole, write, pc);
+    if (4 * word >= offset && 4 * word + 4 <= offset + bytes) {
+      if (shadow.half_epoch[word] == epoch_) {
+        check(shadow.halves[2 * word], write, pc);
+        check(shadow.halves[2 * word + 1], write, pc);
+      }
+      record(whole, write, pc);
+      continue;
+    }
+    shadow.half_epoch[word] = epoch_;
+    for (std::size_t half = 2 * word; half < 2 * word + 2; ++half) {
+      if (2 * half + 2 <= offset || 2 * half >= offset + bytes) continue;
+      check(shadow.halves[half], write, pc);
+      record(shadow.halves[half], write, pc);
+    }
+  }
+}
+
+void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {
+  const int warp = thread_ / 32;
+  if (cell.write_epoch == epoch_ && cell.writer != thread_ &&
+      (cell.writer / 32 != warp || cell.write_sync == syncs_[warp]))
+    race(write, pc, cell.writer, "", true, cell.write_pc);
+  if (!write || cell.read_epoch != epoch_) return;
+  if (cell.several) race(write, pc, -1, "threads of several warps", false, cell.read_pc);
+  std::uint32_t lanes = cell.lanes;
+  if (cell.read_warp == warp) lanes = cell.read_sync == syncs_[warp] ? lanes & ~(1u << thread_ % 32) : 0;
+  if (lanes != 0) race(write, pc, 32 * cell.read_warp + __builtin_ctz(lanes), "", false, cell.read_pc);
+}
+
+void Accesses::record(Cell& cell, bool write, std::uint32_t pc) {
+  const int warp = thread_ / 32;
+  const std::uint32_t lane = 1u << thread_ % 32;
+  if (write) {
+    cell.write_epoch = epoch_, cell.write_sync = syncs_[warp], cell.write_pc = pc;
+    cell.writer = static_cast<std::uint16_t>(thread_);
+  } else if (cell.read_epoch != epoch_) {
+    cell.read_epoch = epoch_, cell.read_sync = syncs_[warp], cell.read_pc = pc;
+    cell.read_warp = static_cast<std::uint8_t>(warp);
+    cell.lanes = lane;
+    cell.several = false;
+  } else if (cell.read_warp != warp) {
+    cell.several = true;
+  } else if (cell.read_sync != syncs_[warp]) {
+    cell.read_sync = syncs_[warp], cell.read_pc = pc;
+    cell.lanes = lane;
+  } else {
+    cell.lanes |= lane;
+  }
+}
+
+void Accesses::start_copy(const void* shared, const void* global, int valid_bytes, const void* pc) {
+  if (thread_ < 0) return;
+  access(shared, 16, true, pc);
+  if (valid_bytes > 0) access(global, static_cast<std::size_t>(valid_bytes), false, pc);
+  const std::size_t first = (static_cast<const unsigned char*>(shared) - shared_begin_) / 4;
+  for (std::size_t word = first; word < first + 4; ++word) shadow_->copied_to[word] = block_;
+}
+
+// It writes now, at the wait: other threads need a barrier after that.
+void Accesses::finish_copy(const void* shared, const void* pc) {
+  const std::size_t first = (static_cast<const unsigned char*>(shared) - shared_begin_) / 4;
+  for (std::size_t word = first; word < first + 4; ++word) {
+    shadow_->copied_to[word] = 0;
+    record(shadow_->words[word], true, relative(pc));
+  }
+}
+
+void Accesses::check_copy(std::size_t word, std::uint32_t pc) {
+  if (shadow_->copied_to[word] == block_)
+    scheduler.fail("accesses shared memory at @0x%" PRIx32 " to which a cp.async is under way", pc);
+}
+
+void Accesses::race(bool write, std::uint32_t pc, int other, const char* others, bool wrote,
+                    std::uint32_t other_pc) {
+  const std::string who = other >= 0 ? scheduler.thread_name(other) : others;
+  scheduler.fail("%s shared memory at @0x%" PRIx32 " that %s %s at @0x%" PRIx32
+                 ", without a barrier in between",
+                 write ? "writes" : "reads", pc, who.c_str(), wrote ? "wrote" : "read", other_pc);
+}
+
+void Accesses::misaligned(const void* pointer, std::size_t bytes) {
+  if (thread_ >= 0) scheduler.fail("accesses %p, which is not aligned to %zu bytes", pointer, bytes);
+}
+
+// ---- costs ---------------------------------------------------------------------------------------------
+
+void Accesses::count(bool counting) {
+  counting_ = counting;
+  costs_.clear();
+}
+
+// The lanes of a warp make the same request when they are at the same address for the same time.
+void Accesses::note(std::uintptr_t pointer, std::size_t bytes, bool shared, std::uint32_t pc) {
+  if (counted_) return;
+  const std::uint32_t time = times_[std::uint64_t{static_cast<unsigned>(thread_)} << 32 | pc]++;
+  // What is no whole vector goes word by word.
+  const std::size_t piece = bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16 ? bytes : 4;
+  for (std::size_t i = 0; i < bytes; i += piece) {
+    const std::uint64_t warp = static_cast<std::uint64_t>(thread_ / 32) << 8 | i / piece;
+    Request& request = requests_[{warp << 32 | pc, time}];
+    request.addresses[thread_ % 32] = pointer + i;
+    request.lanes |= 1u << thread_ % 32;
+    request.bytes = static_cast<std::uint8_t>(piece);
+    request.shared = shared;
+  }
+}
+
+void Accesses::end_block() {
+  thread_ = -1;
+  if (!counting_ || counted_) return;
+  counted_ = true;
+  for (const auto& [key, request] : requests_) {
+    const auto pc = static_cast<std::uint32_t>(key.first);
+    Cost& cost = costs_[{kernel_, {pc, request.shared}}];
+    cost.shared = request.shared;
+    ++cost.requests;
+    const unsigned unit = request.shared ? 128 : 32;
+    cost.ideal += (__builtin_popcount(request.lanes) * request.bytes + unit - 1) / unit;
+    if (request.shared) {
+      // A wavefront serves as many lanes as fill the banks; lanes that want the same word share it.
+      const int at_once = request.bytes <= 4 ? 32 : 128 / request.bytes;
+      for (int first = 0; first < 32; first += at_once) {
+        std::set<std::uintptr_t> words[32];
+        for (int lane = first; lane < first + at_once; ++lane) {
+          if (!(request.lanes >> lane & 1)) continue;
+          const std::uintptr_t address = request.addresses[lane];
+          for (std::uintptr_t word = address / 4; 4 * word < address + request.bytes; ++word)
+            words[word % 32].insert(word);
+        }
+        std::size_t most = 0;
+        for (const auto& of_bank : words) most = std::max(most, of_bank.size());
+        cost.transactions += most;
+      }
+    } else {
+      std::set<std::uintptr_t> sectors;
+      for (int lane = 0; lane < 32; ++lane) {
+        if (request.lanes >> lane & 1) sectors.insert(request.addresses[lane] / 32);
+      }
+      cost.transactions += sectors.size();
+    }
+  }
+  requests_.clear();
+  times_.clear();
+}
+
+std::vector<Cost> Accesses::costs() const {
+  std::vector<std::uint32_t> addresses;
+  for (const auto& [key, cost] : costs_) {
+    addresses.push_back(key.first + 1);
+    addresses.push_back(key.second.first);
+  }
+  const auto names = symbols(addresses);
+  std::vector<Cost> result;
+  for (const auto& [key, cost] : costs_) {
+    result.push_back(cost);
+    result.back().kernel = names[2 * (result.size() - 1)].first;
+    result.back().line = names[2 * (result.size() - 1) + 1].second;
+  }
+  return result;
+}
+
+// ---- from addresses to lines ---------------------------------------------------------------------------
+
+std::uint32_t Accesses::relative(const void* pc) {
+  return static_cast<std::uint32_t>(static_cast<const unsigned char*>(pc) - __ehdr_start - 1);
+}
+
+std::vector<std::pair<std::string, std::string>> symbols(const std::vector<std::uint32_t>& addresses) {
+  Dl_info info{};
+  dladdr(__ehdr_start, &info);
+  std::vector<std::pair<std::string, std::string>> found;
+  for (std::size_t first = 0; first < addresses.size(); first += 500) {  // a command line has an end
+    std::string command = std::string("addr2line -fiCp -e '") + info.dli_fname + "'";
+    const std::size_t end = std::min(addresses.size(), first + 500);
+    char text[4096];
+    for (std::size_t i = first; i < end; ++i) {
+      std::snprintf(text, sizeof text, " 0x%" PRIx32, addresses[i]);
+      command += text;
+    }
+    FILE* out = popen((command + " 2>/dev/null").c_str(), "r");
+    while (out != nullptr && std::fgets(text, sizeof text, out) != nullptr) {
+      const std::string line(text, std::strcspn(text, "\n"));
+      const std::size_t at = line.rfind(" at ");
+      if (at == std::string::npos) continue;
+      std::string place = line.substr(std::max(at + 4, line.rfind('/') + 1));
+      place.resize(std::min(place.size(), place.find(' ')));
+      const bool inlined = line.rfind(" (inlined by) ", 0) == 0;
+      if (!inlined) found.emplace_back("", place);
+      if (found.empty()) continue;
+      auto& [function, where] = found.back();
+      function = line.substr(inlined ? 14 : 0, at - (inlined ? 14 : 0));
+      // The innermost line that is a kernel's own stands first.
+      if (inlined && where.find(".cu:") == std::string::npos && place.find(".cu:") != std::string::npos)
+        where = place + " (" + where + ")";
+    }
+    if (out != nullptr) pclose(out);
+    found.resize(end, {"?", "?"});
+  }
+  return found;
+}
+
+std::string with_lines(const std::string& text) {
+  std::string result = text;
+  for (std::size_t at; (at = result.find("@0x")) != std::string::npos;) {
+    const std::size_t end = result.find_first_not_of("0123456789abcdef", at + 3);
+    const auto address = std::strtoul(result.substr(at + 3, end - at - 3).c_str(), nullptr, 16);
+    result.replace(at, end - at, symbols({static_cast<std::uint32_t>(address)})[0].second);
+  }
+  return result;
+}
+
+}  // namespace cuda_emulation
+
+// ---- what the compiler calls ---------------------------------------------------------------------------
+
+#define CUDA_EMULATION_ACCESS(name, write, bytes)                                                    \
+  extern "C" __attribute__((visibility("hidden"))) void __tsan_##name(void* pointer) {               \
+    using cuda_emulation::accesses;                                                                  \
+    if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) accesses.misaligned(pointer, bytes); \
+    accesses.access(pointer, bytes, write, __builtin_return_address(0));                             \
+  }
+CUDA_EMULATION_ACCESS(read1, false, 1)
+CUDA_EMULATION_ACCESS(read2, false, 2)
+CUDA_EMULATION_ACCESS(read4, false, 4)
+CUDA_EMULATION_ACCESS(read8, false, 8)
+CUDA_EMULATION_ACCESS(read16, false, 16)
+CUDA_EMULATION_ACCESS(write1, true, 1)
+CUDA_EMULATION_ACCESS(write2, true, 2)
+CUDA_EMULATION_ACCESS(write4, true, 4)
+CUDA_EMULATION_ACCESS(write8, true, 8)
+CUDA_EMULATION_ACCESS(write16, true, 16)
+#undef CUDA_EMULATION_ACCESS
+
+extern "C" __attribute__((visibility("hidden"))) void __tsan_read_range(void* pointer, std::size_t bytes) {
+  cuda_emulation::accesses.access(pointer, bytes, false, __builtin_return_address(0));
+}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_write_range(void* pointer, std::size_t bytes) {
+  cuda_emulation::accesses.access(pointer, bytes, true, __builtin_return_address(0));
+}
+
+// Of host code: atomic variables, and constructors.
+extern "C" __attribute__((visibility("hidden"))) std::uint64_t __tsan_atomic64_load(
+    const volatile std::uint64_t* from, int) {
+  return __atomic_load_n(from, __ATOMIC_SEQ_CST);
+}
+extern "C" __attribute__((visibility("hidden"))) std::uint64_t __tsan_atomic64_fetch_or(
+    volatile std::uint64_t* to, std::uint64_t value, int) {
+  return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST);
+}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_init() {}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_vptr_update(void**, void*) {}

@@ -1,0 +1,290 @@
+// Included by emulation.cpp.
+#pragma once
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime.h"
+
+// Made by the linker: where the compiler has put bytes of no operation in front of a function. The first is
+// the library's own: without one there would be no such section.
+extern "C" __attribute__((visibility("hidden")))
+const unsigned char* const __start___patchable_function_entries[];
+extern "C" __attribute__((visibility("hidden")))
+const unsigned char* const __stop___patchable_function_entries[];
+
+namespace cuda_emulation {
+
+Runtime runtime;
+
+static __attribute__((used, patchable_function_entry(1, 1))) void has_an_entry() {}
+
+LaunchBounds launch_bounds_of(const void* kernel) {
+  const auto* at = static_cast<const unsigned char*>(kernel);
+  const unsigned char* found = nullptr;
+  for (auto entry = __start___patchable_function_entries; entry != __stop___patchable_function_entries;
+       ++entry)
+    if (*entry <= at && *entry > found) found = *entry;
+  for (const unsigned char* nop = found; found != nullptr && nop != at; ++nop)
+    if (*nop != 0x90) found = nullptr;  // of another function
+  if (found == nullptr) return {};
+  const int code = static_cast<int>(at - found);
+  return {code / 16 * 32, code % 16};
+}
+
+// ---- threads, devices ----------------------------------------------------------------------------------
+
+int Runtime::current_device() {
+  const std::lock_guard lock(mutex_);
+  return threads_[std::this_thread::get_id()].device;
+}
+
+// Since CUDA 12 it makes the device's context.
+cudaError_t Runtime::set_device(int device) {
+  const std::lock_guard lock(mutex_);
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  threads_[std::this_thread::get_id()].device = device;
+  contexts.insert(device);
+  return cudaSuccess;
+}
+
+cudaError_t Runtime::report(cudaError_t error) {
+  const std::lock_guard lock(mutex_);
+  if (error != cudaSuccess) threads_[std::this_thread::get_id()].last_error = error;
+  return error;
+}
+
+cudaError_t Runtime::last_error(bool forget) {
+  const std::lock_guard lock(mutex_);
+  cudaError_t& error = threads_[std::this_thread::get_id()].last_error;
+  return forget ? std::exchange(error, cudaSuccess) : error;
+}
+
+cudaError_t Runtime::set_limit(const void* kernel, int bytes) {
+  {
+    const std::lock_guard lock(mutex_);
+    const int device = current_device();
+    contexts.insert(device);
+    if (bytes < 0 || bytes > devices[device].max_shared_memory()) return cudaErrorInvalidValue;
+    limits_[{kernel, device}] = bytes;
+  }
+  if (pause_after_limits > 0) std::this_thread::sleep_for(std::chrono::duration<double>(pause_after_limits));
+  return cudaSuccess;
+}
+
+cudaError_t Runtime::check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+  const std::lock_guard lock(mutex_);
+  const int device = current_device();
+  contexts.insert(device);
+  if (stream_of(config.stream)->device != device) return cudaErrorInvalidResourceHandle;
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const bool grid_fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff &&
+                         grid.y <= 0xffff && grid.z <= 0xffff;
+  const bool block_fits = block.x >= 1 && block.y >= 1 && block.z >= 1 && block.x <= kMaxThreads &&
+                          block.y <= kMaxThreads && block.z <= 64 &&
+                          block.x * block.y * block.z <= kMaxThreads;
+  if (!grid_fits || !block_fits) return cudaErrorInvalidConfiguration;
+  const int bound = launch_bounds_of(kernel).threads;
+  if (bound > 0 && static_cast<int>(block.x * block.y * block.z) > bound) return cudaErrorInvalidValue;
+  const auto raised = limits_.find({kernel, device});
+  const int limit = raised == limits_.end() ? 48 * 1024 : raised->second;
+  if (config.dynamicSmemBytes > static_cast<std::size_t>(limit)) return cudaErrorInvalidValue;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    const auto cluster = attribute.val.clusterDim;
+    if (cluster.x * cluster.y * cluster.z > 1) return cudaErrorNotSupported;
+  }
+  return cudaSuccess;
+}
+
+// ---- streams and memory --------------------------------------------------------------------------------
+
+Stream* Runtime::stream(int device, int number) {
+  const std::lock_guard lock(mutex_);
+  Stream& stream = streams_[{device, number}];
+  stream.device = device;
+  return &stream;
+}
+
+void Runtime::defer(bool deferred) {
+  if (deferred_ && !deferred) synchronize();
+  deferred_ = deferred;
+}
+
+void Runtime::enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (!deferred_) return work();
+  const std::lock_guard lock(mutex_);
+  stream_of(stream)->work.push_back(std::move(work));
+}
+
+void Runtime::synchronize() {
+  random_ = Random(scheduler.seed());
+  std::vector<Stream*> busy;
+  const auto find_busy = [&] {
+    busy.clear();
+    for (auto& [key, stream] : streams_)
+      if (!stream.work.empty()) busy.push_back(&stream);
+    return !busy.empty();
+  };
+  try {
+    while (find_busy()) {
+      std::deque<std::function<void()>>& work =
+          busy[random_.below(static_cast<std::uint32_t>(busy.size()))]->work;
+      const std::function<void()> first = std::move(work.front());
+      work.pop_front();
+      first();
+    }
+  } catch (...) {
+    for (auto& [key, stream] : streams_) stream.work.clear();
+    throw;
+  }
+  for (void* memory : freed_) std::free(memory);
+  freed_.clear();
+}
+
+void* Runtime::allocate(std::size_t bytes, cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 512, bytes) != 0) return nullptr;
+  std::memset(memory, 0xff, bytes);
+  memory_[memory] = {bytes, stream};
+  return memory;
+}
+
+void Runtime::free(void* memory) { free(memory, memory_.at(memory).second); }
+
+void Runtime::free(void* memory, cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  const std::size_t bytes = memory_.at(memory).first;
+  memory_.erase(memory);
+  freed_.push_back(memory);
+  enqueue(stream, [memory, bytes] { std::memset(memory, 0xff, bytes); });
+  if (!deferred_) synchronize();
+}
+
+}  // namespace cuda_emulation
+
+// ---- CUDA's functions ----------------------------------------------------------------------------------
+
+// Hidden: torch may have loaded the true runtime.
+#define CUDA_EMULATION_API extern "C" __attribute__((visibility("hidden")))
+
+CUDA_EMULATION_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                                    int value) {
+  using cuda_emulation::runtime;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
+  return runtime.report(runtime.set_limit(kernel, value));
+}
+
+CUDA_EMULATION_API cudaError_t cudaPeekAtLastError() { return cuda_emulation::runtime.last_error(false); }
+CUDA_EMULATION_API cudaError_t cudaGetLastError() { return cuda_emulation::runtime.last_error(true); }
+CUDA_EMULATION_API const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    default:
+      return "unrecognized error code";
+  }
+}
+
+CUDA_EMULATION_API cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = cuda_emulation::runtime.driver_version, cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaGetDeviceCount(int* count) {
+  return *count = cuda_emulation::Runtime::kDevices, cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaGetDevice(int* device) {
+  return *device = cuda_emulation::runtime.current_device(), cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaSetDevice(int device) {
+  return cuda_emulation::runtime.report(cuda_emulation::runtime.set_device(device));
+}
+CUDA_EMULATION_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
+  using cuda_emulation::runtime;
+  if (number < 0 || number >= cuda_emulation::Runtime::kDevices)
+    return runtime.report(cudaErrorInvalidDevice);
+  const cuda_emulation::Device& device = runtime.devices[number];
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.capability % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 * 1024;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.max_shared_memory();
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device.shared_memory * 1024;
+      break;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = 1024;
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = cuda_emulation::kMaxThreads;
+      break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = device.threads;
+      break;
+    case cudaDevAttrMaxRegistersPerBlock:
+      *value = 65536;
+      break;
+    case cudaDevAttrMaxGridDimX:
+      *value = 0x7fffffff;
+      break;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ:
+      *value = 0xffff;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = warpSize;
+      break;
+    default:
+      return runtime.report(cudaErrorInvalidValue);
+  }
+  return cudaSuccess;
+}
+
+CUDA_EMULATION_API cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
+  *pointer = cuda_emulation::runtime.allocate(bytes, stream);
+  return cuda_emulation::runtime.report(*pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+CUDA_EMULATION_API cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
+  return cuda_emulation::runtime.free(pointer, stream), cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes,
+                                               cudaStream_t stream) {
+  cuda_emulation::runtime.enqueue(stream, [=] { std::memset(pointer, value, bytes); });
+  return cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
+                                               cudaStream_t stream) {
+  cuda_emulation::runtime.enqueue(stream, [=] { std::memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cuda_emulation::runtime.synchronize(), cudaSuccess;
+}
+CUDA_EMULATION_API cudaError_t cudaDeviceSynchronize() {
+  return cuda_emulation::runtime.synchronize(), cudaSuccess;
+}
