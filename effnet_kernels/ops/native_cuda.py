@@ -18,7 +18,7 @@ STRIDES = ((1, 1), (2, 2))
 
 def supports(problem: Problem) -> tuple[bool, str]:
     """Device and dtype."""
-    if problem.device != ("cpu" if cuda_emulated() else "cuda"):
+    if problem.device_type != ("cpu" if cuda_emulated() else "cuda"):
         return False, f"the tensors are on {problem.device}"
     if problem.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have CUDA kernels"
