@@ -117,21 +117,27 @@ def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
     return list(dict.fromkeys(str(top / "include") for top in tops if (top / "include").is_dir())), runtime
 
 
-def architecture_flags() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a+PTX" or "8.0 9.0a+PTX"."""
-    flags = []
+def asked_architectures() -> list[str]:
+    """Those of TORCH_CUDA_ARCH_LIST that the kernels run on; as torch reads it, "8.0;9.0a+PTX" or "8.0 9.0a+PTX"."""
+    names = []
     for name in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES):
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
         if found is None:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must be like '8.0 9.0a 12.0+PTX', got {name!r}")
-        if int(found[1]) < 8:
-            continue  # bfloat16 and the asynchronous copy begin with 8.0
-        number = found[1] + found[2] + found[3]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if found[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if not flags:
+        if int(found[1]) >= 8:  # bfloat16 and the asynchronous copy begin with 8.0
+            names.append(name)
+    if not names:
         raise NoCudaError("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
+    return names
+
+
+def architecture_flags(architectures: list[str]) -> list[str]:
+    """nvcc's flags for "9.0a" or, with PTX, "12.0+PTX"."""
+    flags = []
+    for name in architectures:
+        number, _, ptx = name.replace(".", "").partition("+")
+        codes = [f"sm_{number}", f"compute_{number}"] if ptx else [f"sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
     return flags
 
 
@@ -202,7 +208,8 @@ class BuildNative(build_ext):
     def build_cuda(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         includes, runtime = cuda_folders(nvcc)
-        architectures = architecture_flags()
+        architectures = asked_architectures()
+        gencode = architecture_flags(architectures)
         torch_compile, torch_link = torch_flags()
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +219,7 @@ class BuildNative(build_ext):
         def compile_one(source: Path) -> str:
             output = folder / f"{source.stem}.o"
             threads = max(1, (os.cpu_count() or 1) // len(sources))
-            command = [nvcc, *CUDA_COMMON, *architectures, *headers, f"--threads={threads}", "-c", source, "-o", output]
+            command = [nvcc, *CUDA_COMMON, *gencode, *headers, f"--threads={threads}", "-c", source, "-o", output]
             result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise RuntimeError(f"nvcc {source}: {result.stderr.strip()[-2000:]}")
@@ -221,11 +228,12 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = [pool.submit(compile_one, source) for source in sources]
             system = [word for path in includes for word in ("-isystem", path)]
+            defines = [f'-DEFFNET_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
             bindings = self.compiler.compile(
                 [str(path) for path in sorted(Path("csrc").glob("bindings_cuda*.cpp"))],
                 output_dir=str(folder),
                 include_dirs=["csrc"],
-                extra_postargs=[*COMMON, *torch_compile, *system],
+                extra_postargs=[*COMMON, *torch_compile, *system, *defines],
             )
             objects = [*bindings, *(kernel.result() for kernel in kernels)]
         # The static runtime: torch's may be of another CUDA version, or not be there.

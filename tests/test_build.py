@@ -28,6 +28,7 @@ LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
 # Stand for a compiler that finds no fault and links to this package's CPU library, and for nvcc.
 COMPILER = """#!/bin/sh
+echo "$@" >> "$0.log"
 while [ $# -gt 1 ]; do
   case "$1 $2" in
   "-o "*.so) cp {library} "$2";;
@@ -197,6 +198,21 @@ def test_both_libraries_are_built_anew(tree, required):
     result = tree.build(required)
     assert result.returncode == 0, result.stdout
     assert tree.libraries() == [*LIBRARIES]
+
+
+def test_the_cuda_library_says_what_it_is_built_for(tree):
+    tree.faultless()
+    tree.nvcc()
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "7.5 8.0;9.0a+PTX"
+    assert tree.build(required=True).returncode == 0
+    commands = (tree.bin / "faultless.log").read_text().splitlines()
+    kernels = [command for command in commands if ".cu -o" in command]
+    bindings = [command for command in commands if "csrc/bindings_cuda" in command and " -c " in command]
+    assert kernels
+    assert bindings
+    for command in kernels:
+        assert re.findall(",code=([a-z0-9_]+)", command) == ["sm_80", "sm_90a", "compute_90a"]
+    assert all('-DEFFNET_CUDA_ARCHITECTURES="8.0 9.0a+PTX"' in command for command in bindings)
 
 
 with_make = pytest.mark.skipif(

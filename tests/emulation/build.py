@@ -215,6 +215,7 @@ def load(asan: bool | None = None) -> ModuleType:
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     csrc = ROOT / "csrc"
     sources = [(source, KERNEL_FLAGS) for source in sorted(csrc.glob("cuda/*.cu"))]
-    sources += [(source, [*KERNEL_FLAGS, *torch_flags]) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
+    bindings_flags = [*KERNEL_FLAGS, *torch_flags, '-DEFFNET_CUDA_ARCHITECTURES="8.0"']
+    sources += [(source, bindings_flags) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     return build("emulated_kernels", sources, asan=asan_is_loaded() if asan is None else asan, link=link, defines=[])
