@@ -3,6 +3,7 @@
 They use PyTorch's stable ABI, so one library serves every torch >= 2.11 and every Python, and the wheel is
 tagged accordingly. For `pip install` a library that cannot be built costs its backend, never the package; for
 `make`, which sets EFFNET_KERNELS_REQUIRE_NATIVE, it is an error. A library of an earlier build never outlives a build.
+`make wheel` sets EFFNET_KERNELS_PORTABLE: of the CUDA compilers, one whose library runs under older drivers.
 """
 
 import importlib.util
@@ -56,6 +57,9 @@ CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--e
 
 
 REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") not in ("", "0")
+# A library runs under drivers for its own major version of CUDA and for later ones.
+PORTABLE = os.environ.get("EFFNET_KERNELS_PORTABLE", "") not in ("", "0")
+INSTALLED = Path("/usr/local")
 
 
 class NoCudaError(RuntimeError):
@@ -73,17 +77,21 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return compile_flags, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc).
+def find_nvcc() -> tuple[Path, tuple[int, int]]:
+    """The CUDA compiler, of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc), and its version.
+
+    For a wheel that is to be portable, where CUDA_HOME has none: the newest of CUDA 12 that knows all architectures.
 
     Raises:
         NoCudaError: there is none of CUDA 12.4 or later.
         RuntimeError: there is one that does not work.
     """
-    candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    told = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     on_path = shutil.which("nvcc")
-    candidates += [Path(on_path)] if on_path else []
+    candidates = [*told, Path(on_path)] if on_path else [*told]
+    candidates += INSTALLED.glob("cuda-*/bin/nvcc") if PORTABLE else []
     candidates += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc"), reverse=True)
+    found: dict[Path, tuple[int, int]] = {}
     old, broken = [], []
     for nvcc in filter(Path.exists, candidates):
         try:  # it may be a script, or broken: ask
@@ -91,23 +99,35 @@ def find_nvcc() -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             broken.append(f"{nvcc}: {error}")
             continue
-        found = re.search(r"release (\d+)\.(\d+)", version)
-        if found is None:
+        release = re.search(r"release (\d+)\.(\d+)", version)
+        if release is None:
             broken.append(f"{nvcc} --version does not say its release")
-        elif (int(found[1]), int(found[2])) >= (12, 4):
-            return nvcc
+        elif (int(release[1]), int(release[2])) >= (12, 4):
+            found[nvcc] = int(release[1]), int(release[2])
         else:
-            old.append(f"{nvcc} is of CUDA {found[1]}.{found[2]}, 12.4 is the oldest that will do")
+            old.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}, 12.4 is the oldest that will do")
+    if found:
+        nvcc = next(iter(found))
+        if PORTABLE and nvcc not in told:
+            flags = architecture_flags(asked_architectures())
+            fit = [other for other in found if found[other][0] == 12 and dry_run(other, flags).returncode == 0]
+            nvcc = max(fit, key=found.__getitem__, default=nvcc)
+        return nvcc, found[nvcc]
     if broken:
         raise RuntimeError("; ".join(broken))
     raise NoCudaError("; ".join(old) or "nvcc is neither in CUDA_HOME nor in PATH")
 
 
-def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
-    """Folders of CUDA's headers, the compiler's own first, then torch's wheels; and libcudart_static.a."""
-    told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    tops = [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE)]
-    tops += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu[0-9]*"))
+def dry_run(nvcc: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """What nvcc says that it would do; it fails where it does not know an architecture."""
+    command = [nvcc, "--dryrun", *flags, "-c", "-x", "cu", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def cuda_folders(nvcc: Path, major: int) -> tuple[list[str], Path]:
+    """Folders of CUDA's headers, the compiler's own first, then torch's of its major version; libcudart_static.a."""
+    tops = [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", dry_run(nvcc, []).stderr, re.MULTILINE)]
+    tops += Path(sysconfig.get_path("purelib"), "nvidia").glob(f"cu{major}")
     libraries = [
         top / folder / "libcudart_static.a" for top in tops for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
     ]
@@ -206,9 +226,11 @@ class BuildNative(build_ext):
         return X86 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def build_cuda(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
-        includes, runtime = cuda_folders(nvcc)
+        nvcc, version = find_nvcc()
         architectures = asked_architectures()
+        if PORTABLE and version >= (13, 0):
+            self.warn(f"the wheel will need NVIDIA driver 580 or newer: {nvcc} is of CUDA {version[0]}.{version[1]}")
+        includes, runtime = cuda_folders(nvcc, version[0])
         gencode = architecture_flags(architectures)
         torch_compile, torch_link = torch_flags()
         folder = Path(self.build_temp, "cuda")

@@ -52,7 +52,7 @@ def cuda_fault() -> str | None:
     from setup import NoCudaError, asked_architectures, find_nvcc
 
     try:
-        nvcc, _ = find_nvcc(), asked_architectures()
+        (nvcc, _), _ = find_nvcc(), asked_architectures()
     except NoCudaError:
         return None
     return f"there is {nvcc}, but the library was not built (see `make build`)"
