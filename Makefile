@@ -122,7 +122,7 @@ prediction: build  ## regenerate the predicted GPU times in docs/performance.md
 	@$(BIN)/python docs/gpu_prediction.py
 
 wheel: build  ## build the source distribution and the wheel into dist/
-	@$(REQUIRE) TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation
+	@$(REQUIRE) EFFNET_KERNELS_PORTABLE=1 TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info effnet_kernels/*.so

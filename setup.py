@@ -3,6 +3,7 @@
 They use PyTorch's stable ABI, so one library serves every torch >= 2.11 and every Python, and the wheel is
 tagged accordingly. For `pip install` a library that cannot be built costs its backend, never the package; for
 `make`, which sets EFFNET_KERNELS_REQUIRE_NATIVE, it is an error. A library of an earlier build never outlives a build.
+`make wheel` sets EFFNET_KERNELS_PORTABLE: of the CUDA compilers, one whose library runs under older drivers.
 """
 
 import importlib.util
@@ -56,6 +57,9 @@ CUDA_COMMON = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--e
 
 
 REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") not in ("", "0")
+# A library runs under drivers for its own major version of CUDA and for later ones.
+PORTABLE = os.environ.get("EFFNET_KERNELS_PORTABLE", "") not in ("", "0")
+INSTALLED = Path("/usr/local")
 
 
 class NoCudaError(RuntimeError):
@@ -73,17 +77,21 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return compile_flags, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc).
+def find_nvcc() -> tuple[Path, tuple[int, int]]:
+    """The CUDA compiler, of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc), and its version.
+
+    For a wheel that is to be portable, where CUDA_HOME has none: the newest of CUDA 12 that knows all architectures.
 
     Raises:
         NoCudaError: there is none of CUDA 12.4 or later.
         RuntimeError: there is one that does not work.
     """
-    candidates = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    told = [Path(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     on_path = shutil.which("nvcc")
-    candidates += [Path(on_path)] if on_path else []
+    candidates = [*told, Path(on_path)] if on_path else [*told]
+    candidates += INSTALLED.glob("cuda-*/bin/nvcc") if PORTABLE else []
     candidates += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin/nvcc"), reverse=True)
+    found: dict[Path, tuple[int, int]] = {}
     old, broken = [], []
     for nvcc in filter(Path.exists, candidates):
         try:  # it may be a script, or broken: ask
@@ -91,23 +99,35 @@ def find_nvcc() -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             broken.append(f"{nvcc}: {error}")
             continue
-        found = re.search(r"release (\d+)\.(\d+)", version)
-        if found is None:
+        release = re.search(r"release (\d+)\.(\d+)", version)
+        if release is None:
             broken.append(f"{nvcc} --version does not say its release")
-        elif (int(found[1]), int(found[2])) >= (12, 4):
-            return nvcc
+        elif (int(release[1]), int(release[2])) >= (12, 4):
+            found[nvcc] = int(release[1]), int(release[2])
         else:
-            old.append(f"{nvcc} is of CUDA {found[1]}.{found[2]}, 12.4 is the oldest that will do")
+            old.append(f"{nvcc} is of CUDA {release[1]}.{release[2]}, 12.4 is the oldest that will do")
+    if found:
+        nvcc = next(iter(found))
+        if PORTABLE and nvcc not in told:
+            flags = architecture_flags(asked_architectures())
+            fit = [other for other in found if found[other][0] == 12 and dry_run(other, flags).returncode == 0]
+            nvcc = max(fit, key=found.__getitem__, default=nvcc)
+        return nvcc, found[nvcc]
     if broken:
         raise RuntimeError("; ".join(broken))
     raise NoCudaError("; ".join(old) or "nvcc is neither in CUDA_HOME nor in PATH")
 
 
-def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
-    """Folders of CUDA's headers, the compiler's own first, then torch's wheels; and libcudart_static.a."""
-    told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    tops = [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE)]
-    tops += sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu[0-9]*"))
+def dry_run(nvcc: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """What nvcc says that it would do; it fails where it does not know an architecture."""
+    command = [nvcc, "--dryrun", *flags, "-c", "-x", "cu", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def cuda_folders(nvcc: Path, major: int) -> tuple[list[str], Path]:
+    """Folders of CUDA's headers, the compiler's own first, then torch's of its major version; libcudart_static.a."""
+    tops = [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", dry_run(nvcc, []).stderr, re.MULTILINE)]
+    tops += Path(sysconfig.get_path("purelib"), "nvidia").glob(f"cu{major}")
     libraries = [
         top / folder / "libcudart_static.a" for top in tops for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
     ]
@@ -117,21 +137,27 @@ def cuda_folders(nvcc: Path) -> tuple[list[str], Path]:
     return list(dict.fromkeys(str(top / "include") for top in tops if (top / "include").is_dir())), runtime
 
 
-def architecture_flags() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a+PTX" or "8.0 9.0a+PTX"."""
-    flags = []
+def asked_architectures() -> list[str]:
+    """Those of TORCH_CUDA_ARCH_LIST that the kernels run on; as torch reads it, "8.0;9.0a+PTX" or "8.0 9.0a+PTX"."""
+    names = []
     for name in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHITECTURES):
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
         if found is None:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must be like '8.0 9.0a 12.0+PTX', got {name!r}")
-        if int(found[1]) < 8:
-            continue  # bfloat16 and the asynchronous copy begin with 8.0
-        number = found[1] + found[2] + found[3]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if found[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if not flags:
+        if int(found[1]) >= 8:  # bfloat16 and the asynchronous copy begin with 8.0
+            names.append(name)
+    if not names:
         raise NoCudaError("TORCH_CUDA_ARCH_LIST has no architecture from 8.0 on, which the CUDA kernels need")
+    return names
+
+
+def architecture_flags(architectures: list[str]) -> list[str]:
+    """nvcc's flags for "9.0a" or, with PTX, "12.0+PTX"."""
+    flags = []
+    for name in architectures:
+        number, _, ptx = name.replace(".", "").partition("+")
+        codes = [f"sm_{number}", f"compute_{number}"] if ptx else [f"sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
     return flags
 
 
@@ -200,9 +226,12 @@ class BuildNative(build_ext):
         return X86 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def build_cuda(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
-        includes, runtime = cuda_folders(nvcc)
-        architectures = architecture_flags()
+        nvcc, version = find_nvcc()
+        architectures = asked_architectures()
+        if PORTABLE and version >= (13, 0):
+            self.warn(f"the wheel will need NVIDIA driver 580 or newer: {nvcc} is of CUDA {version[0]}.{version[1]}")
+        includes, runtime = cuda_folders(nvcc, version[0])
+        gencode = architecture_flags(architectures)
         torch_compile, torch_link = torch_flags()
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +241,7 @@ class BuildNative(build_ext):
         def compile_one(source: Path) -> str:
             output = folder / f"{source.stem}.o"
             threads = max(1, (os.cpu_count() or 1) // len(sources))
-            command = [nvcc, *CUDA_COMMON, *architectures, *headers, f"--threads={threads}", "-c", source, "-o", output]
+            command = [nvcc, *CUDA_COMMON, *gencode, *headers, f"--threads={threads}", "-c", source, "-o", output]
             result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
             if result.returncode != 0:
                 raise RuntimeError(f"nvcc {source}: {result.stderr.strip()[-2000:]}")
@@ -221,11 +250,12 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = [pool.submit(compile_one, source) for source in sources]
             system = [word for path in includes for word in ("-isystem", path)]
+            defines = [f'-DEFFNET_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
             bindings = self.compiler.compile(
                 [str(path) for path in sorted(Path("csrc").glob("bindings_cuda*.cpp"))],
                 output_dir=str(folder),
                 include_dirs=["csrc"],
-                extra_postargs=[*COMMON, *torch_compile, *system],
+                extra_postargs=[*COMMON, *torch_compile, *system, *defines],
             )
             objects = [*bindings, *(kernel.result() for kernel in kernels)]
         # The static runtime: torch's may be of another CUDA version, or not be there.

@@ -5,18 +5,16 @@
 namespace effnet::cuda {
 namespace {
 
-// Why the kernels cannot run on a device, in CUDA's words; empty where they can.
-std::string refusal([[maybe_unused]] int64_t device) {
-#if !defined(CUDA_EMULATION)
-  int previous = 0;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(device));
-  if (error == cudaSuccess) error = find_code();
-  if (error != cudaSuccess) cudaGetLastError();
-  cudaSetDevice(previous);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-#endif
-  return "";
+// What decides where the kernels run; no GPU is touched. The architectures are in the words of setup.py, the
+// versions of CUDA are 13000 for 13.0; the driver's is 0 where there is none.
+std::string built_for() { return EFFNET_CUDA_ARCHITECTURES; }
+
+int64_t toolkit() { return CUDART_VERSION; }
+
+int64_t driver() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
 }
 
 // ---- ops -------------------------------------------------------------------------------------------------
@@ -249,7 +247,9 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
 
 // Outputs come first; then the arguments of effnet_kernels::<op>, less the backend.
 STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
-  m.def("refusal(int device) -> str");
+  m.def("built_for() -> str");
+  m.def("toolkit() -> int");
+  m.def("driver() -> int");
   m.def(
       "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, "
       "Tensor? gate, Tensor? residual, bool pool) -> ()");
@@ -270,7 +270,9 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CompositeExplicitAutograd, m) {
-  m.impl("refusal", TORCH_BOX(&effnet::cuda::refusal));
+  m.impl("built_for", TORCH_BOX(&effnet::cuda::built_for));
+  m.impl("toolkit", TORCH_BOX(&effnet::cuda::toolkit));
+  m.impl("driver", TORCH_BOX(&effnet::cuda::driver));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CUDA, m) {

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from effnet_kernels import native
 from effnet_kernels.internals import constant
@@ -26,13 +27,26 @@ ENVIRONMENT_VARIABLE = "EFFNET_KERNELS_BACKEND"
 
 
 class Problem(NamedTuple):
-    """What a backend must know to say whether it can serve one call."""
+    """What a backend must know to say whether it can serve one call.
+
+    ``device`` is what ``place`` gives; "cuda" is the current GPU.
+    """
 
     op: str
     device: str
     dtype: torch.dtype
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
+
+    @property
+    def device_type(self) -> str:
+        """Without the index."""
+        return self.device.partition(":")[0]
+
+
+def place(x: Tensor) -> str:
+    """Where x is, for a ``Problem``: "cpu", or of several GPUs which, "cuda:1"."""
+    return f"cuda:{x.device.index}" if x.is_cuda else x.device.type
 
 
 # What the kernels use: loop-carried tuples, NaN-propagating minima and maxima, rounded division.
@@ -48,9 +62,8 @@ def _triton_available() -> tuple[bool, str]:
     if not interpreted:
         if not torch.cuda.is_available() or torch.version.cuda is None:
             return False, "no NVIDIA GPU (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU)"
-        for i in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_capability(i) < (7, 5):
-                return False, f"{torch.cuda.get_device_name(i)} is older than compute capability 7.5"
+        if all(torch.cuda.get_device_capability(i) < (7, 5) for i in range(torch.cuda.device_count())):
+            return False, "no GPU here has compute capability 7.5"
     version = importlib.import_module("triton").__version__
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < _TRITON_AT_LEAST:
         return False, f"Triton {version} is older than {'.'.join(map(str, _TRITON_AT_LEAST))}"
@@ -146,7 +159,7 @@ def implementation(problem: Problem, backend: str = "auto") -> Callable[..., Any
         ValueError, RuntimeError: the backend was asked for by name and is unknown, unavailable, or
             does not support this problem; the message carries its reason.
     """
-    return _resolve(problem, requested(backend))[1]
+    return _resolve(_placed(problem), requested(backend))[1]
 
 
 @constant
@@ -155,7 +168,7 @@ def accelerates(backend: str, *problem: Any) -> bool:
 
     ``problem``: the fields of a ``Problem``, for torch.compile one by one.
     """
-    wanted = Problem(*problem)
+    wanted = _placed(Problem(*problem))
     asked = "auto" if wanted.device == "meta" else requested(backend)  # without data there is nothing to compute
     return asked != "auto" or _resolve(wanted, asked)[0] != "reference"
 
@@ -169,9 +182,16 @@ def serves(backend: str, *problem: Any) -> bool:
         return False
 
 
+def _placed(problem: Problem) -> Problem:
+    """The problem with the index of the current GPU where it names none."""
+    if problem.device != "cuda" or not torch.cuda.is_available():
+        return problem
+    return problem._replace(device=f"cuda:{torch.cuda.current_device()}")
+
+
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-    candidates = automatic(problem.device, problem.op) if asked == "auto" else (check_backend(asked),)
+    candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:

@@ -15,7 +15,7 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import internals, tuning
-from effnet_kernels.backends import Problem, automatic, implementation, order_measured
+from effnet_kernels.backends import Problem, automatic, implementation, order_measured, place
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
@@ -85,7 +85,7 @@ def verify(options: argparse.Namespace) -> int:
             stock_output = rounded(x)
         for backend in _backends(options.backend, device):
             try:
-                implementation(Problem("mbconv", device, dtype, (3, 3)), backend)
+                implementation(Problem("mbconv", place(x), dtype, (3, 3)), backend)
             except RuntimeError as error:
                 rows.append((backend, name, "", "", "", "", f"not served: {str(error).partition(': ')[2]}"))
                 continue

@@ -5,6 +5,7 @@ They are built against PyTorch's stable ABI: one file serves every torch >= 2.11
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from effnet_kernels import internals
 
 _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
+# The first NVIDIA driver for each major version of CUDA: within one, an older driver runs what a newer toolkit built.
+_DRIVERS = {12: 525, 13: 580}
 INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -31,7 +34,7 @@ def cpu_available() -> tuple[bool, str]:
 
 
 def cuda_available() -> tuple[bool, str]:
-    """Whether the CUDA library is built, loads, and has code for every GPU here; or its kernels are emulated."""
+    """Whether the CUDA library is built, loads, and has code for a GPU here; or its kernels are emulated."""
     if cuda_emulated():
         return True, "CUDA C++, emulated on the CPU"
     return _cuda_library()
@@ -56,11 +59,65 @@ def _cuda_library() -> tuple[bool, str]:
         torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
         return False, f"{_CUDA_LIBRARY.name} does not load: {error}"
-    for i in range(torch.cuda.device_count()):
-        refusal = _ask(torch.ops.effnet_kernels_cuda.refusal, i)
-        if refusal:
-            return False, f"{_CUDA_LIBRARY.name} has no code for {torch.cuda.get_device_name(i)}: {refusal}"
-    return True, "CUDA C++"
+    built_for, toolkit, driver = _cuda_build()
+    built_with = f"built with CUDA {_release(toolkit)}"
+    if driver // 1000 < toolkit // 1000:
+        first = _DRIVERS.get(toolkit // 1000)
+        needed = f"NVIDIA driver {first} or newer" if first else "a newer NVIDIA driver"
+        reason = f"was {built_with}, which needs {needed}; this one is for CUDA {_release(driver)}"
+        return False, f"{_CUDA_LIBRARY.name} {reason}"
+    answers = [cuda_serves(f"cuda:{i}") for i in range(torch.cuda.device_count())]
+    if not any(served for served, _ in answers):
+        return False, "; ".join(dict.fromkeys(reason for _, reason in answers))
+    return True, f"CUDA C++, {built_with} for {built_for}"
+
+
+@functools.cache
+def cuda_serves(device: str) -> tuple[bool, str]:
+    """Whether the CUDA library, once loaded, has code for one GPU, "cuda:1"; no other one is asked."""
+    index = torch.device(device).index
+    capability = torch.cuda.get_device_capability(index)
+    built_for, toolkit, driver = _cuda_build()
+    if has_code(capability, built_for, toolkit, driver):
+        return True, "any shape"
+    reason = (
+        f"{_CUDA_LIBRARY.name} has no code for {torch.cuda.get_device_name(index)}, compute capability "
+        f"{capability[0]}.{capability[1]}: it was built for {built_for}"
+    )
+    if driver < toolkit:
+        reason += f", and a driver for CUDA {_release(driver)} compiles no PTX of CUDA {_release(toolkit)}"
+    return False, reason
+
+
+def has_code(capability: tuple[int, int], built_for: str, toolkit: int, driver: int) -> bool:
+    """Whether a library has code for a GPU.
+
+    Machine code runs on GPUs of its major version, from its minor version on; that with an "a" on this one capability
+    only. PTX without a letter runs on all later GPUs, too, where the driver, which compiles it, is not older than the
+    toolkit.
+
+    Args:
+        capability: the GPU's compute capability.
+        built_for: as TORCH_CUDA_ARCH_LIST has it, "8.0 9.0a 12.0+PTX".
+        toolkit, driver: their versions of CUDA, 13000 for 13.0.
+    """
+    for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", built_for):
+        built = int(major), int(minor)
+        related = capability[0] == built[0] or (ptx and not letter and driver >= toolkit)
+        if capability == built or (capability > built and letter != "a" and related):
+            return True
+    return False
+
+
+def _cuda_build() -> tuple[str, int, int]:
+    """What the CUDA library was built for, with which CUDA, and the CUDA of the driver."""
+    ops = torch.ops.effnet_kernels_cuda
+    return _ask(ops.built_for), _ask(ops.toolkit), _ask(ops.driver)
+
+
+def _release(version: int) -> str:
+    """13.0 of 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _ask(op: Any, *args: Any) -> Any:

@@ -49,10 +49,10 @@ def cuda_fault() -> str | None:
         command = [sys.executable, "-c", code, str(native._CUDA_LIBRARY)]
         loaded = subprocess.run(command, capture_output=True, text=True, check=False)
         return None if loaded.returncode == 0 else loaded.stderr.strip().splitlines()[-1]
-    from setup import NoCudaError, architecture_flags, find_nvcc
+    from setup import NoCudaError, asked_architectures, find_nvcc
 
     try:
-        nvcc, _ = find_nvcc(), architecture_flags()
+        (nvcc, _), _ = find_nvcc(), asked_architectures()
     except NoCudaError:
         return None
     return f"there is {nvcc}, but the library was not built (see `make build`)"

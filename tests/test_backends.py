@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from effnet_kernels import functional as F
 from effnet_kernels.backends import (
@@ -17,6 +18,7 @@ from effnet_kernels.backends import (
     backends,
     check_backend,
     implementation,
+    place,
     requested,
     use_backend,
 )
@@ -84,8 +86,15 @@ def test_auto_takes_each_op_in_its_own_order(order, monkeypatch):
             monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{op}.{name}", backend)
     module._resolve.cache_clear()
     assert implementation(Problem("fused_mbconv", "cuda", torch.float16)) == order[0]
-    assert implementation(Problem("mbconv", "cuda", torch.float16)) == order[1]
+    assert implementation(Problem("mbconv", "cuda:1", torch.float16)) == order[1]
     module._resolve.cache_clear()
+
+
+def test_a_problem_says_on_which_gpu_it_is():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for device in ("cpu", "meta", "cuda:0", "cuda:1"):
+            assert place(torch.empty(1, device=device)) == device
+    assert PROBLEM._replace(device="cuda:1").device_type == "cuda"
 
 
 def test_a_named_backend_is_always_worth_calling():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import setup
 from effnet_kernels import native
 from tests.conftest import cuda_fault
 
@@ -28,6 +29,7 @@ LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
 # Stand for a compiler that finds no fault and links to this package's CPU library, and for nvcc.
 COMPILER = """#!/bin/sh
+echo "$@" >> "$0.log"
 while [ $# -gt 1 ]; do
   case "$1 $2" in
   "-o "*.so) cp {library} "$2";;
@@ -199,6 +201,86 @@ def test_both_libraries_are_built_anew(tree, required):
     assert tree.libraries() == [*LIBRARIES]
 
 
+def test_the_cuda_library_says_what_it_is_built_for(tree):
+    tree.faultless()
+    tree.nvcc()
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "7.5 8.0;9.0a+PTX"
+    assert tree.build(required=True).returncode == 0
+    commands = (tree.bin / "faultless.log").read_text().splitlines()
+    kernels = [command for command in commands if ".cu -o" in command]
+    bindings = [command for command in commands if "csrc/bindings_cuda" in command and " -c " in command]
+    assert kernels
+    assert bindings
+    for command in kernels:
+        assert re.findall(",code=([a-z0-9_]+)", command) == ["sm_80", "sm_90a", "compute_90a"]
+    assert all('-DEFFNET_CUDA_ARCHITECTURES="8.0 9.0a+PTX"' in command for command in bindings)
+
+
+@pytest.fixture
+def toolkits(tree, monkeypatch):
+    """Installs stand-ins of toolkits; those not on PATH nor in CUDA_HOME are found for a portable wheel only."""
+
+    def install(folder: str, release: str, unknown: str = "none") -> Path:
+        nvcc = tree.root / folder / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\ncase $* in *compute_{unknown}*) exit 1;; esac\necho release {release}\n")
+        nvcc.chmod(0o755)
+        return nvcc
+
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tree.root / "wheels"))
+    monkeypatch.setattr(os, "environ", tree.environment)
+    monkeypatch.setattr(setup, "INSTALLED", tree.root)
+    monkeypatch.setitem(tree.environment, "TORCH_CUDA_ARCH_LIST", "8.0 12.0+PTX")
+    tree.nvcc()
+    return install
+
+
+def test_a_portable_wheel_takes_the_newest_toolkit_for_older_drivers(tree, toolkits, monkeypatch):
+    on_path = tree.bin / "nvcc", (13, 0)
+    toolkits("cuda-11.8", "11.8")
+    toolkits("cuda-12.6", "12.6", unknown="120")
+    toolkits("cuda-13.2", "13.2")
+    monkeypatch.setattr(setup, "PORTABLE", True)
+    assert setup.find_nvcc() == on_path, "no other one knows all architectures"
+    toolkits("cuda-12.8", "12.8")
+    newest = toolkits("cuda-12.10", "12.10")
+    toolkits("wheels/nvidia/cu12", "12.9")
+    assert setup.find_nvcc() == (newest, (12, 10))
+    monkeypatch.setattr(setup, "PORTABLE", False)
+    assert setup.find_nvcc() == on_path, "as it was told"
+    monkeypatch.setattr(setup, "PORTABLE", True)
+    told = toolkits("told", "13.1")
+    monkeypatch.setitem(tree.environment, "CUDA_HOME", str(told.parents[1]))
+    assert setup.find_nvcc() == (told, (13, 1))
+
+
+def test_a_portable_wheel_that_needs_a_new_driver_says_so(tree):
+    tree.faultless()
+    tree.nvcc()
+    tree.environment["CUDA_HOME"] = str(tree.root / "home")
+    (tree.root / "home").mkdir()
+    (tree.root / "home" / "bin").symlink_to(tree.bin)
+    warning = "the wheel will need NVIDIA driver 580 or newer"
+    assert warning not in tree.build(required=True).stdout
+    tree.environment["EFFNET_KERNELS_PORTABLE"] = "1"
+    assert warning in tree.build(required=True).stdout
+    tree.nvcc(version="echo release 12.8")
+    assert warning not in tree.build(required=True).stdout
+
+
+def test_the_runtime_is_of_the_compilers_version(tree, monkeypatch):
+    """Torch's wheels have the headers and the runtime where the toolkit has none, but for one version of CUDA only."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tree.root))
+    runtime = tree.root / "nvidia" / "cu13" / "lib" / "libcudart_static.a"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    tree.nvcc()
+    (tree.bin / "toolkit" / "lib64" / "libcudart_static.a").unlink()
+    assert setup.cuda_folders(tree.bin / "nvcc", 13)[1] == runtime
+    with pytest.raises(RuntimeError, match=r"libcudart_static\.a is in none of"):
+        setup.cuda_folders(tree.bin / "nvcc", 12)
+
+
 with_make = pytest.mark.skipif(
     shutil.which("make") is None or not [*importlib.metadata.Distribution.discover(name="pip")],
     reason="make or pip is not installed",
@@ -235,6 +317,7 @@ def test_make_notices_every_change_and_every_error(tree):
     assert tree.libraries() == ["_native_cpu.so"]
     assert not tree.changed()
     assert re.search("EFFNET_KERNELS_REQUIRE_NATIVE=1 .*pytest", tree.run("make", "--dry-run", "test").stdout)
+    assert re.search("EFFNET_KERNELS_PORTABLE=1 .*-m build", tree.run("make", "--dry-run", "wheel").stdout)
 
     source, library = tree.root / "csrc" / "cpu" / "scratch.cpp", tree.root / "effnet_kernels" / "_native_cpu.so"
     before, times = source.read_text(), source.stat()

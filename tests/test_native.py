@@ -1,4 +1,4 @@
-"""Loading the native library, and choosing its instruction set."""
+"""Loading the native libraries, choosing an instruction set, and telling which GPUs there is code for."""
 
 import contextlib
 import os
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from effnet_kernels import native
+from effnet_kernels.backends import Problem
+from effnet_kernels.ops import native_cuda
 
 
 @pytest.fixture
@@ -119,3 +121,84 @@ def test_the_package_works_without_the_library():
         "print(tuple(y.shape), backends()['cpu'][0])"
     )
     assert run_python(code) == "(1, 3, 4, 4) False"
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "served", "refused"),
+    [
+        ("8.0", 13000, [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("8.6", 13000, [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("9.0a", 13000, [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        ("10.0f", 13000, [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("8.0+PTX", 13000, [(8, 0), (8, 9), (9, 0), (12, 1)], [(7, 5)]),
+        ("8.0+PTX", 13010, [(9, 0)], []),
+        ("8.0+PTX", 12090, [(8, 0), (8, 9)], [(9, 0), (12, 1)]),  # an older driver compiles no newer PTX
+        ("9.0a+PTX", 13000, [(9, 0)], [(9, 1), (10, 0)]),
+        ("10.0f+PTX", 13000, [(10, 3)], [(9, 0), (12, 0)]),
+        ("8.0 8.6 8.9 9.0a 10.0a 12.0+PTX", 13000, [(8, 7), (9, 0), (10, 0), (12, 1), (13, 0)], [(7, 0), (10, 3)]),
+    ],
+)
+def test_which_gpus_there_is_code_for(built_for, driver, served, refused):
+    assert all(native.has_code(gpu, built_for, 13000, driver) for gpu in served)
+    assert not any(native.has_code(gpu, built_for, 13000, driver) for gpu in refused)
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Sets what GPUs (by their capabilities), CUDA library and driver there are; what this machine has is not seen."""
+
+    def forget():
+        native._cuda_library.cache_clear()
+        native.cuda_serves.cache_clear()
+
+    def install(capabilities, built_for="8.0 9.0a", toolkit=13000, driver=13000):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        monkeypatch.setattr(native, "_cuda_build", lambda: (built_for, toolkit, driver))
+        forget()
+
+    (tmp_path / "_native_cuda.so").touch()
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "_native_cuda.so")
+    for module in (native, native_cuda):
+        monkeypatch.setattr(module, "cuda_emulated", lambda: False)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    yield install
+    forget()
+
+
+def test_a_gpu_without_code_costs_no_other_one_its_backend(gpus):
+    gpus([(7, 0), (9, 0)])
+    assert native.cuda_available() == (True, "CUDA C++, built with CUDA 13.0 for 8.0 9.0a")
+    problem = Problem("mbconv", "cuda:1", torch.float16, (3, 3))
+    assert native_cuda.supports(problem) == (True, "any shape")
+    missing = "_native_cuda.so has no code for GPU 0, compute capability 7.0: it was built for 8.0 9.0a"
+    assert native_cuda.supports(problem._replace(device="cuda:0")) == (False, missing)
+    assert native_cuda.supports(problem._replace(device="cpu")) == (False, "the tensors are on cpu")
+    gpus([(7, 0), (12, 0)], built_for="8.0 9.0a+PTX")
+    available, reason = native.cuda_available()
+    assert not available
+    assert re.fullmatch(r".* GPU 0, compute capability 7\.0: .*; .* GPU 1, compute capability 12\.0: .*", reason)
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "needed"),
+    [
+        (13000, 12080, "CUDA 13.0, which needs NVIDIA driver 580 or newer; this one is for CUDA 12.8"),
+        (12080, 11080, "CUDA 12.8, which needs NVIDIA driver 525 or newer; this one is for CUDA 11.8"),
+        (14010, 13020, "CUDA 14.1, which needs a newer NVIDIA driver; this one is for CUDA 13.2"),
+    ],
+)
+def test_a_driver_that_is_too_old(gpus, toolkit, driver, needed):
+    gpus([(9, 0)], toolkit=toolkit, driver=driver)
+    assert native.cuda_available() == (False, f"_native_cuda.so was built with {needed}")
+
+
+def test_an_older_driver_of_the_same_major_version(gpus):
+    gpus([(9, 0), (12, 0)], built_for="8.0+PTX 9.0a", toolkit=12080, driver=12040)
+    assert native.cuda_available() == (True, "CUDA C++, built with CUDA 12.8 for 8.0+PTX 9.0a")
+    served, reason = native.cuda_serves("cuda:1")
+    assert not served
+    assert reason.endswith("for 8.0+PTX 9.0a, and a driver for CUDA 12.4 compiles no PTX of CUDA 12.8")

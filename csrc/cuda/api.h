@@ -111,9 +111,6 @@ struct MeanParams {
 };
 Status launch_mean(const MeanParams& p, cudaStream_t stream);
 
-// Whether this library has code for the current device.
-cudaError_t find_code();
-
 // ---- pointwise_conv_bn_act.cu ----------------------------------------------------------------------------
 
 struct PointwiseParams {

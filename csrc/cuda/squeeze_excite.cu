@@ -245,11 +245,4 @@ Status launch_mean(const MeanParams& p, cudaStream_t stream) {
   return launch<mean_kernel>(ceil_div(p.n * p.c, int64_t{kMeanThreads}), kMeanThreads, 0, stream, p);
 }
 
-#if !defined(CUDA_EMULATION)
-cudaError_t find_code() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, mean_kernel);
-}
-#endif
-
 }  // namespace effnet::cuda

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import accelerates
+from effnet_kernels.backends import accelerates, place
 from effnet_kernels.modules import program
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.program import BACKEND_ATTRIBUTE
@@ -268,7 +268,7 @@ def fuse_all(
 def _is_worth_it(plan: Plan, x: Tensor, backend: str) -> bool:
     """Whether a backend was named, or one does better than the stock forward."""
     kernel, stride, _ = getattr(plan, "geometry", ((1, 1), (1, 1), None))
-    return accelerates(backend, _OPS[type(plan)], x.device.type, _dtype(x), kernel, stride)
+    return accelerates(backend, _OPS[type(plan)], place(x), _dtype(x), kernel, stride)
 
 
 def _train(plan: Plan, x: Tensor, backend: str) -> Tensor | None:

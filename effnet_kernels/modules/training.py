@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import serves
+from effnet_kernels.backends import place, serves
 from effnet_kernels.modules.reading import Geometry, padding_for
 from effnet_kernels.training import ConvBNAct, conv_block, update_running_statistics
 
@@ -40,7 +40,7 @@ def train(chain: Chain, x: Tensor, dtype: torch.dtype, residual: bool, backend: 
     BatchNorms in eval mode normalise by their running statistics. ``dtype``: that of the convolutions.
     ``residual``: add x at the end.
     """
-    if x.dim() != 4 or not serves(backend, "conv_block_train", x.device.type, dtype):
+    if x.dim() != 4 or not serves(backend, "conv_block_train", place(x), dtype):
         return None
     size, layers, counts = list(x.shape), [], []
     for ((weight, bn), geometry, act), norm in zip(chain.layers, chain.norms, strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.backends import Problem
-from effnet_kernels.native import cuda_emulated
+from effnet_kernels.native import cuda_emulated, cuda_serves
 from effnet_kernels.ops.common import to_nhwc
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,11 +18,11 @@ STRIDES = ((1, 1), (2, 2))
 
 def supports(problem: Problem) -> tuple[bool, str]:
     """Device and dtype."""
-    if problem.device != ("cpu" if cuda_emulated() else "cuda"):
+    if problem.device_type != ("cpu" if cuda_emulated() else "cuda"):
         return False, f"the tensors are on {problem.device}"
     if problem.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have CUDA kernels"
-    return True, "any shape"
+    return (True, "any shape") if cuda_emulated() else cuda_serves(problem.device)
 
 
 def supports_depthwise(problem: Problem) -> tuple[bool, str]:

@@ -39,15 +39,16 @@ HARDSIGMOID = tl.constexpr(CODES["hardsigmoid"])
 
 def supports(problem: Problem) -> tuple[bool, str]:
     """Device and dtype; the kernels take every shape, kernel size, stride and padding."""
-    if problem.device != ("cpu" if INTERPRETED else "cuda"):
+    if problem.device_type != ("cpu" if INTERPRETED else "cuda"):
         return False, f"the tensors are on {problem.device}"
     if problem.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have Triton kernels"
-    if problem.dtype == torch.bfloat16 and not INTERPRETED:
-        # Any visible GPU may be the one of the call; Triton has no bfloat16 before compute capability 8.0.
-        for i in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_capability(i) < (8, 0):
-                return False, f"bfloat16 needs compute capability 8.0, {torch.cuda.get_device_name(i)} has less"
+    if not INTERPRETED:
+        index = torch.device(problem.device).index
+        what, least = ("bfloat16", (8, 0)) if problem.dtype == torch.bfloat16 else ("Triton", (7, 5))
+        if torch.cuda.get_device_capability(index) < least:
+            needed = f"{what} needs compute capability {least[0]}.{least[1]}"
+            return False, f"{needed}, {torch.cuda.get_device_name(index)} has less"
     return True, "any shape"
 
 

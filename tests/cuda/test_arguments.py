@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from effnet_kernels.native import _cuda_build
 from effnet_kernels.ops.common import Op
-from tests.ops.device import native, on_device
+from tests.ops.device import DEVICE, native, on_device
 from tests.ops.inputs import SAMPLES, sample
 from tests.ops.test_native_arguments import _describe, spoiled
 
@@ -78,3 +79,12 @@ def test_a_row_too_long_for_the_depthwise_kernel_is_refused():
         torch.ops.effnet_kernels_cuda.depthwise_conv_bn_act(
             out, mean, x, weight, [vector] * 4, 1e-5, [1, 1], [1, 1, 1, 1], "relu", False
         )
+
+
+def test_the_library_says_what_it_was_built_for():
+    built_for, toolkit, driver = _cuda_build()
+    if DEVICE == "cpu":
+        assert built_for == "8.0", "of tests/emulation/build.py"
+    assert re.fullmatch(r"(\d+\.\d[af]?(\+PTX)? ?)+", built_for)
+    assert toolkit >= 12000
+    assert DEVICE == "cpu" or driver // 1000 >= toolkit // 1000

@@ -227,7 +227,8 @@ def load(asan: bool | None = None) -> ModuleType:
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     csrc = ROOT / "csrc"
     sources = [(source, KERNEL_FLAGS) for source in sorted(csrc.glob("cuda/*.cu"))]
-    sources += [(source, torch_flags) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]  # as for a GPU
+    as_for_a_gpu = [*torch_flags, '-DEFFNET_CUDA_ARCHITECTURES="8.0"']
+    sources += [(source, as_for_a_gpu) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
     sources.append((HERE / "torch.cpp", ["-DCUDA_EMULATION", *torch_flags[:2]]))
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f"-Wl,--wrap={function}" for function in TORCH)]
     asan = asan_is_loaded() if asan is None else asan

@@ -29,6 +29,7 @@ def fresh(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton_common, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
@@ -71,7 +72,7 @@ def other_vendor(monkeypatch):
     [
         (missing, "Triton is not installed"),
         (too_old, r"Triton 3\.1\.0 is older than 3\.4"),
-        (old_gpu, "a GPU is older than compute capability 7.5"),
+        (old_gpu, r"no GPU here has compute capability 7\.5"),
         (no_gpu, "no NVIDIA GPU"),
         (other_vendor, "no NVIDIA GPU"),
     ],
@@ -93,6 +94,25 @@ def test_bfloat16_needs_ampere(monkeypatch):
         implementation(problem, "triton")
     assert "triton" not in implementation(problem).__module__  # where there is a GPU, CUDA C++ may serve
     assert implementation(CUDA, "triton") is not reference.run
+
+
+def test_an_old_gpu_costs_no_other_one_its_backend(monkeypatch):
+    """Each is asked on its own; a problem that names none is on the current one."""
+    capabilities, current = [(7, 0), (7, 5), (9, 0)], [2]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert backends()["triton"][0]
+    wide = CUDA._replace(dtype=torch.bfloat16)
+    for problem in (CUDA, wide, wide._replace(device="cuda:2"), CUDA._replace(device="cuda:1")):
+        assert implementation(problem, "triton") is triton.run
+    with pytest.raises(RuntimeError, match=r"on cuda:1 .*bfloat16 needs compute capability 8\.0, a GPU has less"):
+        implementation(wide._replace(device="cuda:1"), "triton")
+    with pytest.raises(RuntimeError, match=r"on cuda:0 .*Triton needs compute capability 7\.5, a GPU has less"):
+        implementation(CUDA._replace(device="cuda:0"), "triton")
+    current[0] = 0
+    with pytest.raises(RuntimeError, match="on cuda:0 "):
+        implementation(CUDA, "triton")
 
 
 def test_tensors_elsewhere_are_refused_by_name():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.backends import Problem, implementation, place
 from effnet_kernels.ops.common import LIBRARY, define, empty_nhwc, to_nhwc, without_autocast
 from effnet_kernels.ops.conv_block_train import block, reference
 from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite, wide_dtype, work
@@ -77,7 +77,7 @@ def _split(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
 
 def problem(x: Tensor) -> Problem:
     """Blocks differ in nothing that a backend is asked about."""
-    return Problem("conv_block_train", x.device.type, x.dtype)
+    return Problem("conv_block_train", place(x), x.dtype)
 
 
 def _run_forward(x: Tensor, *rest: Any) -> Any:

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc, register
 from effnet_kernels.ops.depthwise_conv_bn_act import reference
 
@@ -17,7 +17,7 @@ def fake(x, weight, bn, eps, stride, padding, act, with_mean) -> tuple[Tensor, T
 
 def problem(x: Tensor, weight: Tensor, bn: object, eps: float, stride: list[int], *_: object) -> Problem:
     kernel = (weight.shape[2], weight.shape[3])
-    return Problem("depthwise_conv_bn_act", x.device.type, x.dtype, kernel, (stride[0], stride[1]))
+    return Problem("depthwise_conv_bn_act", place(x), x.dtype, kernel, (stride[0], stride[1]))
 
 
 op = register(

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc, register
 from effnet_kernels.ops.fused_mbconv import reference
 
@@ -16,7 +16,7 @@ def fake(  # type: ignore[no-untyped-def]
 
 def problem(x: Tensor, weight: Tensor, bn: object, eps: float, stride: list[int], *_: object) -> Problem:
     kernel = (weight.shape[2], weight.shape[3])
-    return Problem("fused_mbconv", x.device.type, x.dtype, kernel, (stride[0], stride[1]))
+    return Problem("fused_mbconv", place(x), x.dtype, kernel, (stride[0], stride[1]))
 
 
 op = register(

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc, register
 from effnet_kernels.ops.mbconv import reference
 
@@ -19,7 +19,7 @@ def problem(
     weight: Tensor, bn: object, eps: float, stride: list[int], *_: object,
 ) -> Problem:  # fmt: skip
     kernel = (weight.shape[2], weight.shape[3])
-    return Problem("mbconv", x.device.type, x.dtype, kernel, (stride[0], stride[1]))
+    return Problem("mbconv", place(x), x.dtype, kernel, (stride[0], stride[1]))
 
 
 op = register(

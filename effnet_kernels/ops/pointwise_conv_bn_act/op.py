@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import empty_nhwc, register
 from effnet_kernels.ops.pointwise_conv_bn_act import reference
 
@@ -12,7 +12,7 @@ def fake(x, weight, bn, eps, act, gate, residual, pool) -> Tensor:  # type: igno
 
 
 def problem(x: Tensor, *_: object) -> Problem:
-    return Problem("pointwise_conv_bn_act", x.device.type, x.dtype)
+    return Problem("pointwise_conv_bn_act", place(x), x.dtype)
 
 
 op = register(

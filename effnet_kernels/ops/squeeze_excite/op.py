@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import empty_nhwc, register
 from effnet_kernels.ops.squeeze_excite import reference
 
@@ -10,7 +10,7 @@ def fake(x, se, act, gate) -> Tensor:  # type: ignore[no-untyped-def]
 
 
 def problem(x: Tensor, *_: object) -> Problem:
-    return Problem("squeeze_excite", x.device.type, x.dtype)
+    return Problem("squeeze_excite", place(x), x.dtype)
 
 
 op = register(

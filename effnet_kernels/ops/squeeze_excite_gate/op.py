@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.backends import Problem, place
 from effnet_kernels.ops.common import register
 from effnet_kernels.ops.squeeze_excite_gate import reference
 
@@ -11,7 +11,7 @@ def fake(mean, se, act, gate) -> Tensor:  # type: ignore[no-untyped-def]
 
 
 def problem(mean: Tensor, *_: object) -> Problem:
-    return Problem("squeeze_excite_gate", mean.device.type, mean.dtype)
+    return Problem("squeeze_excite_gate", place(mean), mean.dtype)
 
 
 op = register(
