@@ -4,36 +4,20 @@ import re
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from effnet_kernels.native import _cuda_build
 from effnet_kernels.ops.common import Op
-from tests.ops.device import DEVICE, native, on_device
+from tests.cuda.tools import native_call
+from tests.ops.device import DEVICE, on_device
 from tests.ops.inputs import SAMPLES, sample
 from tests.ops.test_native_arguments import _describe, spoiled
 
 
-class Record(TorchDispatchMode):
-    """Keeps the arguments of native ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "effnet_kernels_cuda":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", SAMPLES)
-def test_bad_arguments_are_refused(name, monkeypatch):
+def test_bad_arguments_are_refused(name):
     """An exception that names the argument, whatever is wrong with whichever; and the good ones still work."""
-    with monkeypatch.context() as patch, torch.no_grad(), Record() as record:
-        patch.setattr(Op, "__call__", Op.run)
-        native(sample(name)).call("cuda")
-    ((op, args),) = record.calls
+    op, args = native_call(name)
     good = list(args)
     names = re.compile(rf"\b({'|'.join(a.name for a in op._schema.arguments)})\b[^,:]* (must|is no activation)")
     taken, unnamed = [], []

@@ -73,6 +73,6 @@ def one_multiprocessor(emulation):
 @pytest.mark.parametrize(("file", "line", "witnesses"), BARRIERS)
 def test_a_barrier_that_is_forgotten_is_a_race(file, line, witnesses, one_multiprocessor):
     one_multiprocessor.forget_barrier(f"csrc/cuda/{file}", line)
+    runs = [problem(case) for case in witnesses]
     with pytest.raises(RuntimeError, match=r"without a barrier in between$|to which a cp\.async is under way$"):
-        for run in map(problem, witnesses):
-            run()
+        [run() for run in runs]

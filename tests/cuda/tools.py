@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from effnet_kernels.ops.common import Op
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, fits, hostile
 from tests.ops.device import native
-from tests.ops.inputs import build
+from tests.ops.inputs import build, sample
 
 
 def check(case: Case, dtype: torch.dtype, emulation: ModuleType | None, seeds: int = 2) -> None:
@@ -33,3 +35,25 @@ def cycled(kind: type[Case]) -> list[Any]:
         for i, case in enumerate(hostile(kind))
         for dtype in ([t for t in DTYPES if fits(case, t)][i % sum(fits(case, t) for t in DTYPES)],)
     ]
+
+
+class Record(TorchDispatchMode):
+    """Keeps the arguments of native ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "effnet_kernels_cuda":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def native_call(name: str) -> tuple[torch._ops.OpOverload, tuple]:
+    """The native op that the sample of this name calls, and its arguments, outputs first; they have been computed."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Record() as record:
+        patch.setattr(Op, "__call__", Op.run)
+        native(sample(name)).call("cuda")
+    ((op, args),) = record.calls
+    return op, args

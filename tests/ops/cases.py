@@ -55,13 +55,19 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Window(Case):
-    """A spatial convolution. ``padding``: none, same, tf (TensorFlow's SAME), or more than the kernel needs."""
+    """A spatial convolution.
+
+    ``padding``: none, same, tf (TensorFlow's SAME), more than the kernel needs; or top, bottom, left, right.
+    """
 
     kernel: tuple[int, int] = (3, 3)
     stride: tuple[int, int] = (1, 1)
-    padding: str = "same"
+    padding: str | tuple[int, int, int, int] = "same"
 
     def pads(self) -> tuple[int, int, int, int]:
+        if not isinstance(self.padding, str):
+            return self.padding
+
         def one(size: int, kernel: int, stride: int) -> tuple[int, int]:
             if self.padding == "tf":
                 total = max((-(-size // stride) - 1) * stride + kernel - size, 0)

@@ -3,6 +3,8 @@
 // and misaligned accesses; and on request it counts what an access costs.
 #pragma once
 
+#include <pthread.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -42,7 +44,7 @@ class Accesses {
   // ---- called by the kernel ----
 
   void access(const void* pointer, std::size_t bytes, bool write, const void* pc) {
-    if (thread_ >= 0) visit(static_cast<const unsigned char*>(pointer), bytes, write, pc);
+    if (inside()) visit(static_cast<const unsigned char*>(pointer), bytes, write, pc);
   }
   // A cp.async has started: until it is finished nobody may touch the 16 bytes.
   void start_copy(const void* shared, const void* global, int valid_bytes, const void* pc);
@@ -74,6 +76,8 @@ class Accesses {
     bool shared = false;
   };
 
+  // Whether a kernel runs, and it is this thread of the operating system that runs it: others may launch meanwhile.
+  bool inside() const { return thread_ >= 0 && pthread_equal(pthread_self(), owner_); }
   void visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc);
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);
   void check(const Cell& cell, bool write, std::uint32_t pc);
@@ -85,6 +89,7 @@ class Accesses {
   static std::uint32_t relative(const void* pc);
 
   int thread_ = -1;  // that runs; -1: none
+  pthread_t owner_{};
   std::uint32_t epoch_ = 0, block_ = 0;
   std::uint32_t syncs_[32] = {};
   std::shared_ptr<Shadow> shadow_;

@@ -35,6 +35,7 @@ void Accesses::open(const void* kernel, const void* arguments, std::size_t argum
   std::tie(shared_begin_, shared_end_) = block_memory.all();
   if (static_cast<std::size_t>(shared_end_ - shared_begin_) > 4 * Shadow::kWords)
     throw Error("the kernels have more static shared memory than the emulation watches");
+  owner_ = pthread_self();
   kernel_ = relative(kernel);
   arguments_ = {reinterpret_cast<std::uintptr_t>(arguments),
                 reinterpret_cast<std::uintptr_t>(arguments) + argument_bytes};
@@ -116,7 +117,6 @@ void Accesses::record(Cell& cell, bool write, std::uint32_t pc) {
 }
 
 void Accesses::start_copy(const void* shared, const void* global, int valid_bytes, const void* pc) {
-  if (thread_ < 0) return;
   access(shared, 16, true, pc);
   if (valid_bytes > 0) access(global, static_cast<std::size_t>(valid_bytes), false, pc);
   const std::size_t first = (static_cast<const unsigned char*>(shared) - shared_begin_) / 4;
@@ -146,7 +146,7 @@ void Accesses::race(bool write, std::uint32_t pc, int other, const char* others,
 }
 
 void Accesses::misaligned(const void* pointer, std::size_t bytes) {
-  if (thread_ >= 0) scheduler.fail("accesses %p, which is not aligned to %zu bytes", pointer, bytes);
+  if (inside()) scheduler.fail("accesses %p, which is not aligned to %zu bytes", pointer, bytes);
 }
 
 // ---- costs ---------------------------------------------------------------------------------------------

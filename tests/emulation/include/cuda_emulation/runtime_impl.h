@@ -153,7 +153,10 @@ void* Runtime::allocate(std::size_t bytes, cudaStream_t stream) {
   return memory;
 }
 
-void Runtime::free(void* memory) { free(memory, memory_.at(memory).second); }
+void Runtime::free(void* memory) {
+  const std::lock_guard lock(mutex_);
+  free(memory, memory_.at(memory).second);
+}
 
 void Runtime::free(void* memory, cudaStream_t stream) {
   const std::lock_guard lock(mutex_);

@@ -1,0 +1,141 @@
+"""What the bindings do with devices, threads, streams and temporaries: those of a GPU, on an emulated runtime."""
+
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from tests.cuda.tools import native_call
+from tests.ops.cases import Fused
+from tests.ops.device import native
+from tests.ops.inputs import SAMPLES, build
+
+H100 = 90
+
+
+@pytest.fixture(autouse=True)
+def runtime(emulation: ModuleType | None) -> Iterator[ModuleType]:
+    """The emulation, with nothing in use."""
+    if emulation is None:
+        pytest.skip("a GPU has its own runtime")
+    emulation.forget_contexts()
+    yield emulation
+    emulation.set_device(H100)
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """What the function returns or raises in a thread of its own."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+def call_on(device: int, op: Any, args: tuple) -> list[torch.Tensor]:
+    """What the op writes, called with the arguments on that device."""
+    args = tree_map_only(torch.Tensor, torch.Tensor.clone, args)
+    op(*tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, device), args))
+    return [x for x, argument in zip(args, op._schema.arguments, strict=True) if argument.is_write]
+
+
+def outputs(op: Any, args: tuple) -> list[torch.Tensor]:
+    return [x for x, argument in zip(args, op._schema.arguments, strict=True) if argument.is_write]
+
+
+def test_asking_what_there_is_code_for_uses_no_device(runtime):
+    ops = torch.ops.effnet_kernels_cuda
+    assert in_thread(lambda: (ops.built_for(), ops.toolkit() > 0, ops.driver() > 0)) == ("8.0", True, True)
+    assert runtime.contexts() == set()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_call_uses_the_device_of_its_tensors_alone(name, runtime):
+    """In a thread that never chose a device, which is to be on device 0 still, as torch sees it."""
+    op, args = native_call(name)
+    runtime.forget_contexts()
+    results, device = in_thread(lambda: (call_on(1, op, args), runtime.torch_device()))
+    assert runtime.contexts() == {1}
+    assert device == 0
+    assert all(map(torch.equal, results, outputs(op, args)))
+
+
+def test_the_device_that_a_thread_was_on_is_current_again(runtime):
+    op, args = native_call("mbconv")
+
+    def run() -> tuple[int, int]:
+        runtime.set_device(80)
+        call_on(4, op, args)
+        return runtime.current_device(), runtime.torch_device()
+
+    assert in_thread(run) == (0, 0)
+    assert runtime.contexts() >= {0, 4}
+
+
+# In half the shared memory of an H100 the first takes more than the second, and both more than 48 KB: in one kernel.
+LARGE, SMALL = (native(build(Fused(1, hw, cin=64, mid=64, cout=64), torch.float32)) for hw in ((16, 8), (8, 8)))
+
+
+def test_threads_do_not_take_shared_memory_from_each_other(runtime):
+    """A kernel's limit holds for all threads: here each rests between raising it and its launch."""
+
+    def run(problem: Any) -> None:
+        runtime.set_device(H100)
+        for _ in range(4):
+            problem.call("cuda")
+
+    runtime.set_pause(0.02)
+    errors: list[BaseException] = []
+    hook, threading.excepthook = threading.excepthook, lambda args: errors.append(args.exc_value)
+    try:
+        with torch.no_grad():
+            threads = [threading.Thread(target=run, args=(problem,)) for problem in (LARGE, SMALL) * 2]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        threading.excepthook = hook
+        runtime.set_pause(0)
+    assert not errors, errors[0]
+
+
+@torch.no_grad()
+def test_every_device_has_limits_of_its_own(runtime):
+    expected = LARGE.call("cuda")
+    for capability in (100, 90, 100):
+        runtime.set_device(capability)
+        assert all(map(torch.equal, LARGE.call("cuda"), expected))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_launches_may_wait_until_the_call_has_returned(name, runtime):
+    """Also when its temporaries are freed, and on another stream than the default one."""
+    op, args = native_call(name)
+    expected = [x.clone() for x in outputs(op, args)]
+    for stream in (0, 1):
+        runtime.set_torch_stream(3, stream)
+        runtime.defer(True)
+        try:
+            for out in outputs(op, args):
+                out.fill_(-1)
+            op(*args)
+            assert any((out == -1).all() for out in outputs(op, args) if out.numel()), "nothing waits"
+            runtime.synchronize()
+        finally:
+            runtime.defer(False)
+            runtime.set_torch_stream(3, 0)
+        assert all(map(torch.equal, outputs(op, args), expected))
