@@ -29,10 +29,19 @@ def emulation():
 
 def launch(module, name: str, values, size: int, *, seed: int = 0, **how) -> np.ndarray:
     """Runs a kernel of fixtures.cu; what it does not write is NaN."""
-    out = np.full(size, np.nan, np.float32)
+    values = np.asarray(values, np.float32).ravel()
+    copy, out = aligned(values.size), aligned(size)
+    copy[:], out[:] = values, np.nan
     module.set_seed(seed)
-    module.run(name, np.ascontiguousarray(values, np.float32).ravel(), out, **how)
+    module.run(name, copy, out, **how)
     return out
+
+
+def aligned(size: int) -> np.ndarray:
+    """Memory that begins at a sector, as a GPU's does."""
+    memory = np.empty(size + 16, np.float32)
+    first = -memory.ctypes.data // 4 % 16
+    return memory[first : first + size]
 
 
 def integers(*shape: int, seed: int = 0) -> np.ndarray:

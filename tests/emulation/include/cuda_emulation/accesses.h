@@ -76,7 +76,8 @@ class Accesses {
     bool shared = false;
   };
 
-  // Whether a kernel runs, and it is this thread of the operating system that runs it: others may launch meanwhile.
+  // Whether a kernel runs, and it is this thread of the operating system that runs it: others may launch
+  // meanwhile.
   bool inside() const { return thread_ >= 0 && pthread_equal(pthread_self(), owner_); }
   void visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc);
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);

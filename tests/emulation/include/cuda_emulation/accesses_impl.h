@@ -181,29 +181,29 @@ void Accesses::end_block() {
     Cost& cost = costs_[{kernel_, {pc, request.shared}}];
     cost.shared = request.shared;
     ++cost.requests;
-    const unsigned unit = request.shared ? 128 : 32;
-    cost.ideal += (__builtin_popcount(request.lanes) * request.bytes + unit - 1) / unit;
     if (request.shared) {
       // A wavefront serves as many lanes as fill the banks; lanes that want the same word share it.
       const int at_once = request.bytes <= 4 ? 32 : 128 / request.bytes;
       for (int first = 0; first < 32; first += at_once) {
-        std::set<std::uintptr_t> words[32];
+        std::set<std::uintptr_t> of_bank[32];
+        std::size_t most = 0, words = 0;
         for (int lane = first; lane < first + at_once; ++lane) {
           if (!(request.lanes >> lane & 1)) continue;
           const std::uintptr_t address = request.addresses[lane];
           for (std::uintptr_t word = address / 4; 4 * word < address + request.bytes; ++word)
-            words[word % 32].insert(word);
+            words += of_bank[word % 32].insert(word).second;
         }
-        std::size_t most = 0;
-        for (const auto& of_bank : words) most = std::max(most, of_bank.size());
+        for (const auto& bank : of_bank) most = std::max(most, bank.size());
         cost.transactions += most;
+        cost.ideal += (words + 31) / 32;
       }
     } else {
-      std::set<std::uintptr_t> sectors;
-      for (int lane = 0; lane < 32; ++lane) {
-        if (request.lanes >> lane & 1) sectors.insert(request.addresses[lane] / 32);
-      }
+      std::set<std::uintptr_t> different, sectors;
+      for (int lane = 0; lane < 32; ++lane)
+        if (request.lanes >> lane & 1) different.insert(request.addresses[lane]);
+      for (const std::uintptr_t address : different) sectors.insert(address / 32);
       cost.transactions += sectors.size();
+      cost.ideal += (different.size() * request.bytes + 31) / 32;
     }
   }
   requests_.clear();

@@ -98,22 +98,6 @@ CUDA_EMULATION_HOST_CODE void perform_mma_m16n8k16(void* const* operands, unsign
     for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-// ---- asynchronous copies --------------------------------------------------------------------------------
-
-// The copies of the oldest group take place.
-CUDA_EMULATION_HOST_CODE inline void complete_group(AsyncCopies& pending) {
-  const auto count = static_cast<std::ptrdiff_t>(pending.groups.front());
-  for (std::ptrdiff_t i = 0; i < count; ++i) {
-    const AsyncCopies::Copy& copy = pending.copies[i];
-    auto* shared = static_cast<unsigned char*>(copy.shared);
-    std::memcpy(shared, copy.global, copy.valid_bytes);
-    std::memset(shared + copy.valid_bytes, 0, 16 - copy.valid_bytes);
-    accesses.finish_copy(shared, __builtin_return_address(0));
-  }
-  pending.copies.erase(pending.copies.begin(), pending.copies.begin() + count);
-  pending.groups.erase(pending.groups.begin());
-}
-
 namespace ptx {
 
 inline uint32_t shared_address(const void* pointer) {
@@ -127,26 +111,14 @@ CUDA_EMULATION_HOST_CODE inline void cp_async_16(void* shared, const void* globa
   if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0)
     scheduler.fail("calls cp.async with a global address, %p, that is not a multiple of 16", global);
   if (valid_bytes < 0 || valid_bytes > 16) scheduler.fail("calls cp.async for %d bytes", valid_bytes);
-#if defined(CUDA_EMULATION_ASAN)
-  const auto* source = static_cast<const volatile unsigned char*>(global);  // the access is reported here
-  if (valid_bytes > 0) (void)source[0], (void)source[valid_bytes - 1];
-#endif
-  accesses.start_copy(shared, global, valid_bytes, __builtin_return_address(0));
-  std::memset(shared, 0xff, 16);
-  scheduler.copies().copies.push_back({shared, global, valid_bytes});
+  scheduler.start_copy(shared, global, valid_bytes, __builtin_return_address(0));
 }
 
-CUDA_EMULATION_HOST_CODE inline void cp_async_commit() {
-  AsyncCopies& pending = scheduler.copies();
-  std::size_t earlier = 0;
-  for (const std::size_t copies : pending.groups) earlier += copies;
-  pending.groups.push_back(pending.copies.size() - earlier);
-}
+CUDA_EMULATION_HOST_CODE inline void cp_async_commit() { scheduler.commit_copies(); }
 
 template <int kPending>
 CUDA_EMULATION_HOST_CODE void cp_async_wait() {
-  AsyncCopies& pending = scheduler.copies();
-  while (pending.groups.size() > kPending) complete_group(pending);
+  scheduler.wait_for_copies(kPending, __builtin_return_address(0));
 }
 
 CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row,

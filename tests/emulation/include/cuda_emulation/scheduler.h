@@ -111,7 +111,7 @@ class Scheduler {
 
   // ---- called by the running thread ----
 
-  Thread& current() {
+  CUDA_EMULATION_HOST_CODE Thread& current() {
     if (current_ == nullptr) throw Error("device code was called outside of a kernel");
     return *current_;
   }
@@ -129,17 +129,16 @@ class Scheduler {
   static void warp_barrier(void* const*, unsigned) {}
 
   // The same for all 32 lanes, none of which may be missing.
-  void whole_warp(void* operands, void (*perform)(void* const*, unsigned), const Site& site) {
-    if (warps_[current().warp].lanes != 0xffffffff)
-      fail("calls %s in a warp of fewer than 32 threads", site.text().c_str());
-    collective(0xffffffff, operands, perform, site);
-  }
+  void whole_warp(void* operands, void (*perform)(void* const*, unsigned), const Site& site);
+
+  // Asynchronous copies: `pc` is where the thread calls.
+  void start_copy(void* shared, const void* global, int valid_bytes, const void* pc);
+  void commit_copies();
+  void wait_for_copies(int pending, const void* pc);  // until so many groups are under way
 
   // Lets other threads run: for what waits by asking again.
   void yield();
-  void yield_sometimes() {
-    if (natural_ || random_.below(8) == 0) yield();
-  }
+  void yield_sometimes();
 
   // Ends the launch with an error about the running thread.
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -164,12 +163,12 @@ class Scheduler {
   std::uint64_t launches() const { return launches_; }
   std::uint64_t switches() const { return switches_; }
 
-  AsyncCopies& copies() { return copies_[&current() - threads_.data()]; }
   Thread& lane(int i) { return threads_[current().warp * 32 + i]; }
   std::string thread_name(int i) const { return name(threads_[i]); }
   bool on_a_stack(const unsigned char* pointer) const { return stacks_ && stacks_->contains(pointer); }
 
  private:
+  AsyncCopies& copies() { return copies_[&current() - threads_.data()]; }
   void ready_all();
   void ready_lanes(unsigned lanes, Thread* warp);
   void ready(Thread& thread, bool ahead = false);

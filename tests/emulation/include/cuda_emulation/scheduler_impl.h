@@ -74,11 +74,57 @@ void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* 
   ready_lanes(mask & ~(1u << self.lane), &lane(0));
 }
 
+void Scheduler::whole_warp(void* operands, void (*perform)(void* const*, unsigned), const Site& site) {
+  if (warps_[current().warp].lanes != 0xffffffff)
+    fail("calls %s in a warp of fewer than 32 threads", site.text().c_str());
+  collective(0xffffffff, operands, perform, site);
+}
+
+void Scheduler::yield_sometimes() {
+  if (natural_ || random_.below(8) == 0) yield();
+}
+
 void Scheduler::yield() {
   constexpr int kLimit = 10'000'000;
   if (++stalled_ > kLimit) fail("waits for a value that no thread changes; neither does any other go on");
   ready_.push_back(current());
   leave();
+}
+
+// ---- asynchronous copies --------------------------------------------------------------------------------
+
+// Until a wait the data are not there, and what was there is lost.
+void Scheduler::start_copy(void* shared, const void* global, int valid_bytes, const void* pc) {
+#if defined(CUDA_EMULATION_ASAN)
+  const auto* source = static_cast<const volatile unsigned char*>(global);  // the access is reported here
+  if (valid_bytes > 0) (void)source[0], (void)source[valid_bytes - 1];
+#endif
+  accesses.start_copy(shared, global, valid_bytes, pc);
+  std::memset(shared, 0xff, 16);
+  copies().copies.push_back({shared, global, valid_bytes});
+}
+
+void Scheduler::commit_copies() {
+  AsyncCopies& pending = copies();
+  std::size_t earlier = 0;
+  for (const std::size_t copies : pending.groups) earlier += copies;
+  pending.groups.push_back(pending.copies.size() - earlier);
+}
+
+void Scheduler::wait_for_copies(int groups, const void* pc) {
+  AsyncCopies& pending = copies();
+  while (pending.groups.size() > static_cast<std::size_t>(groups)) {
+    const auto count = static_cast<std::ptrdiff_t>(pending.groups.front());
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+      const AsyncCopies::Copy& copy = pending.copies[i];
+      auto* shared = static_cast<unsigned char*>(copy.shared);
+      std::memcpy(shared, copy.global, copy.valid_bytes);
+      std::memset(shared + copy.valid_bytes, 0, 16 - copy.valid_bytes);
+      accesses.finish_copy(shared, pc);
+    }
+    pending.copies.erase(pending.copies.begin(), pending.copies.begin() + count);
+    pending.groups.erase(pending.groups.begin());
+  }
 }
 
 // ---- who runs next --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ struct Shuffled {
 };
 
 template <typename T>
-void perform_shuffle(void* const* operands, unsigned mask) {
+CUDA_EMULATION_HOST_CODE void perform_shuffle(void* const* operands, unsigned mask) {
   const auto lanes = reinterpret_cast<Shuffled<T>* const*>(operands);
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
     Shuffled<T>& lane = *lanes[__builtin_ctz(rest)];
@@ -60,7 +60,7 @@ struct Vote {
   unsigned result;
 };
 
-inline void perform_vote(void* const* operands, unsigned mask) {
+CUDA_EMULATION_HOST_CODE inline void perform_vote(void* const* operands, unsigned mask) {
   const auto lanes = reinterpret_cast<Vote* const*>(operands);
   unsigned result = 0;
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
@@ -76,7 +76,7 @@ inline unsigned ballot(unsigned mask, bool predicate, const Site& site) {
   return operand.result;
 }
 
-inline int lane_index() { return scheduler.current().lane; }
+CUDA_EMULATION_HOST_CODE inline int lane_index() { return scheduler.current().lane; }
 
 }  // namespace cuda_emulation
 
