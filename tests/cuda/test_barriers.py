@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.cuda.test_training import IMAGES_TOGETHER, problem_of
 from tests.cuda.test_training import TILED as TRAINING
+from tests.emulation.build import asan_is_loaded
 from tests.ops import inputs
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze
 
@@ -62,6 +63,8 @@ def one_multiprocessor(emulation):
     """Long columns for a block: small problems are cut like large ones."""
     if emulation is None:
         pytest.skip("barriers can be forgotten in the emulation only")
+    if asan_is_loaded():
+        pytest.skip("AddressSanitizer is called before loads and stores, not what looks for races")
     emulation.set_device(90, multiprocessors=1)
     emulation.set_natural_order(True)
     yield emulation

@@ -53,9 +53,12 @@ using Floats = py::array_t<float, py::array::c_style>;
 
 void run(const std::string& name, const Floats& in, Floats out, int blocks, int threads,
          size_t dynamic_shared) {
+  const float* from = in.data();
+  float* to = out.mutable_data();
+  const int size = static_cast<int>(out.size());
+  const py::gil_scoped_release others_may_run;
   const char* error =
-      cuda_emulation_run_fixture(name.c_str(), in.data(), out.mutable_data(), static_cast<int>(out.size()),
-                                 blocks, threads, dynamic_shared);
+      cuda_emulation_run_fixture(name.c_str(), from, to, size, blocks, threads, dynamic_shared);
   if (error != nullptr) throw std::runtime_error(error);
 }
 #endif

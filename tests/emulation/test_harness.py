@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -372,6 +373,52 @@ def test_a_launch_on_another_stream_than_what_it_reads(emulation):
         np.array_equal(through_temporary(emulation, "temporary_on_another_stream", s), np.arange(64)) for s in SEEDS
     ]
     assert not all(right)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------
+
+
+def test_contexts_are_on_the_devices_in_use(emulation):
+    emulation.forget_contexts()
+    launch(emulation, "copy", [0], 1, threads=1)
+    assert emulation.contexts() == {emulation.current_device()}
+    emulation.forget_contexts()
+    emulation.set_device(86)
+    emulation.set_device(90)
+    assert len(emulation.contexts()) == 2
+
+
+def test_a_stream_of_another_device_is_refused(emulation):
+    emulation.set_device(86)
+    with pytest.raises(RuntimeError, match="invalid resource handle"):
+        launch(emulation, "temporary", np.arange(64), 64)
+    emulation.set_device(90)
+    assert np.array_equal(launch(emulation, "temporary", np.arange(64), 64), np.arange(64))
+
+
+def test_a_limit_that_another_thread_lowers(emulation):
+    """The fixtures ask for what each launch needs. By turns that is enough."""
+
+    def run(kilobytes: int) -> None:
+        emulation.set_device(90)
+        values = np.zeros(1, np.float32)
+        try:
+            emulation.run("bounded", values, values.copy(), threads=1, dynamic_shared=kilobytes * 1024)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    for together in (False, True):
+        errors: list[str] = []
+        emulation.set_pause(0.1 if together else 0)
+        threads = [threading.Thread(target=run, args=(kilobytes,)) for kilobytes in (200, 64)]
+        for thread in threads:
+            thread.start()
+            if not together:
+                thread.join()
+        for thread in threads:
+            thread.join()
+        assert errors == ["invalid argument"] * together
+    emulation.set_pause(0)
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------
