@@ -85,7 +85,7 @@ void Scheduler::yield_sometimes() {
 }
 
 void Scheduler::yield() {
-  constexpr int kLimit = 10'000'000;
+  constexpr int kLimit = 1'000'000;
   if (++stalled_ > kLimit) fail("waits for a value that no thread changes; neither does any other go on");
   ready_.push_back(current());
   leave();
