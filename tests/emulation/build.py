@@ -39,11 +39,10 @@ ACCESS_FLAGS = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-ent
 ASAN_FLAGS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
 # Checks as calls: in unrolled kernels the compiler takes half the time for them.
 ASAN_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
-
-
 # What the bindings ask of torch on a device, which torch.cpp answers.
 TORCH = ["dlopen", "dlsym", "torch_call_dispatcher", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard"]
 KEPT: list[object] = []  # registrations last as long as their objects
+
 
 # ---- what the machine has --------------------------------------------------------------------------------------
 
@@ -217,7 +216,7 @@ def load_fixtures(asan: bool = False) -> ModuleType:
 def load(asan: bool | None = None) -> ModuleType:
     """The package's CUDA kernels, emulated: afterwards torch.ops.effnet_kernels_cuda.* serves CPU tensors.
 
-    Returns the module that steers them: `set_seed`, `set_device`, `launches`. With AddressSanitizer on request, or
+    Returns the module that steers them: module.cpp has its functions. With AddressSanitizer on request, or
     where the process has been started with it.
     """
     import torch
@@ -228,7 +227,8 @@ def load(asan: bool | None = None) -> ModuleType:
     sources = [(source, KERNEL_FLAGS) for source in sorted(csrc.glob("cuda/*.cu"))]
     as_for_a_gpu = [*torch_flags, '-DEFFNET_CUDA_ARCHITECTURES="8.0"']
     sources += [(source, as_for_a_gpu) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
-    sources.append((HERE / "torch.cpp", ["-DCUDA_EMULATION", *torch_flags[:2]]))
+    version = f'-DTORCH="{torch.__version__}"'  # whose own ABI it uses: another one is compiled for anew
+    sources.append((HERE / "torch.cpp", ["-DCUDA_EMULATION", *torch_flags[:2], version]))
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f"-Wl,--wrap={function}" for function in TORCH)]
     asan = asan_is_loaded() if asan is None else asan
     emulation = build("emulated_kernels", sources, asan=asan, link=link, defines=[])
