@@ -72,10 +72,17 @@ def _cuda_library() -> tuple[bool, str]:
     return True, f"CUDA C++, {built_with} for {built_for}"
 
 
-@functools.cache
 def cuda_serves(device: str) -> tuple[bool, str]:
-    """Whether the CUDA library, once loaded, has code for one GPU, "cuda:1"; no other one is asked."""
+    """Whether the CUDA library, once loaded, has code for one GPU, "cuda:1" or "cuda", the current one.
+
+    No other one is asked.
+    """
     index = torch.device(device).index
+    return _serves(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _serves(index: int) -> tuple[bool, str]:
     capability = torch.cuda.get_device_capability(index)
     built_for, toolkit, driver = _cuda_build()
     if has_code(capability, built_for, toolkit, driver):

@@ -149,7 +149,7 @@ def gpus(monkeypatch, tmp_path):
 
     def forget():
         native._cuda_library.cache_clear()
-        native.cuda_serves.cache_clear()
+        native._serves.cache_clear()
 
     def install(capabilities, built_for="8.0 9.0a", toolkit=13000, driver=13000):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -164,18 +164,22 @@ def gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
     yield install
     forget()
 
 
-def test_a_gpu_without_code_costs_no_other_one_its_backend(gpus):
+def test_a_gpu_without_code_costs_no_other_one_its_backend(gpus, monkeypatch):
     gpus([(7, 0), (9, 0)])
     assert native.cuda_available() == (True, "CUDA C++, built with CUDA 13.0 for 8.0 9.0a")
     problem = Problem("mbconv", "cuda:1", torch.float16, (3, 3))
     assert native_cuda.supports(problem) == (True, "any shape")
     missing = "_native_cuda.so has no code for GPU 0, compute capability 7.0: it was built for 8.0 9.0a"
     assert native_cuda.supports(problem._replace(device="cuda:0")) == (False, missing)
+    assert native_cuda.supports(problem._replace(device="cuda")) == (True, "any shape")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert native_cuda.supports(problem._replace(device="cuda")) == (False, missing)
     assert native_cuda.supports(problem._replace(device="cpu")) == (False, "the tensors are on cpu")
     gpus([(7, 0), (12, 0)], built_for="8.0 9.0a+PTX")
     available, reason = native.cuda_available()

@@ -1,5 +1,6 @@
 """What the bindings do with devices, threads, streams and temporaries: those of a GPU, on an emulated runtime."""
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -9,12 +10,30 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+from tests.cuda.test_training import TILED, problem_of
 from tests.cuda.tools import native_call
-from tests.ops.cases import Fused
+from tests.ops.cases import Fused, MBConv
 from tests.ops.device import native
-from tests.ops.inputs import SAMPLES, build
+from tests.ops.inputs import SAMPLES, build, sample
 
 H100 = 90
+# Every op, mbconv in each of its forms.
+FORMS = {"mbconv-in-one": MBConv(2, (7, 7), cin=16, mid=64, cout=16)}
+TRAINING = {"train_depthwise": "_forward", "train_depthwise_backward": "_backward"}
+OPS = [*SAMPLES, *FORMS, *TRAINING]
+
+
+def recorded(name: str) -> tuple[Any, tuple]:
+    """A native op and arguments for it, with the outputs that belong to them."""
+    if name not in TRAINING:
+        return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name))
+    calls: list[tuple] = []
+    training = importlib.import_module("effnet_kernels.ops.conv_block_train.cuda")  # it wants the library loaded
+    with pytest.MonkeyPatch.context() as patch:
+        op = getattr(training, TRAINING[name])
+        patch.setattr(training, TRAINING[name], lambda *args: calls.append(args) or op(*args))
+        problem_of(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
+    return op, tree_map_only(torch.Tensor, torch.Tensor.detach, calls[0])
 
 
 @pytest.fixture
@@ -45,15 +64,18 @@ def in_thread(function: Callable[[], Any]) -> Any:
     return results[0]
 
 
+@torch.no_grad()
 def call_on(device: int, op: Any, args: tuple) -> list[torch.Tensor]:
     """What the op writes, called with the arguments on that device."""
     args = tree_map_only(torch.Tensor, torch.Tensor.clone, args)
     op(*tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, device), args))
-    return [x for x, argument in zip(args, op._schema.arguments, strict=True) if argument.is_write]
+    return outputs(op, args)
 
 
 def outputs(op: Any, args: tuple) -> list[torch.Tensor]:
-    return [x for x, argument in zip(args, op._schema.arguments, strict=True) if argument.is_write]
+    """Those of the arguments that it writes."""
+    written = zip(args, op._schema.arguments, strict=True)
+    return [x for x, argument in written if argument.is_write and x is not None]
 
 
 def test_asking_what_there_is_code_for_uses_no_device(runtime):
@@ -62,10 +84,10 @@ def test_asking_what_there_is_code_for_uses_no_device(runtime):
     assert runtime.contexts() == set()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", OPS)
 def test_a_call_uses_the_device_of_its_tensors_alone(name, runtime):
     """In a thread that never chose a device, which is to be on device 0 still, as torch sees it."""
-    op, args = native_call(name)
+    op, args = recorded(name)
     runtime.forget_contexts()
     results, device = in_thread(lambda: (call_on(1, op, args), runtime.torch_device()))
     assert runtime.contexts() == {1}
@@ -74,7 +96,7 @@ def test_a_call_uses_the_device_of_its_tensors_alone(name, runtime):
 
 
 def test_the_device_that_a_thread_was_on_is_current_again(runtime):
-    op, args = native_call("mbconv")
+    op, args = native_call(sample("mbconv"))
 
     def run() -> tuple[int, int]:
         runtime.set_device(80)
@@ -83,6 +105,34 @@ def test_the_device_that_a_thread_was_on_is_current_again(runtime):
 
     assert in_thread(run) == (0, 0)
     assert runtime.contexts() >= {0, 4}
+
+
+def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
+    op, args = native_call(sample("pointwise_conv_bn_act"))
+    x = args[1]
+
+    def run() -> int:
+        runtime.set_device(80)
+        with pytest.raises(RuntimeError, match="weight must"):
+            call_on(1, op, (*args[:2], x, *args[3:]))
+        return runtime.current_device()
+
+    assert in_thread(run) == 0
+
+
+def test_a_thread_in_which_no_context_is_current(runtime):
+    """Another library has put it away: torch and this library have numbers of their own to go by."""
+    op, args = native_call(sample("pointwise_conv_bn_act"))
+
+    def run() -> list[torch.Tensor]:
+        call_on(1, op, args)
+        runtime.pop_context()
+        call_on(1, op, args)
+        call_on(0, op, args)
+        runtime.pop_context()
+        return call_on(1, op, args)
+
+    assert all(map(torch.equal, in_thread(run), outputs(op, args)))
 
 
 # The same kernel; both take more than 48 KB of shared memory, the first more than the second.
@@ -123,10 +173,10 @@ def test_every_device_has_limits_of_its_own(runtime):
         assert all(map(torch.equal, LARGE.call("cuda"), expected))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_launches_may_wait_until_the_call_has_returned(name, runtime):
-    """Also when its temporaries are freed, and on another stream than the default one."""
-    op, args = native_call(name)
+@pytest.mark.parametrize("name", OPS)
+def test_launches_wait_in_torchs_stream_until_after_the_call(name, runtime):
+    """Its temporaries are freed by then."""
+    op, args = recorded(name)
     expected = [x.clone() for x in outputs(op, args)]
     for stream in (0, 1):
         runtime.set_torch_stream(3, stream)
@@ -135,7 +185,7 @@ def test_launches_may_wait_until_the_call_has_returned(name, runtime):
             for out in outputs(op, args):
                 out.fill_(-1)
             op(*args)
-            assert any((out == -1).all() for out in outputs(op, args) if out.numel()), "nothing waits"
+            assert runtime.waiting() == {(3, stream)}
             runtime.synchronize()
         finally:
             runtime.defer(False)

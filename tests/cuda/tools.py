@@ -11,7 +11,7 @@ from effnet_kernels.ops.common import Op
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, fits, hostile
 from tests.ops.device import native
-from tests.ops.inputs import build, sample
+from tests.ops.inputs import Problem, build
 
 
 def check(case: Case, dtype: torch.dtype, emulation: ModuleType | None, seeds: int = 2) -> None:
@@ -50,10 +50,11 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def native_call(name: str) -> tuple[torch._ops.OpOverload, tuple]:
-    """The native op that the sample of this name calls, and its arguments, outputs first; they have been computed."""
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Record() as record:
+@torch.no_grad()
+def native_call(problem: Problem) -> tuple[torch._ops.OpOverload, tuple]:
+    """The native op that a problem calls, and its arguments, outputs first; they have been computed."""
+    with pytest.MonkeyPatch.context() as patch, Record() as record:
         patch.setattr(Op, "__call__", Op.run)
-        native(sample(name)).call("cuda")
-    ((op, args),) = record.calls
-    return op, args
+        native(problem).call("cuda")
+    (call,) = record.calls
+    return call

@@ -21,20 +21,20 @@ CUDA_EMULATION_EXPORT uint64_t cuda_emulation_switches();
 CUDA_EMULATION_EXPORT int cuda_emulation_find_device(int capability, int multiprocessors);
 CUDA_EMULATION_EXPORT void cuda_emulation_choose_device(int device);
 CUDA_EMULATION_EXPORT int cuda_emulation_current_device();
+CUDA_EMULATION_EXPORT void cuda_emulation_pop_context();
 CUDA_EMULATION_EXPORT uint64_t cuda_emulation_contexts();  // bit i: device i has one
 CUDA_EMULATION_EXPORT void cuda_emulation_forget_contexts();
 CUDA_EMULATION_EXPORT void cuda_emulation_set_pause(double seconds);
 CUDA_EMULATION_EXPORT void cuda_emulation_defer(bool deferred);
 CUDA_EMULATION_EXPORT bool cuda_emulation_deferred();
 CUDA_EMULATION_EXPORT void cuda_emulation_synchronize();
+CUDA_EMULATION_EXPORT void cuda_emulation_waiting(void (*visit)(int device, int stream, void*), void* data);
 
 CUDA_EMULATION_EXPORT void cuda_emulation_count(bool counting);
 CUDA_EMULATION_EXPORT void cuda_emulation_costs(void (*visit)(const cuda_emulation::Cost&, void*),
                                                 void* data);
-// `address` in the library.
-CUDA_EMULATION_EXPORT void cuda_emulation_launch_bounds(void (*visit)(uint64_t address, int threads,
-                                                                      int blocks, void*),
-                                                        void* data);
+// Of the function at that address in the library; zeros where it has none.
+CUDA_EMULATION_EXPORT void cuda_emulation_launch_bounds(uint64_t address, int* threads, int* blocks);
 
 // torch.cpp: the calling thread's stream on a device, and torch's view of the thread's current device.
 CUDA_EMULATION_EXPORT void cuda_emulation_set_torch_stream(int device, int stream);

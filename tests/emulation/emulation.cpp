@@ -26,28 +26,26 @@ int cuda_emulation_find_device(int capability, int multiprocessors) {
 }
 void cuda_emulation_choose_device(int device) { runtime.set_device(device); }
 int cuda_emulation_current_device() { return runtime.current_device(); }
+void cuda_emulation_pop_context() { runtime.bind_context(-1); }
 uint64_t cuda_emulation_contexts() {
   uint64_t bits = 0;
   for (const int device : runtime.contexts) bits |= uint64_t{1} << device;
   return bits;
 }
 void cuda_emulation_forget_contexts() { runtime.contexts.clear(); }
-void cuda_emulation_set_pause(double seconds) { runtime.pause_after_limits = seconds; }
+void cuda_emulation_set_pause(double seconds) { runtime.pause_around_limits = seconds; }
 void cuda_emulation_defer(bool deferred) { runtime.defer(deferred); }
 bool cuda_emulation_deferred() { return runtime.deferred(); }
 void cuda_emulation_synchronize() { runtime.synchronize(); }
+void cuda_emulation_waiting(void (*visit)(int device, int stream, void*), void* data) {
+  for (const auto& [device, stream] : runtime.waiting()) visit(device, stream, data);
+}
 
 void cuda_emulation_count(bool counting) { accesses.count(counting); }
 void cuda_emulation_costs(void (*visit)(const Cost&, void*), void* data) {
   for (const Cost& cost : accesses.costs()) visit(cost, data);
 }
-void cuda_emulation_launch_bounds(void (*visit)(uint64_t address, int threads, int blocks, void*),
-                                  void* data) {
-  for (auto entry = __start___patchable_function_entries; entry != __stop___patchable_function_entries;
-       ++entry) {
-    const unsigned char* kernel = *entry;
-    while (*kernel == 0x90) ++kernel;
-    const LaunchBounds bounds = launch_bounds_of(kernel);
-    if (bounds.threads > 0) visit(kernel - __ehdr_start, bounds.threads, bounds.blocks, data);
-  }
+void cuda_emulation_launch_bounds(uint64_t address, int* threads, int* blocks) {
+  const LaunchBounds bounds = launch_bounds_of(__ehdr_start + address);
+  *threads = bounds.threads, *blocks = bounds.blocks;
 }

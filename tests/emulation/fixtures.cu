@@ -96,7 +96,8 @@ __global__ void halves(const float* in, float* out, int) {
   const unsigned i = threadIdx.x;
   values[kSame ? i / 2 * 2 : i] = __half(in[i]);
   __syncthreads();
-  out[i] = __half2float(values[kSame ? i / 2 * 2 : i ^ 1]);
+  const __half mine = values[kSame ? i / 2 * 2 : i ^ 1];
+  out[i] = __half2float(mine);
 }
 
 // Everybody reads a value, which one thread then replaces.
@@ -108,6 +109,39 @@ __global__ void read_then_write(const float* in, float* out, int) {
   out[threadIdx.x] = value;
   if (kBarrier) __syncthreads();
   if (threadIdx.x == 40) value = in[1];
+}
+
+// Lanes hand bytes to each other.
+struct Many {
+  float values[12];
+};
+
+template <bool kBarrier, bool kSet>
+__global__ void reverse_bytes(const float* in, float* out, int n) {
+  __shared__ Many values[64];
+  const unsigned i = threadIdx.x, other = blockDim.x - 1 - i;
+  Many mine{};
+  const std::size_t bytes = n > 0 ? sizeof mine : 0;
+  for (float& value : mine.values) value = in[i];
+  if (kSet) {
+    std::memset(&values[i], 0, bytes);
+  } else {
+    std::memcpy(&values[i], &mine, bytes);
+  }
+  if (kBarrier) __syncthreads();
+  out[i] = values[other].values[11];
+}
+
+// The last lane returns early; the others meet without it, or in two halves.
+template <unsigned kMask>
+__global__ void part_of_a_warp_meets(const float* in, float* out, int) {
+  __shared__ float values[32];
+  const unsigned lane = threadIdx.x;
+  values[lane] = in[lane];
+  if (lane == 31) return;
+  __syncwarp(kMask == 0 ? (lane < 16 ? 0xffffu : 0x7fff0000u) : kMask);
+  out[lane] =
+      values[kMask == 0 ? (lane < 30 ? lane ^ 1 : lane) : 30 - lane + (kMask == 0x7fffffffu && lane == 0)];
 }
 
 // A row of 32 values to a warp, transposed in shared memory, whose rows are kPitch values long.
@@ -128,6 +162,9 @@ __global__ void copy_vectors(const float* in, float* out, int) {
   reinterpret_cast<float4*>(out)[threadIdx.x] = values[threadIdx.x];
 }
 
+__global__ void __launch_bounds__(100, 20) odd_bounds(const float* in, float* out, int) {
+  out[threadIdx.x] = in[threadIdx.x];
+}
 __global__ void __launch_bounds__(64) bounded(const float* in, float* out, int) {
   out[threadIdx.x] = in[threadIdx.x];
 }
@@ -240,6 +277,21 @@ __global__ void misaligned_vector(const float* in, float* out, int) {
   out[threadIdx.x] = four.x + four.y + four.z + four.w;
 }
 
+struct alignas(32) Eight {
+  float values[8];
+};
+
+__global__ void misaligned_struct(const float* in, float* out, int) {
+  const Eight eight = reinterpret_cast<const Eight*>(in + 1)[threadIdx.x];
+  reinterpret_cast<Eight*>(out + 1)[threadIdx.x] = eight;
+}
+
+__global__ void beyond_dynamic_shared(const float* in, float* out, int) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  reinterpret_cast<float*>(shared_memory)[threadIdx.x + 1] = in[threadIdx.x];
+  out[threadIdx.x] = 0;
+}
+
 __global__ void copy_to_global(const float* in, float* out, int) { cp_async_16(out, in); }
 
 // Lane 7 reads a lane outside of the mask.
@@ -332,12 +384,18 @@ constexpr Fixture kFixtures[] = {
     {"votes", votes},
     {"halves", halves<false>},
     {"halves_twice", halves<true>},
+    {"reverse_bytes", reverse_bytes<true, false>},
+    {"reverse_bytes_without_barrier", reverse_bytes<false, false>},
+    {"reverse_zeros_without_barrier", reverse_bytes<false, true>},
+    {"halves_of_a_warp_meet", part_of_a_warp_meets<0>},
+    {"a_lane_that_returned_is_read", part_of_a_warp_meets<0x7fffffffu>},
     {"read_then_write", read_then_write<true>},
     {"read_then_write_without_barrier", read_then_write<false>},
     {"transpose", transpose<33>},
     {"transpose_with_conflicts", transpose<32>},
     {"copy_vectors", copy_vectors},
     {"bounded", bounded},
+    {"odd_bounds", odd_bounds},
     {"matrix_product_fp16", matrix_product<__half>},
     {"matrix_product_bf16", matrix_product<__nv_bfloat16>},
     {"double_buffer", double_buffer<1, true>},
@@ -352,6 +410,8 @@ constexpr Fixture kFixtures[] = {
     {"read_before_write_static", read_before_write_static},
     {"misaligned_load", misaligned_load},
     {"misaligned_vector", misaligned_vector},
+    {"misaligned_struct", misaligned_struct},
+    {"beyond_dynamic_shared", beyond_dynamic_shared},
     {"copy_to_global", copy_to_global},
     {"shuffle_from_nowhere", shuffle_from_nowhere},
     {"barrier_without_some", barrier_without_some},

@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The devices that somebody has used since reset_contexts().
+// The devices that somebody has used since forget_contexts().
 std::set<int> contexts() {
   std::set<int> devices;
   for (int i = 0; i < 64; ++i)
@@ -36,16 +36,20 @@ std::vector<Cost> costs() {
   return all;
 }
 
-using Bounds = std::tuple<uint64_t, int, int>;
-
-std::vector<Bounds> launch_bounds() {
-  std::vector<Bounds> all;
-  cuda_emulation_launch_bounds(
-      [](uint64_t address, int threads, int blocks, void* data) {
-        static_cast<std::vector<Bounds>*>(data)->emplace_back(address, threads, blocks);
+std::set<std::pair<int, int>> waiting() {
+  std::set<std::pair<int, int>> streams;
+  cuda_emulation_waiting(
+      [](int device, int stream, void* data) {
+        static_cast<std::set<std::pair<int, int>>*>(data)->emplace(device, stream);
       },
-      &all);
-  return all;
+      &streams);
+  return streams;
+}
+
+std::pair<int, int> launch_bounds(uint64_t address) {
+  int threads = 0, blocks = 0;
+  cuda_emulation_launch_bounds(address, &threads, &blocks);
+  return {threads, blocks};
 }
 
 #if defined(WITH_FIXTURES)
@@ -85,15 +89,18 @@ PYBIND11_MODULE(MODULE, m) {
       "its "
       "number.");
   m.def("current_device", cuda_emulation_current_device, "The runtime's, in this thread.");
+  m.def("pop_context", cuda_emulation_pop_context,
+        "No context is current in this thread any more, as when another library has put its own away.");
   m.def("contexts", contexts, "The devices that have been used since forget_contexts().");
   m.def("forget_contexts", cuda_emulation_forget_contexts);
   m.def("set_pause", cuda_emulation_set_pause, arg("seconds"),
-        "How long a thread rests when it has changed a kernel's limit of shared memory; 0.");
+        "How long a thread rests before and after it changes a kernel's limit of shared memory; 0.");
   m.def("defer", cuda_emulation_defer, arg("deferred"),
         "Launches wait in their streams until synchronize(); what is freed meanwhile is full of NaNs from "
         "there "
         "on.");
   m.def("deferred", cuda_emulation_deferred);
+  m.def("waiting", waiting, "Device and number of the streams with deferred launches.");
   m.def("synchronize", cuda_emulation_synchronize, py::call_guard<py::gil_scoped_release>());
   m.def("forget_barrier", cuda_emulation_forget_barrier, arg("file"), arg("line"),
         "The barrier in that line lets everybody pass. `file` is the end of a path; line 0 forgets none.");
@@ -108,8 +115,9 @@ PYBIND11_MODULE(MODULE, m) {
         "(kernel, line, in shared memory, requests, wavefronts or sectors, those of the same bytes side by "
         "side), "
         "of the first block of every launch.");
-  m.def("launch_bounds", launch_bounds,
-        "(address in the library, threads, blocks) of every kernel with __launch_bounds__.");
+  m.def("launch_bounds", launch_bounds, arg("address"),
+        "The __launch_bounds__, threads and blocks, of the function at an address in the library; zeros "
+        "without.");
 #if defined(WITH_FIXTURES)
   m.def("run", run, arg("name"), arg("input"), arg("out"), py::kw_only(), arg("blocks") = 1,
         arg("threads") = 256, arg("dynamic_shared") = 0,

@@ -186,11 +186,14 @@ def order(request, emulation):
         ("double_buffer_waits_for_too_little", r"accesses shared memory at .* to which a cp.async is under way"),
         ("double_buffer_without_barrier", r"without a barrier in between|a cp.async is under way"),
         ("halves_twice", rf"{ACCESS}.* that thread .* wrote"),
+        ("reverse_bytes_without_barrier", rf"{ACCESS}.* that thread .* (read|wrote)"),
+        ("reverse_zeros_without_barrier", rf"{ACCESS}.* that thread .* (read|wrote)"),
+        ("a_lane_that_returned_is_read", r"reads shared memory at .* that thread \(31, 0, 0\) wrote|writes .* read"),
         ("read_then_write_without_barrier", rf"{ACCESS}.* that .*threads? .* (read|wrote)"),
     ],
 )
 def test_a_race_is_found_whatever_the_order(emulation, name, message, order):
-    threads = 32 if "double_buffer" in name else 64
+    threads = 32 if "double_buffer" in name or "lane" in name else 64
     with pytest.raises(RuntimeError, match=message):
         launch(emulation, name, np.ones(640), 128, seed=order, threads=threads, dynamic_shared=1024)
 
@@ -200,6 +203,8 @@ def test_what_is_no_race(emulation, order):
     halves = launch(emulation, "halves", values, 64, seed=order, threads=64)
     assert np.array_equal(halves, values.reshape(32, 2)[:, ::-1].ravel())
     assert (launch(emulation, "read_then_write", values, 64, seed=order, threads=64) == values[0]).all()
+    assert np.array_equal(launch(emulation, "reverse_bytes", values, 64, seed=order, threads=64), values[::-1])
+    launch(emulation, "halves_of_a_warp_meet", values, 32, seed=order, threads=32)
 
 
 # ---- uninitialised and foreign memory --------------------------------------------------------------------------
@@ -303,13 +308,16 @@ CALL = r"at \S*fixtures\.cu:\d+"
         ("ask_until_answered", r"thread \(7, 0, 0\) waits for a value that no thread changes"),
         ("misaligned_load", rf"{HERE} accesses 0x\w+, which is not aligned to 16 bytes"),
         ("misaligned_vector", rf"{HERE} accesses 0x\w+, which is not aligned to 16 bytes"),
+        ("misaligned_struct", rf"{HERE} accesses (memory that is not there, or is not aligned|0x\w+, which is not)"),
+        ("beyond_dynamic_shared", rf"{HERE} accesses shared memory at fixtures.cu:\d+ beyond the 1020 bytes"),
         ("copy_to_global", rf"{HERE} calls cp.async with 0x\w+, which is not in shared memory"),
     ],
 )
 def test_threads_that_cannot_go_on_are_named(emulation, name, message):
+    shared = {"dynamic_shared": 4 * THREADS - 4} if name == "beyond_dynamic_shared" else {}
     for seed in SEEDS:
         with pytest.raises(RuntimeError, match=message):
-            launch(emulation, name, np.zeros(THREADS), THREADS, seed=seed, threads=THREADS)
+            launch(emulation, name, np.zeros(16 * THREADS), 16 * THREADS, seed=seed, threads=THREADS, **shared)
 
 
 def test_an_endless_loop_is_not_endless(emulation):
@@ -458,6 +466,9 @@ def test_launch_bounds(emulation):
     assert np.array_equal(launch(emulation, "bounded", np.arange(64), 64, threads=64), np.arange(64))
     with pytest.raises(RuntimeError, match="invalid argument"):
         launch(emulation, "bounded", np.arange(96), 96, threads=96)
+    launch(emulation, "odd_bounds", np.arange(128), 128, threads=100)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        launch(emulation, "odd_bounds", np.arange(128), 128, threads=101)
 
 
 def test_limits_of_dynamic_shared_memory(emulation):

@@ -24,7 +24,8 @@ namespace detail = torch::stable::detail;
 
 std::mutex mutex;
 struct OfThread {
-  int target = -1;  // the device that torch takes for current, where it is not the runtime's
+  int device = 0;   // of torch's own runtime
+  int target = -1;  // the device that torch takes for current all the same
   std::map<int, int> streams;
 };
 std::map<std::thread::id, OfThread> threads;  // thread_local is taken for shared memory
@@ -68,8 +69,14 @@ struct Guard {
 };
 
 int torch_device() {
-  const int target = of_thread().target;
-  return target >= 0 ? target : runtime.current_device();
+  const int target = of_thread().target, context = runtime.current_context();
+  return target >= 0 ? target : context >= 0 ? context : of_thread().device;
+}
+
+void torch_set_device(int device) {
+  of_thread().device = device;
+  of_thread().target = -1;
+  runtime.bind_context(device);
 }
 
 cudaStream_t torch_stream(int device) {
@@ -86,41 +93,40 @@ int32_t get_stream(int32_t device, void** stream) {
 void cuda_emulation_set_torch_stream(int device, int stream) { of_thread().streams[device] = stream; }
 int cuda_emulation_torch_device() { return torch_device(); }
 
-#define WRAPPED extern "C" __attribute__((visibility("hidden")))
-
 extern "C" void* __real_dlopen(const char*, int);
-WRAPPED void* __wrap_dlopen(const char* name, int flags) {
+CUDA_EMULATION_HIDDEN void* __wrap_dlopen(const char* name, int flags) {
   if (std::strcmp(name, "libtorch_cuda.so") == 0) return (flags & RTLD_NOLOAD) != 0 ? &mutex : nullptr;
   return __real_dlopen(name, flags);
 }
 extern "C" void* __real_dlsym(void*, const char*);
-WRAPPED void* __wrap_dlsym(void* library, const char* name) {
+CUDA_EMULATION_HIDDEN void* __wrap_dlsym(void* library, const char* name) {
   if (library != &mutex) return __real_dlsym(library, name);
   const bool known = std::strcmp(name, "aoti_torch_get_current_cuda_stream") == 0;
   return known ? reinterpret_cast<void*>(get_stream) : nullptr;
 }
 
-WRAPPED AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t device, DeviceGuardHandle* guard) {
+CUDA_EMULATION_HIDDEN AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t device,
+                                                                           DeviceGuardHandle* guard) {
   const int before = torch_device();
-  of_thread().target = -1;
-  if (runtime.current_device() != device && runtime.set_device(device) != cudaSuccess)
-    return AOTI_TORCH_FAILURE;
+  if (of_thread().target >= 0 || before != device) torch_set_device(device);
   *guard = reinterpret_cast<DeviceGuardHandle>(new Guard{before});
   return AOTI_TORCH_SUCCESS;
 }
-WRAPPED AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle handle) {
+CUDA_EMULATION_HIDDEN AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle handle) {
   const auto* guard = reinterpret_cast<Guard*>(handle);
-  if (runtime.contexts.count(guard->before) > 0)
-    runtime.set_device(guard->before);
-  else
-    of_thread().target = guard->before;
+  if (torch_device() != guard->before) {
+    if (runtime.contexts.count(guard->before) > 0)
+      torch_set_device(guard->before);
+    else
+      of_thread().target = guard->before;
+  }
   delete guard;
   return AOTI_TORCH_SUCCESS;
 }
 
 // aten::new_empty of a tensor on a device: memory of the current stream's.
-WRAPPED AOTITorchError __wrap_torch_call_dispatcher(const char* name, const char*, StableIValue* stack,
-                                                    uint64_t) {
+CUDA_EMULATION_HIDDEN AOTITorchError __wrap_torch_call_dispatcher(const char* name, const char*,
+                                                                  StableIValue* stack, uint64_t) {
   if (std::strcmp(name, "aten::new_empty") != 0) return AOTI_TORCH_FAILURE;
   const auto self = detail::to<Tensor>(stack[0]);
   const auto sizes = detail::to<std::vector<int64_t>>(stack[1]);

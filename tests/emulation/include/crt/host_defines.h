@@ -9,15 +9,15 @@
 #define __constant__
 #define __managed__
 #define __grid_constant__
-// So many bytes of no operation in front of a kernel say what its bounds are; launch_bounds_of() counts them.
-#define __launch_bounds__(...) \
-  __attribute__((              \
-      patchable_function_entry(CUDA_EMULATION_BOUNDS(__VA_ARGS__), CUDA_EMULATION_BOUNDS(__VA_ARGS__))))
-#define CUDA_EMULATION_BOUNDS(...) ::cuda_emulation::encode_launch_bounds(__VA_ARGS__)
+// As many bytes of no operation stand in front of a kernel as its bounds have threads, and as many behind its
+// entry as they have blocks; launch_bounds_of() counts them.
+#define __launch_bounds__(...)                                                                      \
+  __attribute__((patchable_function_entry(                                                          \
+      ::cuda_emulation::bounds_threads(__VA_ARGS__) + ::cuda_emulation::bounds_blocks(__VA_ARGS__), \
+      ::cuda_emulation::bounds_threads(__VA_ARGS__))))
 namespace cuda_emulation {
-constexpr int encode_launch_bounds(int threads, int blocks = 0, int /*of a cluster*/ = 0) {
-  return threads / 32 * 16 + blocks;
-}
+constexpr int bounds_threads(int threads, int /*blocks*/ = 0, int /*of a cluster*/ = 0) { return threads; }
+constexpr int bounds_blocks(int /*threads*/, int blocks = 0, int /*of a cluster*/ = 0) { return blocks; }
 }  // namespace cuda_emulation
 #define __maxnreg__(...)
 #define __cluster_dims__(...)

@@ -17,6 +17,8 @@
 // For code of the emulation that stands in headers: it is no part of a kernel.
 #define CUDA_EMULATION_HOST_CODE __attribute__((no_sanitize("thread")))
 
+#define CUDA_EMULATION_HIDDEN extern "C" __attribute__((visibility("hidden")))
+
 namespace cuda_emulation {
 
 // What the requests of one line of a kernel cost; a request is one access of a warp. In shared memory a
@@ -37,9 +39,8 @@ class Accesses {
   void begin_block();
   void end_block();
   void begin_thread(int thread) { thread_ = thread; }
-  void outside() { thread_ = -1; }
   void barrier() { ++epoch_; }
-  void warp_barrier(int warp) { ++syncs_[warp]; }
+  void warp_barrier(int warp, unsigned lanes);
 
   // ---- called by the kernel ----
 
@@ -50,6 +51,7 @@ class Accesses {
   void start_copy(const void* shared, const void* global, int valid_bytes, const void* pc);
   void finish_copy(const void* shared, const void* pc);
   void misaligned(const void* pointer, std::size_t bytes);
+  void copied(const void* to, const void* from, std::size_t bytes);  // from null: set
 
   // ---- costs ----
 
@@ -58,12 +60,13 @@ class Accesses {
   std::vector<Cost> costs() const;
 
  private:
-  // What has happened to some bytes. Epochs are numbered by the barriers of blocks, and within them by those
-  // of warps.
+  // What has happened to some bytes. Epochs are numbered by the barriers of blocks, and times within them by
+  // those of a warp.
   struct Cell {
-    std::uint32_t write_epoch = 0, write_sync = 0, write_pc = 0;
-    std::uint32_t read_epoch = 0, read_sync = 0, read_pc = 0;
-    std::uint32_t lanes = 0;  // of read_warp, that have read since it last synchronised
+    std::uint32_t write_epoch = 0, write_time = 0, write_pc = 0;
+    std::uint32_t read_epoch = 0, read_time = 0, read_pc = 0;
+    std::uint32_t lanes =
+        0;  // of read_warp, that have read, and the last one has not synchronised with since
     std::uint16_t writer = 0;
     std::uint8_t read_warp = 0;
     bool several = false;  // warps have read
@@ -81,6 +84,9 @@ class Accesses {
   bool inside() const { return thread_ >= 0 && pthread_equal(pthread_self(), owner_); }
   void visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc);
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);
+  bool ordered(int lane, std::uint32_t time) const {
+    return together_[thread_ / 32][thread_ % 32][lane] > time;
+  }
   void check(const Cell& cell, bool write, std::uint32_t pc);
   void record(Cell& cell, bool write, std::uint32_t pc);
   void check_copy(std::size_t word, std::uint32_t pc);
@@ -92,7 +98,8 @@ class Accesses {
   int thread_ = -1;  // that runs; -1: none
   pthread_t owner_{};
   std::uint32_t epoch_ = 0, block_ = 0;
-  std::uint32_t syncs_[32] = {};
+  std::uint32_t times_of_warps_[32] = {};
+  std::uint32_t together_[32][32][32] = {};  // when two lanes of a warp last took part in a barrier of it
   std::shared_ptr<Shadow> shadow_;
   const unsigned char *shared_begin_ = nullptr, *shared_end_ = nullptr;
 
@@ -102,8 +109,8 @@ class Accesses {
   std::pair<std::uintptr_t, std::uintptr_t> arguments_;
   std::unordered_map<std::uint64_t, std::uint32_t> times_;               // a thread was at an address
   std::map<std::pair<std::uint64_t, std::uint32_t>, Request> requests_;  // by warp and address, and time
-  std::map<std::pair<std::uint32_t, std::pair<std::uint32_t, bool>>, Cost>
-      costs_;  // by kernel; address, shared
+  using Line = std::pair<std::uint32_t, bool>;                           // address, in shared memory
+  std::map<std::pair<std::uint32_t, Line>, Cost> costs_;                 // by kernel and line
 };
 
 extern Accesses accesses;

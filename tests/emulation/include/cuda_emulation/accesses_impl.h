@@ -13,7 +13,7 @@
 #include "scheduler.h"
 
 // Made by the linker: where this library begins and ends.
-extern "C" __attribute__((visibility("hidden"))) const unsigned char __ehdr_start[], _end[];
+CUDA_EMULATION_HIDDEN const unsigned char __ehdr_start[], _end[];
 
 namespace cuda_emulation {
 
@@ -48,6 +48,7 @@ void Accesses::begin_block() {
 }
 
 void Accesses::visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc) {
+  if (bytes == 0) return;
   if (pointer >= shared_begin_ && pointer < shared_end_) {
     visit_shared(pointer - shared_begin_, bytes, write, relative(pc));
     if (counting_) note(pointer - shared_begin_, bytes, true, relative(pc));
@@ -62,6 +63,9 @@ void Accesses::visit(const unsigned char* pointer, std::size_t bytes, bool write
 
 void Accesses::visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc) {
   Shadow& shadow = *shadow_;
+  if (!block_memory.contains(shared_begin_ + offset, bytes))
+    scheduler.fail("accesses shared memory at @0x%" PRIx32 " beyond the %zu bytes that the launch asked for",
+                   pc, block_memory.dynamic_bytes());
   for (std::size_t word = offset / 4; 4 * word < offset + bytes; ++word) {
     Cell& whole = shadow.words[word];
     check_copy(word, pc);
@@ -83,37 +87,48 @@ void Accesses::visit_shared(std::size_t offset, std::size_t bytes, bool write, s
   }
 }
 
+void Accesses::warp_barrier(int warp, unsigned lanes) {
+  const std::uint32_t time = ++times_of_warps_[warp];
+  for (int a = 0; a < 32; ++a)
+    for (int b = 0; b < 32; ++b)
+      if ((lanes >> a & 1) != 0 && (lanes >> b & 1) != 0) together_[warp][a][b] = time;
+}
+
 void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {
   const int warp = thread_ / 32;
   if (cell.write_epoch == epoch_ && cell.writer != thread_ &&
-      (cell.writer / 32 != warp || cell.write_sync == syncs_[warp]))
+      (cell.writer / 32 != warp || !ordered(cell.writer % 32, cell.write_time)))
     race(write, pc, cell.writer, "", true, cell.write_pc);
   if (!write || cell.read_epoch != epoch_) return;
   if (cell.several) race(write, pc, -1, "threads of several warps", false, cell.read_pc);
-  std::uint32_t lanes = cell.lanes;
-  if (cell.read_warp == warp) lanes = cell.read_sync == syncs_[warp] ? lanes & ~(1u << thread_ % 32) : 0;
-  if (lanes != 0) race(write, pc, 32 * cell.read_warp + __builtin_ctz(lanes), "", false, cell.read_pc);
+  for (std::uint32_t rest = cell.lanes; rest != 0; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    if (cell.read_warp != warp || (lane != thread_ % 32 && !ordered(lane, cell.read_time)))
+      race(write, pc, 32 * cell.read_warp + lane, "", false, cell.read_pc);
+  }
 }
 
 void Accesses::record(Cell& cell, bool write, std::uint32_t pc) {
   const int warp = thread_ / 32;
-  const std::uint32_t lane = 1u << thread_ % 32;
+  const std::uint32_t lane = 1u << thread_ % 32, time = times_of_warps_[warp];
   if (write) {
-    cell.write_epoch = epoch_, cell.write_sync = syncs_[warp], cell.write_pc = pc;
+    cell.write_epoch = epoch_, cell.write_time = time, cell.write_pc = pc;
     cell.writer = static_cast<std::uint16_t>(thread_);
-  } else if (cell.read_epoch != epoch_) {
-    cell.read_epoch = epoch_, cell.read_sync = syncs_[warp], cell.read_pc = pc;
+    return;
+  }
+  if (cell.read_epoch != epoch_) {
     cell.read_warp = static_cast<std::uint8_t>(warp);
-    cell.lanes = lane;
+    cell.lanes = 0;
     cell.several = false;
   } else if (cell.read_warp != warp) {
     cell.several = true;
-  } else if (cell.read_sync != syncs_[warp]) {
-    cell.read_sync = syncs_[warp], cell.read_pc = pc;
-    cell.lanes = lane;
-  } else {
-    cell.lanes |= lane;
+    return;
+  } else if (cell.read_time != time) {
+    for (std::uint32_t rest = cell.lanes; rest != 0; rest &= rest - 1)
+      if (ordered(__builtin_ctz(rest), cell.read_time)) cell.lanes &= ~(rest & -rest);
   }
+  cell.read_epoch = epoch_, cell.read_time = time, cell.read_pc = pc;
+  cell.lanes |= lane;
 }
 
 void Accesses::start_copy(const void* shared, const void* global, int valid_bytes, const void* pc) {
@@ -143,6 +158,11 @@ void Accesses::race(bool write, std::uint32_t pc, int other, const char* others,
   scheduler.fail("%s shared memory at @0x%" PRIx32 " that %s %s at @0x%" PRIx32
                  ", without a barrier in between",
                  write ? "writes" : "reads", pc, who.c_str(), wrote ? "wrote" : "read", other_pc);
+}
+
+void Accesses::copied(const void* to, const void* from, std::size_t bytes) {
+  if (from != nullptr) access(from, bytes, false, __builtin_return_address(0));
+  access(to, bytes, true, __builtin_return_address(0));
 }
 
 void Accesses::misaligned(const void* pointer, std::size_t bytes) {
@@ -281,7 +301,7 @@ std::string with_lines(const std::string& text) {
 // ---- what the compiler calls ---------------------------------------------------------------------------
 
 #define CUDA_EMULATION_ACCESS(name, write, bytes)                                                    \
-  extern "C" __attribute__((visibility("hidden"))) void __tsan_##name(void* pointer) {               \
+  CUDA_EMULATION_HIDDEN void __tsan_##name(void* pointer) {                                          \
     using cuda_emulation::accesses;                                                                  \
     if (reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0) accesses.misaligned(pointer, bytes); \
     accesses.access(pointer, bytes, write, __builtin_return_address(0));                             \
@@ -298,21 +318,42 @@ CUDA_EMULATION_ACCESS(write8, true, 8)
 CUDA_EMULATION_ACCESS(write16, true, 16)
 #undef CUDA_EMULATION_ACCESS
 
-extern "C" __attribute__((visibility("hidden"))) void __tsan_read_range(void* pointer, std::size_t bytes) {
+CUDA_EMULATION_HIDDEN void __tsan_read_range(void* pointer, std::size_t bytes) {
   cuda_emulation::accesses.access(pointer, bytes, false, __builtin_return_address(0));
 }
-extern "C" __attribute__((visibility("hidden"))) void __tsan_write_range(void* pointer, std::size_t bytes) {
+CUDA_EMULATION_HIDDEN void __tsan_write_range(void* pointer, std::size_t bytes) {
   cuda_emulation::accesses.access(pointer, bytes, true, __builtin_return_address(0));
 }
 
-// Of host code: atomic variables, and constructors.
-extern "C" __attribute__((visibility("hidden"))) std::uint64_t __tsan_atomic64_load(
-    const volatile std::uint64_t* from, int) {
-  return __atomic_load_n(from, __ATOMIC_SEQ_CST);
-}
-extern "C" __attribute__((visibility("hidden"))) std::uint64_t __tsan_atomic64_fetch_or(
-    volatile std::uint64_t* to, std::uint64_t value, int) {
-  return __atomic_fetch_or(to, value, __ATOMIC_SEQ_CST);
-}
-extern "C" __attribute__((visibility("hidden"))) void __tsan_init() {}
-extern "C" __attribute__((visibility("hidden"))) void __tsan_vptr_update(void**, void*) {}
+// Of host code: constructors, and atomic variables.
+CUDA_EMULATION_HIDDEN void __tsan_init() {}
+CUDA_EMULATION_HIDDEN void __tsan_vptr_update(void**, void*) {}
+#define CUDA_EMULATION_ATOMICS(bits)                                                                     \
+  CUDA_EMULATION_HIDDEN std::uint##bits##_t __tsan_atomic##bits##_load(                                  \
+      const volatile std::uint##bits##_t* p, int) {                                                      \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                         \
+  }                                                                                                      \
+  CUDA_EMULATION_HIDDEN void __tsan_atomic##bits##_store(volatile std::uint##bits##_t* p,                \
+                                                         std::uint##bits##_t v, int) {                   \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                            \
+  }                                                                                                      \
+  CUDA_EMULATION_HIDDEN int __tsan_atomic##bits##_compare_exchange_strong(                               \
+      volatile std::uint##bits##_t* p, std::uint##bits##_t* expected, std::uint##bits##_t v, int, int) { \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);       \
+  }                                                                                                      \
+  CUDA_EMULATION_UPDATE(bits, exchange, __atomic_exchange_n)                                             \
+  CUDA_EMULATION_UPDATE(bits, fetch_add, __atomic_fetch_add)                                             \
+  CUDA_EMULATION_UPDATE(bits, fetch_sub, __atomic_fetch_sub)                                             \
+  CUDA_EMULATION_UPDATE(bits, fetch_and, __atomic_fetch_and)                                             \
+  CUDA_EMULATION_UPDATE(bits, fetch_or, __atomic_fetch_or)
+#define CUDA_EMULATION_UPDATE(bits, name, function)                                                       \
+  CUDA_EMULATION_HIDDEN std::uint##bits##_t __tsan_atomic##bits##_##name(volatile std::uint##bits##_t* p, \
+                                                                         std::uint##bits##_t v, int) {    \
+    return function(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }
+CUDA_EMULATION_ATOMICS(8)
+CUDA_EMULATION_ATOMICS(16)
+CUDA_EMULATION_ATOMICS(32)
+CUDA_EMULATION_ATOMICS(64)
+#undef CUDA_EMULATION_ATOMICS
+#undef CUDA_EMULATION_UPDATE

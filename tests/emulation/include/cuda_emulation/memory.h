@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "scheduler.h"
 
@@ -43,6 +44,32 @@ CUDA_EMULATION_STORE(__stcs)
 CUDA_EMULATION_STORE(__stwb)
 CUDA_EMULATION_STORE(__stwt)
 #undef CUDA_EMULATION_STORE
+
+// What is copied or set at once, which no call of the compiler's tells of.
+#if defined(__SANITIZE_THREAD__)
+__attribute__((always_inline)) inline void* cuda_emulation_memcpy(void* to, const void* from,
+                                                                  std::size_t bytes) {
+  if (!__builtin_constant_p(bytes) || bytes > 4) cuda_emulation::accesses.copied(to, from, bytes);
+  return __builtin_memcpy(to, from, bytes);
+}
+__attribute__((always_inline)) inline void* cuda_emulation_memmove(void* to, const void* from,
+                                                                   std::size_t bytes) {
+  cuda_emulation::accesses.copied(to, from, bytes);
+  return __builtin_memmove(to, from, bytes);
+}
+__attribute__((always_inline)) inline void* cuda_emulation_memset(void* to, int value, std::size_t bytes) {
+  cuda_emulation::accesses.copied(to, nullptr, bytes);
+  return __builtin_memset(to, value, bytes);
+}
+namespace std {
+using ::cuda_emulation_memcpy;
+using ::cuda_emulation_memmove;
+using ::cuda_emulation_memset;
+}  // namespace std
+#define memcpy(to, from, bytes) cuda_emulation_memcpy(to, from, bytes)
+#define memmove(to, from, bytes) cuda_emulation_memmove(to, from, bytes)
+#define memset(to, value, bytes) cuda_emulation_memset(to, value, bytes)
+#endif
 
 inline void __threadfence_block() {}
 inline void __threadfence() {}

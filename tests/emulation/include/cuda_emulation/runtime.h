@@ -45,13 +45,17 @@ class Runtime {
   static constexpr int kDevices = 6;
   Device devices[kDevices] = {{80, 108, 164, 2048}, {86, 84, 100, 1536},   {89, 142, 100, 1536},
                               {90, 132, 228, 2048}, {100, 148, 228, 2048}, {120, 170, 100, 1536}};
-  std::set<int> contexts;         // devices that somebody has used
-  double pause_after_limits = 0;  // seconds; other threads run meanwhile
+  std::set<int> contexts;          // devices that somebody has used
+  double pause_around_limits = 0;  // seconds; other threads run meanwhile
   int driver_version = CUDART_VERSION;
 
-  // The calling thread's; thread_local is taken for shared memory.
+  // The calling thread's; thread_local is taken for shared memory. Every library has a runtime of its own,
+  // which goes by the context that is current in the thread, whoever made it so, and where none is by its own
+  // number.
   int current_device();
   cudaError_t set_device(int device);
+  int current_context();
+  void bind_context(int device);  // -1: none
   cudaError_t report(cudaError_t error);
   cudaError_t last_error(bool forget);
 
@@ -69,6 +73,7 @@ class Runtime {
   bool deferred() const { return deferred_; }
   void enqueue(cudaStream_t stream, std::function<void()> work);
   void synchronize();
+  std::vector<std::pair<int, int>> waiting();  // device and number of the streams with work
 
   // Memory as a caching allocator gives it: who asks next on the stream may get it as soon as it is freed,
   // which shows as NaNs.
@@ -79,7 +84,7 @@ class Runtime {
  private:
   std::recursive_mutex mutex_;
   struct OfThread {
-    int device = 0;
+    int device = 0, context = -1;
     cudaError_t last_error = cudaSuccess;
   };
   std::map<std::thread::id, OfThread> threads_;

@@ -7,37 +7,32 @@
 
 #include "runtime.h"
 
-// Made by the linker: where the compiler has put bytes of no operation in front of a function. The first is
-// the library's own: without one there would be no such section.
-extern "C" __attribute__((visibility("hidden")))
-const unsigned char* const __start___patchable_function_entries[];
-extern "C" __attribute__((visibility("hidden")))
-const unsigned char* const __stop___patchable_function_entries[];
+// Made by the linker: where the compiler has put bytes of no operation in front of a function.
+CUDA_EMULATION_HIDDEN __attribute__((weak)) const unsigned char* const __start___patchable_function_entries[];
+CUDA_EMULATION_HIDDEN __attribute__((weak)) const unsigned char* const __stop___patchable_function_entries[];
 
 namespace cuda_emulation {
 
 Runtime runtime;
 
-static __attribute__((used, patchable_function_entry(1, 1))) void has_an_entry() {}
-
 LaunchBounds launch_bounds_of(const void* kernel) {
-  const auto* at = static_cast<const unsigned char*>(kernel);
-  const unsigned char* found = nullptr;
-  for (auto entry = __start___patchable_function_entries; entry != __stop___patchable_function_entries;
-       ++entry)
-    if (*entry <= at && *entry > found) found = *entry;
-  for (const unsigned char* nop = found; found != nullptr && nop != at; ++nop)
-    if (*nop != 0x90) found = nullptr;  // of another function
-  if (found == nullptr) return {};
-  const int code = static_cast<int>(at - found);
-  return {code / 16 * 32, code % 16};
+  const auto* entry = static_cast<const unsigned char*>(kernel);
+  const unsigned char* first = nullptr;  // of those in front of it
+  for (auto i = __start___patchable_function_entries; i != __stop___patchable_function_entries; ++i)
+    if (*i <= entry && *i > first) first = *i;
+  LaunchBounds bounds;
+  for (; first != nullptr && first != entry; ++first, ++bounds.threads)
+    if (*first != 0x90) return {};  // they are another function's
+  while (bounds.threads > 0 && *entry++ == 0x90) ++bounds.blocks;
+  return bounds;
 }
 
 // ---- threads, devices ----------------------------------------------------------------------------------
 
 int Runtime::current_device() {
   const std::lock_guard lock(mutex_);
-  return threads_[std::this_thread::get_id()].device;
+  const OfThread& thread = threads_[std::this_thread::get_id()];
+  return thread.context >= 0 ? thread.context : thread.device;
 }
 
 // Since CUDA 12 it makes the device's context.
@@ -45,8 +40,19 @@ cudaError_t Runtime::set_device(int device) {
   const std::lock_guard lock(mutex_);
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
   threads_[std::this_thread::get_id()].device = device;
-  contexts.insert(device);
+  bind_context(device);
   return cudaSuccess;
+}
+
+int Runtime::current_context() {
+  const std::lock_guard lock(mutex_);
+  return threads_[std::this_thread::get_id()].context;
+}
+
+void Runtime::bind_context(int device) {
+  const std::lock_guard lock(mutex_);
+  threads_[std::this_thread::get_id()].context = device;
+  if (device >= 0) contexts.insert(device);
 }
 
 cudaError_t Runtime::report(cudaError_t error) {
@@ -62,21 +68,26 @@ cudaError_t Runtime::last_error(bool forget) {
 }
 
 cudaError_t Runtime::set_limit(const void* kernel, int bytes) {
+  const auto pause = [this] {
+    if (pause_around_limits > 0)
+      std::this_thread::sleep_for(std::chrono::duration<double>(pause_around_limits));
+  };
+  pause();
   {
     const std::lock_guard lock(mutex_);
     const int device = current_device();
-    contexts.insert(device);
+    bind_context(device);
     if (bytes < 0 || bytes > devices[device].max_shared_memory()) return cudaErrorInvalidValue;
     limits_[{kernel, device}] = bytes;
   }
-  if (pause_after_limits > 0) std::this_thread::sleep_for(std::chrono::duration<double>(pause_after_limits));
+  pause();
   return cudaSuccess;
 }
 
 cudaError_t Runtime::check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const std::lock_guard lock(mutex_);
   const int device = current_device();
-  contexts.insert(device);
+  bind_context(device);
   if (stream_of(config.stream)->device != device) return cudaErrorInvalidResourceHandle;
   const dim3 grid = config.gridDim, block = config.blockDim;
   const bool grid_fits = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff &&
@@ -144,6 +155,14 @@ void Runtime::synchronize() {
   freed_.clear();
 }
 
+std::vector<std::pair<int, int>> Runtime::waiting() {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::pair<int, int>> found;
+  for (const auto& [key, stream] : streams_)
+    if (!stream.work.empty()) found.push_back(key);
+  return found;
+}
+
 void* Runtime::allocate(std::size_t bytes, cudaStream_t stream) {
   const std::lock_guard lock(mutex_);
   void* memory = nullptr;
@@ -171,19 +190,21 @@ void Runtime::free(void* memory, cudaStream_t stream) {
 
 // ---- CUDA's functions ----------------------------------------------------------------------------------
 
-// Hidden: torch may have loaded the true runtime.
-#define CUDA_EMULATION_API extern "C" __attribute__((visibility("hidden")))
+namespace cuda_emulation {
+static void use_current_device() { runtime.bind_context(runtime.current_device()); }
+}  // namespace cuda_emulation
 
-CUDA_EMULATION_API cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
-                                                    int value) {
+// Hidden: torch may have loaded the true runtime.
+CUDA_EMULATION_HIDDEN cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                                       int value) {
   using cuda_emulation::runtime;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
   return runtime.report(runtime.set_limit(kernel, value));
 }
 
-CUDA_EMULATION_API cudaError_t cudaPeekAtLastError() { return cuda_emulation::runtime.last_error(false); }
-CUDA_EMULATION_API cudaError_t cudaGetLastError() { return cuda_emulation::runtime.last_error(true); }
-CUDA_EMULATION_API const char* cudaGetErrorString(cudaError_t error) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaPeekAtLastError() { return cuda_emulation::runtime.last_error(false); }
+CUDA_EMULATION_HIDDEN cudaError_t cudaGetLastError() { return cuda_emulation::runtime.last_error(true); }
+CUDA_EMULATION_HIDDEN const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
@@ -204,19 +225,19 @@ CUDA_EMULATION_API const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-CUDA_EMULATION_API cudaError_t cudaDriverGetVersion(int* version) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaDriverGetVersion(int* version) {
   return *version = cuda_emulation::runtime.driver_version, cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaGetDeviceCount(int* count) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaGetDeviceCount(int* count) {
   return *count = cuda_emulation::Runtime::kDevices, cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaGetDevice(int* device) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaGetDevice(int* device) {
   return *device = cuda_emulation::runtime.current_device(), cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaSetDevice(int device) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaSetDevice(int device) {
   return cuda_emulation::runtime.report(cuda_emulation::runtime.set_device(device));
 }
-CUDA_EMULATION_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
   using cuda_emulation::runtime;
   if (number < 0 || number >= cuda_emulation::Runtime::kDevices)
     return runtime.report(cudaErrorInvalidDevice);
@@ -268,26 +289,32 @@ CUDA_EMULATION_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr
   return cudaSuccess;
 }
 
-CUDA_EMULATION_API cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaMallocAsync(void** pointer, std::size_t bytes, cudaStream_t stream) {
+  cuda_emulation::use_current_device();
   *pointer = cuda_emulation::runtime.allocate(bytes, stream);
   return cuda_emulation::runtime.report(*pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
 }
-CUDA_EMULATION_API cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
+  cuda_emulation::use_current_device();
   return cuda_emulation::runtime.free(pointer, stream), cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes,
-                                               cudaStream_t stream) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes,
+                                                  cudaStream_t stream) {
+  cuda_emulation::use_current_device();
   cuda_emulation::runtime.enqueue(stream, [=] { std::memset(pointer, value, bytes); });
   return cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                               cudaStream_t stream) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes,
+                                                  cudaMemcpyKind, cudaStream_t stream) {
+  cuda_emulation::use_current_device();
   cuda_emulation::runtime.enqueue(stream, [=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaStreamSynchronize(cudaStream_t) {
+CUDA_EMULATION_HIDDEN cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  cuda_emulation::use_current_device();
   return cuda_emulation::runtime.synchronize(), cudaSuccess;
 }
-CUDA_EMULATION_API cudaError_t cudaDeviceSynchronize() {
+CUDA_EMULATION_HIDDEN cudaError_t cudaDeviceSynchronize() {
+  cuda_emulation::use_current_device();
   return cuda_emulation::runtime.synchronize(), cudaSuccess;
 }

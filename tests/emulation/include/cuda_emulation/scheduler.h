@@ -124,8 +124,7 @@ class Scheduler {
   void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
                   const Site& site);
 
-  // What __syncwarp performs. Alone of the collectives it orders accesses to memory; here, of all lanes that
-  // have not returned.
+  // What __syncwarp performs. Alone of the collectives it orders accesses to memory.
   static void warp_barrier(void* const*, unsigned) {}
 
   // The same for all 32 lanes, none of which may be missing.
@@ -190,6 +189,7 @@ class Scheduler {
 
   const Thread& any_finished() const;
   static void lose_patience();
+  static void fault();
   static std::string block_name();
   static std::string name(const Thread& thread);
   std::string deadlock() const;

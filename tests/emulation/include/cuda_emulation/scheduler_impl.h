@@ -68,7 +68,7 @@ void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* 
            name(other).c_str(), other.site.text().c_str(), other.mask);
   }
   perform(warp.operands, mask);
-  if (perform == warp_barrier && (mask | warp.finished) == warp.lanes) accesses.warp_barrier(self.warp);
+  if (perform == warp_barrier) accesses.warp_barrier(self.warp, mask);
   warp.waiting &= ~mask;
   self.state = State::kReady;
   ready_lanes(mask & ~(1u << self.lane), &lane(0));
@@ -275,6 +275,9 @@ void Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared, const Ker
   std::iota(blocks.begin(), blocks.end(), 0u);
   if (!natural_) random_.shuffle(blocks.begin(), static_cast<std::uint32_t>(blocks.size()));
   const Watchdog watchdog(patience_, progress_, lose_patience);
+#if !defined(CUDA_EMULATION_ASAN)
+  const FaultGuard guard(fault);
+#endif
   for (const std::uint32_t i : blocks) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     block_memory.poison();
@@ -329,6 +332,12 @@ void Scheduler::lose_patience() {
   if (scheduler.current_ != nullptr)
     scheduler.fail(
         "runs on and on, without waiting or returning: does it wait for a plain variable to change?");
+}
+
+void Scheduler::fault() {
+  if (scheduler.current_ != nullptr)
+    scheduler.fail(
+        "accesses memory that is not there, or is not aligned as its type is; or its stack is full");
 }
 
 const Thread& Scheduler::any_finished() const {
