@@ -80,7 +80,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
 def find_nvcc() -> tuple[Path, tuple[int, int]]:
     """The CUDA compiler, of CUDA_HOME, of PATH, or of the wheels of the toolkit (nvidia-cuda-nvcc), and its version.
 
-    For a wheel that is to be portable, where CUDA_HOME has none: the newest of CUDA 12 that knows all architectures.
+    For a wheel that is to be portable, where CUDA_HOME has none: the newest of CUDA 12 that knows all architectures and
+    has its libraries. (The package index has wheels of a compiler for CUDA 13 only.)
 
     Raises:
         NoCudaError: there is none of CUDA 12.4 or later.
@@ -110,7 +111,7 @@ def find_nvcc() -> tuple[Path, tuple[int, int]]:
         nvcc = next(iter(found))
         if PORTABLE and nvcc not in told:
             flags = architecture_flags(asked_architectures())
-            fit = [other for other in found if found[other][0] == 12 and dry_run(other, flags).returncode == 0]
+            fit = [other for other in found if found[other][0] == 12 and complete(other, flags)]
             nvcc = max(fit, key=found.__getitem__, default=nvcc)
         return nvcc, found[nvcc]
     if broken:
@@ -122,6 +123,15 @@ def dry_run(nvcc: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
     """What nvcc says that it would do; it fails where it does not know an architecture."""
     command = [nvcc, "--dryrun", *flags, "-c", "-x", "cu", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def complete(nvcc: Path, flags: list[str]) -> bool:
+    """Whether a compiler of CUDA 12 knows these architectures, and its headers and libraries are there."""
+    try:
+        cuda_folders(nvcc, 12)
+    except RuntimeError:
+        return False
+    return dry_run(nvcc, flags).returncode == 0
 
 
 def cuda_folders(nvcc: Path, major: int) -> tuple[list[str], Path]:

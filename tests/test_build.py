@@ -223,7 +223,10 @@ def toolkits(tree, monkeypatch):
     def install(folder: str, release: str, unknown: str = "none") -> Path:
         nvcc = tree.root / folder / "bin" / "nvcc"
         nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(f"#!/bin/sh\ncase $* in *compute_{unknown}*) exit 1;; esac\necho release {release}\n")
+        (tree.root / folder / "lib64").mkdir()
+        (tree.root / folder / "lib64" / "libcudart_static.a").touch()
+        says = f"echo '#$ TOP={tree.root / folder}' >&2\necho release {release}"
+        nvcc.write_text(f"#!/bin/sh\ncase $* in *compute_{unknown}*) exit 1;; esac\n{says}\n")
         nvcc.chmod(0o755)
         return nvcc
 
@@ -244,7 +247,8 @@ def test_a_portable_wheel_takes_the_newest_toolkit_for_older_drivers(tree, toolk
     assert setup.find_nvcc() == on_path, "no other one knows all architectures"
     toolkits("cuda-12.8", "12.8")
     newest = toolkits("cuda-12.10", "12.10")
-    toolkits("wheels/nvidia/cu12", "12.9")
+    without_runtime = toolkits("cuda-12.12", "12.12")
+    shutil.rmtree(without_runtime.parents[1] / "lib64")
     assert setup.find_nvcc() == (newest, (12, 10))
     monkeypatch.setattr(setup, "PORTABLE", False)
     assert setup.find_nvcc() == on_path, "as it was told"
