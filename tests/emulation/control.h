@@ -39,6 +39,7 @@ CUDA_EMULATION_EXPORT void cuda_emulation_launch_bounds(uint64_t address, int* t
 // torch.cpp: the calling thread's stream on a device, and torch's view of the thread's current device.
 CUDA_EMULATION_EXPORT void cuda_emulation_set_torch_stream(int device, int stream);
 CUDA_EMULATION_EXPORT int cuda_emulation_torch_device();
+CUDA_EMULATION_EXPORT void cuda_emulation_set_torch_device(int device);
 
 // fixtures.cu: the kernel of that name, over `in` and `out`. Returns CUDA's own message where the launch
 // fails.

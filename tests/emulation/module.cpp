@@ -126,5 +126,6 @@ PYBIND11_MODULE(MODULE, m) {
   m.def("set_torch_stream", cuda_emulation_set_torch_stream, arg("device"), arg("stream"),
         "Makes a stream the current one of a device in this thread, as torch sees it.");
   m.def("torch_device", cuda_emulation_torch_device, "The current device of this thread, as torch sees it.");
+  m.def("set_torch_device", cuda_emulation_set_torch_device, arg("device"), "torch.cuda.set_device().");
 #endif
 }

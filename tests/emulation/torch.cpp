@@ -92,6 +92,7 @@ int32_t get_stream(int32_t device, void** stream) {
 
 void cuda_emulation_set_torch_stream(int device, int stream) { of_thread().streams[device] = stream; }
 int cuda_emulation_torch_device() { return torch_device(); }
+void cuda_emulation_set_torch_device(int device) { torch_set_device(device); }
 
 extern "C" void* __real_dlopen(const char*, int);
 CUDA_EMULATION_HIDDEN void* __wrap_dlopen(const char* name, int flags) {
