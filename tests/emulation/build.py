@@ -29,14 +29,14 @@ BUILD = ROOT / "build" / "emulation"
 INCLUDE = [HERE / "include", HERE, ROOT / "csrc"]
 
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 # Kernels read memory through pointers of other types, as nvcc lets them.
 FLAGS += ["-fno-strict-aliasing", "-Wno-class-memaccess", "-fno-extern-tls-init", "-Wno-unused-function"]
 KERNEL_FLAGS = ["-x", "c++", "-DCUDA_EMULATION", "-include", "cuda_runtime.h"]
 # A call before every load and store of a kernel, for include/cuda_emulation/accesses.h. With -O1 they are those of the
-# source, not put together, and it compiles faster.
-ACCESS_FLAGS = ["-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
-ASAN_FLAGS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
+# source, not put together.
+ACCESS_FLAGS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
+ASAN_FLAGS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Checks as calls: in unrolled kernels the compiler takes half the time for them.
 ASAN_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
 # What the bindings ask of torch on a device, which torch.cpp answers.
@@ -173,30 +173,23 @@ def build(
         raise RuntimeError("start Python with the variables of asan_environment()")
     import pybind11
 
-    sanitize = ASAN_FLAGS if asan else []
-    module_name = f"{name}_asan" if asan else name
-    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    with one_builder(module_name), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        jobs = [(HERE / "emulation.cpp", KERNEL_FLAGS), *sources]
-        module_job = (HERE / "module.cpp", [*python, f"-DMODULE={module_name}", *defines])
-        *objects, module_object = pool.map(
-            lambda job: compile_object(
-                job[0], [*job[1], *(sanitize or (ACCESS_FLAGS if job[0].suffix == ".cu" else []))]
-            ),
-            [*jobs, module_job],
-        )
+    def instrument(source: Path) -> list[str]:
+        return ASAN_FLAGS if asan else ACCESS_FLAGS if source.suffix == ".cu" else []
 
-        folder = BUILD / f"{module_name}-{digest(path.name for path in (*objects, module_object))}"
-        linker = [CXX, "-shared", *sanitize]
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+    jobs = [(HERE / "emulation.cpp", [*KERNEL_FLAGS, "-O2"]), *sources]
+    jobs = [(source, [*flags, *instrument(source)]) for source, flags in jobs]
+    jobs.append((HERE / "module.cpp", [*python, f"-DMODULE={name}", *defines]))
+    with one_builder(name), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        *objects, module_object = pool.map(lambda job: compile_object(*job), jobs)
+        folder = BUILD / f"{name}-{digest(path.name for path in (*objects, module_object))}"
+        linker = [CXX, "-shared", *(ASAN_FLAGS if asan else [])]
         library = make(
-            folder / f"lib{module_name}.so",
-            [*linker, f"-Wl,-soname,lib{module_name}.so", *map(str, objects), *dynamic_shared_memory(objects), *link],
+            folder / f"lib{name}.so",
+            [*linker, f"-Wl,-soname,lib{name}.so", *map(str, objects), *dynamic_shared_memory(objects), *link],
         )
-        module = make(
-            folder / f"{module_name}.so",
-            [*linker, str(module_object), str(library), "-Wl,-rpath,$ORIGIN"],
-        )
-    spec = importlib.util.spec_from_file_location(module_name, module)
+        module = make(folder / f"{name}.so", [*linker, str(module_object), str(library), "-Wl,-rpath,$ORIGIN"])
+    spec = importlib.util.spec_from_file_location(name, module)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
