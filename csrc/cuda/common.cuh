@@ -275,8 +275,8 @@ auto with_window(DType dtype, const Window& window, F&& f) {
   });
 }
 
-// Allows blocks of `kernel` on the current device all the shared memory that the device has: always the same
-// value, so that no other thread's launch is in the way.
+// Allows blocks of a kernel, which has no static shared memory, all that the current device has: always the
+// same value, so that no other thread's launch is in the way.
 template <auto kKernel>
 cudaError_t allow_all_shared_memory() {
   static std::atomic<uint64_t> done{0};  // bit i: on device i; beyond 63 it is done anew at every launch
