@@ -17,6 +17,8 @@ _CPU_LIBRARY = Path(__file__).with_name("_native_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
 # The first NVIDIA driver for each major version of CUDA: within one, an older driver runs what a newer toolkit built.
 _DRIVERS = {12: 525, 13: 580}
+# Machine code for these, which are no cards but parts of a Tegra chip, runs there alone, and no other code does.
+_TEGRA = ((8, 7), (10, 1), (11, 0))
 INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -99,9 +101,9 @@ def _serves(index: int) -> tuple[bool, str]:
 def has_code(capability: tuple[int, int], built_for: str, toolkit: int, driver: int) -> bool:
     """Whether a library has code for a GPU.
 
-    Machine code runs on GPUs of its major version, from its minor version on; that with an "a" on this one capability
-    only. PTX without a letter runs on all later GPUs, too, where the driver, which compiles it, is not older than the
-    toolkit.
+    Machine code runs on GPUs of its major version, from its minor version on; that with an "a", and on Tegra chips, on
+    its own capability only. PTX without a letter runs on all later GPUs, too, where the driver, which compiles it, is
+    not older than the toolkit.
 
     Args:
         capability: the GPU's compute capability.
@@ -110,7 +112,8 @@ def has_code(capability: tuple[int, int], built_for: str, toolkit: int, driver: 
     """
     for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", built_for):
         built = int(major), int(minor)
-        related = capability[0] == built[0] or (ptx and not letter and driver >= toolkit)
+        tegra = capability in _TEGRA or built in _TEGRA
+        related = (capability[0] == built[0] and not tegra) or (ptx and not letter and driver >= toolkit)
         if capability == built or (capability > built and letter != "a" and related):
             return True
     return False

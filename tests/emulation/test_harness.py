@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -359,6 +360,7 @@ def deferred(emulation):
 def through_temporary(emulation, name: str, seed: int) -> np.ndarray:
     out = launch(emulation, name, np.arange(64), 64, seed=seed)
     assert np.isnan(out).all() == emulation.deferred()
+    assert emulation.waiting() == ({(3, 0), (3, 1)} if name == "temporary_on_another_stream" else {(3, 0)})
     emulation.synchronize()
     return out
 
@@ -367,6 +369,16 @@ def through_temporary(emulation, name: str, seed: int) -> np.ndarray:
 def test_deferred_launches_run_when_somebody_waits(emulation):
     for seed in SEEDS:
         assert np.array_equal(through_temporary(emulation, "temporary", seed), np.arange(64))
+
+
+@pytest.mark.usefixtures("deferred")
+def test_an_error_ends_what_waits(emulation):
+    launch(emulation, "warp_reverse_without_barrier", np.ones(64), 64, threads=64)
+    launch(emulation, "copy", np.ones(64), 64, threads=64)
+    with pytest.raises(RuntimeError, match="without a barrier"):
+        emulation.defer(False)
+    assert not emulation.deferred()
+    assert emulation.waiting() == set()
 
 
 @pytest.mark.usefixtures("deferred")
@@ -415,18 +427,22 @@ def test_a_limit_that_another_thread_lowers(emulation):
         except RuntimeError as error:
             errors.append(str(error))
 
-    for together in (False, True):
+    for pause in (0, 0.4):
         errors: list[str] = []
-        emulation.set_pause(0.1 if together else 0)
-        threads = [threading.Thread(target=run, args=(kilobytes,)) for kilobytes in (200, 64)]
-        for thread in threads:
-            thread.start()
-            if not together:
-                thread.join()
-        for thread in threads:
-            thread.join()
-        assert errors == ["invalid argument"] * together
-    emulation.set_pause(0)
+        emulation.set_pause(pause)
+        try:
+            first, second = (threading.Thread(target=run, args=(kilobytes,)) for kilobytes in (200, 64))
+            first.start()
+            if pause:  # the second sets its limit while the first one rests before its launch
+                time.sleep(pause / 2)
+            else:
+                first.join()
+            second.start()
+            first.join()
+            second.join()
+        finally:
+            emulation.set_pause(0)
+        assert errors == ["invalid argument"] * (pause > 0)
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------
@@ -446,6 +462,15 @@ def test_conflicts_of_banks_are_counted(emulation):
     for name, wavefronts in (("transpose", 1), ("transpose_with_conflicts", 32)):
         assert [each for (shared, _), each in costs(emulation, name).items() if shared] == [wavefronts] * 2
     assert [each for (shared, _), each in costs(emulation, "copy_vectors").items() if shared] == [4, 4]
+
+
+def test_what_the_lanes_of_a_warp_read_together_is_counted_once(emulation):
+    """By ldmatrix: of 16 rows of 64 bytes, and of 32 of 32 bytes; every eight lanes read eight rows of 16 bytes."""
+    emulation.count(True)
+    product(emulation, "matrix_product_fp16", np.ones((16, 32)), np.ones((32, 16)))
+    reads = [(requests, moved) for _, _, shared, requests, moved, _ in emulation.costs() if shared and moved > requests]
+    emulation.count(False)
+    assert sorted(reads) == [(2, 16), (2, 32)]
 
 
 def test_sectors_are_counted(emulation):

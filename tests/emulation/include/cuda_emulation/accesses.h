@@ -84,9 +84,7 @@ class Accesses {
   bool inside() const { return thread_ >= 0 && pthread_equal(pthread_self(), owner_); }
   void visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc);
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);
-  bool ordered(int lane, std::uint32_t time) const {
-    return together_[thread_ / 32][thread_ % 32][lane] > time;
-  }
+  bool ordered(int lane, std::uint32_t time) const { return known_[thread_ / 32][thread_ % 32][lane] > time; }
   void check(const Cell& cell, bool write, std::uint32_t pc);
   void record(Cell& cell, bool write, std::uint32_t pc);
   void check_copy(std::size_t word, std::uint32_t pc);
@@ -99,7 +97,7 @@ class Accesses {
   pthread_t owner_{};
   std::uint32_t epoch_ = 0, block_ = 0;
   std::uint32_t times_of_warps_[32] = {};
-  std::uint32_t together_[32][32][32] = {};  // when two lanes of a warp last took part in a barrier of it
+  std::uint32_t known_[32][32][32] = {};  // of a warp: up to when a lane has what another did behind it
   std::shared_ptr<Shadow> shadow_;
   const unsigned char *shared_begin_ = nullptr, *shared_end_ = nullptr;
 

@@ -87,11 +87,17 @@ void Accesses::visit_shared(std::size_t offset, std::size_t bytes, bool write, s
   }
 }
 
+// Vector clocks: who meets knows of all what any of them knew.
 void Accesses::warp_barrier(int warp, unsigned lanes) {
   const std::uint32_t time = ++times_of_warps_[warp];
+  std::uint32_t joined[32] = {};
+  for (int b = 0; b < 32; ++b) {
+    for (int a = 0; a < 32; ++a)
+      if (lanes >> a & 1) joined[b] = std::max(joined[b], known_[warp][a][b]);
+    if (lanes >> b & 1) joined[b] = time;
+  }
   for (int a = 0; a < 32; ++a)
-    for (int b = 0; b < 32; ++b)
-      if ((lanes >> a & 1) != 0 && (lanes >> b & 1) != 0) together_[warp][a][b] = time;
+    if (lanes >> a & 1) std::copy(joined, joined + 32, known_[warp][a]);
 }
 
 void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {

@@ -17,7 +17,7 @@ template <typename To, typename From>
 CUDA_EMULATION_HOST_CODE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
-  std::memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 

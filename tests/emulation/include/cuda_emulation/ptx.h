@@ -34,7 +34,7 @@ CUDA_EMULATION_HOST_CODE void perform_ldmatrix_x4(void* const* operands, unsigne
   const auto lanes = reinterpret_cast<MatrixLoad* const*>(operands);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t elements[8][8];
-    for (int row = 0; row < 8; ++row) std::memcpy(elements[row], lanes[8 * matrix + row]->row, 16);
+    for (int row = 0; row < 8; ++row) __builtin_memcpy(elements[row], lanes[8 * matrix + row]->row, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane / 4, c = lane % 4 * 2;
       const uint32_t low = kTransposed ? elements[c][r] : elements[r][c];

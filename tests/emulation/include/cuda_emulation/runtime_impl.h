@@ -120,8 +120,8 @@ Stream* Runtime::stream(int device, int number) {
 }
 
 void Runtime::defer(bool deferred) {
-  if (deferred_ && !deferred) synchronize();
   deferred_ = deferred;
+  if (!deferred) synchronize();
 }
 
 void Runtime::enqueue(cudaStream_t stream, std::function<void()> work) {
@@ -132,27 +132,31 @@ void Runtime::enqueue(cudaStream_t stream, std::function<void()> work) {
 
 void Runtime::synchronize() {
   random_ = Random(scheduler.seed());
-  std::vector<Stream*> busy;
-  const auto find_busy = [&] {
-    busy.clear();
+  // The first of what a stream has to do; nothing where all have done.
+  const auto next = [this]() -> std::function<void()> {
+    const std::lock_guard lock(mutex_);
+    std::vector<Stream*> busy;
     for (auto& [key, stream] : streams_)
       if (!stream.work.empty()) busy.push_back(&stream);
-    return !busy.empty();
+    if (busy.empty()) return nullptr;
+    auto& work = busy[random_.below(static_cast<std::uint32_t>(busy.size()))]->work;
+    std::function<void()> first = std::move(work.front());
+    work.pop_front();
+    return first;
+  };
+  const auto release = [this] {
+    const std::lock_guard lock(mutex_);
+    for (auto& [key, stream] : streams_) stream.work.clear();
+    for (void* memory : freed_) std::free(memory);
+    freed_.clear();
   };
   try {
-    while (find_busy()) {
-      std::deque<std::function<void()>>& work =
-          busy[random_.below(static_cast<std::uint32_t>(busy.size()))]->work;
-      const std::function<void()> first = std::move(work.front());
-      work.pop_front();
-      first();
-    }
+    while (const std::function<void()> work = next()) work();
   } catch (...) {
-    for (auto& [key, stream] : streams_) stream.work.clear();
+    release();
     throw;
   }
-  for (void* memory : freed_) std::free(memory);
-  freed_.clear();
+  release();
 }
 
 std::vector<std::pair<int, int>> Runtime::waiting() {

@@ -43,7 +43,7 @@ CUDA_EMULATION_HOST_CODE void perform_shuffle(void* const* operands, unsigned ma
     if (mask >> lane.source & 1)
       lane.result = lanes[lane.source]->value;
     else  // undefined on the hardware
-      std::memset(static_cast<void*>(&lane.result), 0xff, sizeof(T));
+      __builtin_memset(static_cast<void*>(&lane.result), 0xff, sizeof(T));
   }
 }
 
