@@ -52,10 +52,10 @@ BARRIERS = [
 
 
 @functools.cache
-def problem(case) -> Callable[[], list[Tensor]]:
+def problem(case, dtype) -> Callable[[], list[Tensor]]:
     if isinstance(case, Case):
-        return functools.partial(inputs.build(case, torch.float32).call, "cuda")
-    return functools.partial(problem_of(case, torch.float32).to(torch.float32, torch.float32).run, "cuda")
+        return functools.partial(inputs.build(case, dtype).call, "cuda")
+    return functools.partial(problem_of(case, dtype).to(dtype, torch.float32).run, "cuda")
 
 
 @pytest.fixture
@@ -73,9 +73,10 @@ def one_multiprocessor(emulation):
     emulation.set_device(90)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("file", "line", "witnesses"), BARRIERS)
-def test_a_barrier_that_is_forgotten_is_a_race(file, line, witnesses, one_multiprocessor):
+def test_a_barrier_that_is_forgotten_is_a_race(file, line, witnesses, dtype, one_multiprocessor):
     one_multiprocessor.forget_barrier(f"csrc/cuda/{file}", line)
-    runs = [problem(case) for case in witnesses]
+    runs = [problem(case, dtype) for case in witnesses]
     with pytest.raises(RuntimeError, match=r"without a barrier in between$|to which a cp\.async is under way$"):
         [run() for run in runs]
