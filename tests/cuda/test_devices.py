@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from tests.cuda.test_training import TILED, problem_of
 from tests.cuda.tools import native_call
+from tests.emulation.build import as_cuda
 from tests.ops.cases import Fused, MBConv
 from tests.ops.device import native
 from tests.ops.inputs import SAMPLES, build, sample
@@ -71,7 +72,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
 def call_on(device: int, op: Any, args: tuple) -> list[torch.Tensor]:
     """What the op writes, called with the arguments on that device."""
     args = tree_map_only(torch.Tensor, torch.Tensor.clone, args)
-    op(*tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, device), args))
+    op(*as_cuda(args, device))
     return outputs(op, args)
 
 
@@ -112,12 +113,11 @@ def test_the_device_that_a_thread_was_on_is_current_again(runtime):
 
 def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
     op, args = native_call(sample("pointwise_conv_bn_act"))
-    x = args[1]
 
     def run() -> int:
         runtime.set_device(80)
         with pytest.raises(RuntimeError, match="weight must"):
-            call_on(1, op, (*args[:2], x, *args[3:]))
+            call_on(1, op, (*args[:2], args[1], *args[3:]))  # a map for a weight
         return runtime.current_device()
 
     assert in_thread(run) == 0

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -229,10 +230,17 @@ def load(asan: bool | None = None) -> ModuleType:
     return emulation
 
 
+def as_cuda(tree: Any, device: int = -1) -> Any:
+    """Every tensor's memory as a tensor on that device, or on the current one; whoever calls keeps the tensors."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, device), tree)
+
+
 def serve_cpu_tensors(emulation: ModuleType) -> None:
     """Registers for the CPU what the library has for CUDA: the same ops, on the same memory as a device has it."""
     import torch
-    from torch.utils._pytree import tree_map_only
 
     library = torch.library.Library("effnet_kernels_cuda", "IMPL")
     under_way: list[object] = []  # deferred launches read and write it
@@ -244,7 +252,7 @@ def serve_cpu_tensors(emulation: ModuleType) -> None:
             if not emulation.deferred():
                 under_way.clear()
             under_way.append(args)
-            op(*tree_map_only(torch.Tensor, lambda x: torch.ops.effnet_kernels_emulation.on_device(x, -1), args))
+            op(*as_cuda(args))
 
         library.impl(name, run, "CPU")
 

@@ -6,6 +6,7 @@ read how often may differ from nvcc's code, how the lanes of a request lie does 
 """
 
 import argparse
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,7 +35,6 @@ TRAINING = TrainingCase("d", (144, 144), 2, (28, 28), last_act="silu")
 
 
 class Row(NamedTuple):
-    case: str
     kernel: str
     memory: str
     line: str
@@ -46,15 +46,15 @@ class Row(NamedTuple):
 def counted(dtype: torch.dtype) -> Iterator[Row]:
     """One row for every line of a kernel that touches memory."""
     emulation = build.load()
-    runs = [(str(case), lambda case=case: inputs.build(case, dtype).call("cuda")) for case in CASES]
-    runs.append((f"training-{TRAINING}", lambda: problem_of(TRAINING, dtype).to(dtype, torch.float32).run("cuda")))
-    for name, run in runs:
+    runs = [functools.partial(inputs.build(case, dtype).call, "cuda") for case in CASES]
+    runs.append(functools.partial(problem_of(TRAINING, dtype).to(dtype, torch.float32).run, "cuda"))
+    for run in runs:
         emulation.count(True)
         try:
             run()
             for kernel, line, shared, *numbers in emulation.costs():
                 found = re.search(r"\w+_kernel", kernel)
-                yield Row(name, found[0] if found else kernel, "shared" if shared else "global", line, *numbers)
+                yield Row(found[0] if found else kernel, "shared" if shared else "global", line, *numbers)
         finally:
             emulation.count(False)
 

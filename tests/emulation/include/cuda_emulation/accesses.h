@@ -65,8 +65,7 @@ class Accesses {
   struct Cell {
     std::uint32_t write_epoch = 0, write_time = 0, write_pc = 0;
     std::uint32_t read_epoch = 0, read_time = 0, read_pc = 0;
-    std::uint32_t lanes =
-        0;  // of read_warp, that have read, and the last one has not synchronised with since
+    std::uint32_t lanes = 0;  // of read_warp, that have read without a barrier of the warp since
     std::uint16_t writer = 0;
     std::uint8_t read_warp = 0;
     bool several = false;  // warps have read
