@@ -69,6 +69,9 @@ struct DepthwiseParams {
 // Tiles per image over which the sums run. It depends on the shape alone, never on the batch.
 int depthwise_tiles(const DepthwiseParams& p);
 Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t stream);
+// The same for 16 bits, depthwise_mma.cu: what these two call.
+int depthwise_mma_tiles(const DepthwiseParams& p);
+Status launch_depthwise_mma(const DepthwiseParams& p, cudaStream_t stream);
 
 // ---- squeeze_excite.cu -----------------------------------------------------------------------------------
 
@@ -159,6 +162,10 @@ struct ExpandDepthwisePlan {
 ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int shared_limit);
 Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
                                cudaStream_t stream);
+// The same for 16 bits, expand_depthwise_mma.cu: what these two call.
+ExpandDepthwisePlan expand_depthwise_mma_plan(const ExpandDepthwiseParams& p, int shared_limit);
+Status launch_expand_depthwise_mma(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
+                                   cudaStream_t stream);
 
 // ---- fused_mbconv.cu -------------------------------------------------------------------------------------
 

@@ -174,6 +174,11 @@ __device__ __forceinline__ float sigmoid(float x) {
   return 0.25f * rcp_approx(ex2_approx(fmaf(x, -1.4426950408889634f, -2.0f)) + 0.25f);
 }
 
+// SiLU of x from x / 4, for 16-bit results: the division by 4 is then part of a BatchNorm.
+__device__ __forceinline__ float silu_of_quarter(float quarter) {
+  return quarter * rcp_approx(ex2_approx(fmaf(quarter, -4 * 1.4426950408889634f, -2.0f)) + 0.25f);
+}
+
 // Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not
 // diverge.
 template <bool kExact>

@@ -353,7 +353,9 @@ Columns columns_of(const DepthwiseParams& p) {
 
 }  // namespace
 
-int depthwise_tiles(const DepthwiseParams& p) { return ceil_div(p.oh, kSumRows) * columns_of(p).tiles_w; }
+int depthwise_tiles(const DepthwiseParams& p) {
+  return p.dtype == DType::kFloat32 ? ceil_div(p.oh, kSumRows) * columns_of(p).tiles_w : depthwise_mma_tiles(p);
+}
 
 Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t stream) {
   const Status status = check_window(p.window);
@@ -363,6 +365,7 @@ Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t strea
     return {cudaErrorInvalidValue, "a row of x must have fewer than 2^31 elements"};
   }
   if (p.n == 0 || p.oh == 0 || p.ow == 0 || p.c == 0) return {};
+  if (p.dtype != DType::kFloat32) return launch_depthwise_mma(p, stream);
   const Columns columns = columns_of(p);
   return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
     using T = decltype(element);

@@ -347,6 +347,8 @@ ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int sh
     plan.unsupported = "only strides (1, 1) and (2, 2)";
   } else if (p.h == 0 || p.w == 0 || p.oh == 0 || p.ow == 0 || p.c_in == 0 || p.c_mid == 0) {
     plan.unsupported = "the map is empty";
+  } else if (p.dtype != DType::kFloat32) {
+    plan = expand_depthwise_mma_plan(p, shared_limit);
   } else {
     const auto best = [&](int limit) {
       return p.dtype == DType::kFloat32 ? best_strip<float>(p, limit) : best_strip<half>(p, limit);
@@ -370,6 +372,7 @@ Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepth
                                cudaStream_t stream) {
   if (plan.unsupported != nullptr) return {cudaErrorInvalidValue, plan.unsupported};
   if (p.n == 0) return {};
+  if (p.dtype != DType::kFloat32) return launch_expand_depthwise_mma(p, plan, stream);
   return with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {

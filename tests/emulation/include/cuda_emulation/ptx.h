@@ -71,23 +71,24 @@ struct MatrixProduct {
   const uint32_t *a, *b;
 };
 
-template <typename T>
-CUDA_EMULATION_HOST_CODE void perform_mma_m16n8k16(void* const* operands, unsigned) {
+// a [16, kDepth] @ b [kDepth, 8], kDepth 8 or 16.
+template <typename T, int kDepth>
+CUDA_EMULATION_HOST_CODE void perform_mma(void* const* operands, unsigned) {
   const auto lanes = reinterpret_cast<MatrixProduct* const*>(operands);
-  float a[16][16], b[16][8], d[16][8];
+  float a[16][kDepth], b[kDepth][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const MatrixProduct& operand = *lanes[lane];
     const int g = lane / 4, t = lane % 4 * 2;
-    for (int i = 0; i < 8; ++i)  // a[i / 2]: 8 rows further down, then 8 columns to the right
+    for (int i = 0; i < kDepth / 2; ++i)  // a[i / 2]: 8 rows further down, then 8 columns to the right
       a[g + i / 2 % 2 * 8][t + i % 2 + i / 4 * 8] =
           matrix_element<T>(operand.a[i / 2] >> (i % 2 * 16) & 0xffff);
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kDepth / 4; ++i)
       b[t + i % 2 + i / 2 * 8][g] = matrix_element<T>(operand.b[i / 2] >> (i % 2 * 16) & 0xffff);
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][t + i % 2] = operand.d[i];
   }
   // Eight products at a time, the sum of each eight cut to fp32: the least that is known of these units.
   for (int row = 0; row < 16; ++row)
-    for (int first = 0; first < 16; first += 8) {
+    for (int first = 0; first < kDepth; first += 8) {
       double sums[8];
       for (int column = 0; column < 8; ++column) sums[column] = d[row][column];
       for (int k = first; k < first + 8; ++k)
@@ -138,9 +139,26 @@ CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], 
 }
 
 template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                  CUDA_EMULATION_CALLER) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  MatrixProduct operand{sums, a, b};
+  scheduler.whole_warp(&operand, perform_mma<T, 16>, {"mma_m16n8k16", file, line});
+  for (int i = 0; i < 4; ++i) d[i] = sums[i];
+}
+
+template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_EMULATION_CALLER) {
   MatrixProduct operand{d, a, b};
-  scheduler.whole_warp(&operand, perform_mma_m16n8k16<T>, {"mma_m16n8k16", file, line});
+  scheduler.whole_warp(&operand, perform_mma<T, 16>, {"mma_m16n8k16", file, line});
+}
+
+template <typename T>
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4], CUDA_EMULATION_CALLER) {
+  float sums[4] = {c[0], c[1], c[2], c[3]};
+  MatrixProduct operand{sums, a, &b};
+  scheduler.whole_warp(&operand, perform_mma<T, 8>, {"mma_m16n8k8", file, line});
+  for (int i = 0; i < 4; ++i) d[i] = sums[i];
 }
 
 // Within the error that the PTX manual allows.

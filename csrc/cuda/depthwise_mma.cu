@@ -1,0 +1,329 @@
+// act(bn(depthwise_conv(x))) over [N, H, W, C] in 16 bits, and the channel sums of the result, on tensor cores: one
+// read of x, one write of y.
+//
+// A warp works by itself, on 2 kM segments of 8 output columns (neighbours in a row, or of several images where
+// rows are short) and 16 channels, and slides down the map. Input rows come through a ring in shared memory of its
+// own, three rows ahead. A row is added to the up to kKernel output rows that it belongs to, whose sums wait in
+// registers (depthwise_mma.cuh).
+//
+// Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of the 4 bytes of an element.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common.cuh"
+#include "cuda/depthwise_mma.cuh"
+
+namespace effnet::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // of a block, which share nothing
+constexpr int kWide = 8;   // output columns of a segment
+constexpr int kRing = 4;   // input rows in shared memory
+
+// Where the warps lie; the same for a whole launch.
+struct Launch {
+  DepthwiseParams p;
+  int groups;    // of a warp's channels, side by side
+  int segments;  // that cover a row
+  int bands;     // that cover a column, `rows` output rows each, a multiple of kSumRows
+  int rows;
+  unsigned units;  // warps
+};
+
+template <class T_, int kKernel_, int kStride_, int kM_, bool kVector_, bool kSilu_, int kMinBlocks_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = kKernel_, kStride = kStride_, kM = kM_, kBlocks = 2;
+  static constexpr bool kVector = kVector_;  // pixels are made of aligned 16 bytes
+  static constexpr bool kSilu = kSilu_;
+  static constexpr int kMinBlocks = kMinBlocks_;
+  static constexpr int kSegments = 2 * kM, kChannels = 8 * kBlocks;
+  static constexpr int kColumns = (kWide - 1) * kStride + kKernel;  // of x that a segment reads
+  static constexpr int kPixel = kChannels + 8;
+  using Window = WindowRows<T, kKernel, kStride, kM, kBlocks, (kColumns + 1) / 2, kColumns * kPixel>;
+  static_assert(kPixel == Window::kPixel);
+  static constexpr int kRow = kSegments * kColumns * kPixel;  // elements
+  static constexpr int kSharedBytes = kWarps * kRing * kRow * 2;
+};
+
+// What a warp computes: segments one behind the other, each with its image and its number in a row.
+template <int kSegments>
+struct Place {
+  int image[kSegments], index[kSegments];
+  int first_row, first_channel;
+  unsigned first;  // segment of the batch
+
+  __device__ __forceinline__ Place(const Launch& launch, unsigned unit, int channels) {
+    const unsigned above = unit / launch.groups;
+    first = above / launch.bands * kSegments;
+    first_row = static_cast<int>(above % launch.bands) * launch.rows;
+    first_channel = static_cast<int>(unit % launch.groups) * channels;
+    image[0] = static_cast<int>(first / launch.segments);
+    index[0] = static_cast<int>(first % launch.segments);
+#pragma unroll
+    for (int h = 1; h < kSegments; ++h) {
+      const bool next = index[h - 1] + 1 == launch.segments;
+      image[h] = image[h - 1] + (next ? 1 : 0);
+      index[h] = next ? 0 : index[h - 1] + 1;
+    }
+  }
+};
+
+// One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
+template <class Tr>
+__device__ __forceinline__ float by_taps(const DepthwiseParams& p, int64_t image, int row, int column, int channel) {
+  using T = typename Tr::T;
+  const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * Tr::kKernel * Tr::kKernel;
+  const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
+  const Affine bn = bn_affine<T>(p.bn, channel);
+  float sum = 0;
+#pragma unroll 1
+  for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
+    const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
+    const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
+    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
+    sum = fmaf(to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]), to_float(weight[tap]), sum);
+  }
+  const float value = activate<false>(p.act, fmaf(sum, bn.scale, bn.shift));
+  static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + column) * p.c + channel] = from_float<T>(value);
+  return value;
+}
+
+template <class Tr>
+__global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
+    depthwise_mma_kernel(const __grid_constant__ Launch launch) {
+  using T = typename Tr::T;
+  using Window = typename Tr::Window;
+  constexpr int kStride = Tr::kStride, kM = Tr::kM, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
+  constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kOpen = Window::kOpen;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const DepthwiseParams& p = launch.p;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  T* const ring = reinterpret_cast<T*>(shared_memory) + threadIdx.x / 32 * (kRing * kRow);
+
+  unsigned unit = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (unit >= launch.units) return;
+  const Place<kSegments> place(launch, unit, Tr::kChannels);
+  const int c0 = place.first_channel, first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
+  Window window(ring, p.weight, c0, p.c);
+  const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c);
+
+  // ---- rows into the ring ----
+  const int first_x_row = first_row * kStride - p.window.top;
+  const int x_end = min(first_x_row + (rows - 1) * kStride + Tr::kKernel, p.h);
+  const int64_t x_pitch = static_cast<int64_t>(p.w) * p.c, y_pitch = static_cast<int64_t>(p.ow) * p.c;
+  constexpr int kSize = Tr::kVector ? 8 : 1;  // elements of a piece
+  constexpr int kOfPixel = Tr::kChannels / kSize, kPieces = kSegments * kColumns * kOfPixel;
+  constexpr int kCopies = Tr::kVector ? (kPieces + 31) / 32 : 1;  // of a lane
+  // Where a piece lies in a row of x, in elements from the first segment's image on, and in a row of the ring.
+  const auto piece_of = [&](int piece, int64_t& from, T*& to) {
+    const int channel = piece % kOfPixel * kSize, column = piece / kOfPixel % kColumns;
+    const int which = piece / kOfPixel / kColumns;
+    const unsigned segment = place.first + which, by_row = launch.segments;
+    const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
+    const int x_column = index * (kWide * kStride) - p.window.left + column;
+    from = (image - place.image[0]) * p.h * x_pitch + x_column * p.c + c0 + channel;
+    to = ring + (which * kColumns + Window::pixel_of(column)) * Tr::kPixel + channel;
+    return image < p.n && x_column >= 0 && x_column < p.w && c0 + channel < p.c && piece < kPieces;
+  };
+  unsigned from[kCopies];  // bytes
+  T* to[kCopies];
+  bool copied[kCopies];
+  if constexpr (Tr::kVector) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      int64_t elements;
+      copied[i] = piece_of(lane + 32 * i, elements, to[i]);
+      from[i] = static_cast<unsigned>(copied[i] ? elements * 2 : 0);
+    }
+  }
+  int x_row = first_x_row;
+  const T* x = static_cast<const T*>(p.x) + (int64_t{place.image[0]} * p.h + x_row) * x_pitch;
+  // The next row into the ring, `slot` elements behind its beginning.
+  const auto load = [&](int slot) {
+    const bool row_there = x_row >= 0 && x_row < x_end;
+    if constexpr (Tr::kVector) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (32 * (i + 1) <= kPieces || lane + 32 * i < kPieces)
+          cp_async_16(to[i] + slot, bytes_behind(x, from[i]), row_there && copied[i] ? 16 : 0);
+      }
+    } else {
+#pragma unroll 1
+      for (int piece = lane; piece < kPieces; piece += 32) {
+        int64_t at;
+        T* target;
+        const bool there = piece_of(piece, at, target) && row_there;
+        target[slot] = there ? x[at] : from_float<T>(0.0f);
+      }
+    }
+    cp_async_commit();
+    ++x_row;
+    x += x_pitch;
+  };
+
+  // ---- where this lane writes: pixel lane / 4 of every segment ----
+  const int channel = c0 + (Tr::kVector ? exchanged_channel() : lane % 4 * 2);
+  bool there[kSegments];
+  float counts[kSegments];  // 1 where it is there; where not, a result that is not finite spoils the sum
+  std::conditional_t<Tr::kVector, unsigned, int64_t> y_at[kSegments];  // bytes from the first segment's image on
+  T* y = static_cast<T*>(p.y) + (int64_t{place.image[0]} * p.oh + first_row) * y_pitch;
+#pragma unroll
+  for (int h = 0; h < kSegments; ++h) {
+    const int column = place.index[h] * kWide + lane / 4;
+    there[h] = place.image[h] < p.n && column < p.ow;
+    counts[h] = there[h] ? 1.0f : 0.0f;
+    y_at[h] = ((place.image[h] - place.image[0]) * p.oh * y_pitch + int64_t{column} * p.c + channel) * 2;
+  }
+  const auto sums_of = [&](int image, int index, int row) {
+    return p.sums + ((int64_t{image} * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.segments + index) * p.c;
+  };
+
+  // ---- down the map ----
+  float total[kSegments][kBlocks][2] = {};
+  unsigned spoilt = 0;  // bit kSegments * i + h: segment h of the i-th kSumRows rows
+#pragma unroll
+  for (int i = 0; i < kRing - 1; ++i) load(i * kRow);
+  int slot = 0, free_slot = (kRing - 1) * kRow;
+#pragma unroll 1
+  for (int step = 0; step < rows + kOpen - 1; ++step) {
+#pragma unroll
+    for (int phase = 0; phase < kStride; ++phase) {
+      cp_async_wait<kRing - 2>();
+      __syncwarp();  // the row is there for all lanes, and none reads the free slot any more
+      load(free_slot);
+      window.add(phase, slot);
+      free_slot = slot;
+      slot = slot == (kRing - 1) * kRow ? 0 : slot + kRow;
+    }
+
+    const int row = step - (kOpen - 1);
+    if (row < 0) continue;
+    float z[kM][kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kM * kBlocks * 4; ++i)
+      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+    epilogue.apply(p.act, z);
+#pragma unroll
+    for (int h = 0; h < kSegments; ++h) {
+      const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i)
+        total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), counts[h], total[h][i / 2][i % 2]);
+      if constexpr (Tr::kVector) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; b += 2) {
+          const Vec<T, 4> four = exchange<T>(at(b, 0), at(b, 1), at(b + 1, 0), at(b + 1, 1));
+          if (there[h] && channel + 8 * b < p.c) four.store(bytes_behind(y, y_at[h]) + 8 * b);
+        }
+      } else if (there[h]) {
+#pragma unroll
+        for (int i = 0; i < kBlocks * 2; ++i) {
+          const int further = 8 * (i / 2) + i % 2;
+          if (channel + further < p.c) y[y_at[h] / 2 + further] = from_float<T>(at(i / 2, i % 2));
+        }
+      }
+    }
+    y += y_pitch;
+
+    if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
+#pragma unroll
+    for (int h = 0; h < kSegments; ++h) {
+      if (is_spoilt(total[h])) spoilt |= 1u << (row / kSumRows * kSegments + h);
+      if (p.sums != nullptr)
+        store_sums(sums_of(place.image[h], place.index[h], first_row + row), c0, p.c, place.image[h] < p.n, total[h]);
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
+    }
+  }
+
+  // ---- what was spoilt, tap by tap ----
+  static_assert(kSegments * (kMaxRows / kSumRows) <= 32);
+  if (spoilt == 0) return;
+  renew(unit);
+  const Place<kSegments> again(launch, unit, Tr::kChannels);
+#pragma unroll 1
+  for (int i = 0; i < kSegments * (kMaxRows / kSumRows); ++i) {
+    if ((spoilt >> i & 1) == 0) continue;
+    const unsigned segment = again.first + i % kSegments, by_row = launch.segments;
+    const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
+    const int first = again.first_row + i / kSegments * kSumRows, column = index * kWide + lane / 4;
+    float sums[kBlocks][2] = {};
+#pragma unroll 1
+    for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
+#pragma unroll
+      for (int j = 0; j < 2 * kBlocks; ++j) {
+        const int c = again.first_channel + 8 * (j / 2) + lane % 4 * 2 + j % 2;
+        if (c < p.c) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
+      }
+    __syncwarp();
+    if (p.sums != nullptr) store_sums(sums_of(image, index, first), again.first_channel, p.c, image < p.n, sums);
+  }
+}
+
+// ---- launcher --------------------------------------------------------------------------------------------
+
+#ifndef V_M3
+#define V_M3 2
+#endif
+#ifndef V_M5
+#define V_M5 1
+#endif
+#ifndef V_MIN3
+#define V_MIN3 3
+#endif
+#ifndef V_MIN5
+#define V_MIN5 3
+#endif
+template <class T, int kKernel, int kStride, bool kVector, bool kSilu>
+struct Choose {
+  static constexpr int kM = kKernel == 3 ? V_M3 : kKernel == 5 ? V_M5 : 1;
+  static constexpr int kMinBlocks = kKernel == 3 ? V_MIN3 : kKernel == 5 ? V_MIN5 : 2;
+  using type = Traits<T, kKernel, kStride, kM, kVector, kSilu, kMinBlocks>;
+};
+
+template <class Tr>
+Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
+  Launch launch_params{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0};
+  Launch& l = launch_params;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return {error, nullptr};
+  // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be.
+  const int64_t across = ceil_div<int64_t>(p.n * l.segments, Tr::kSegments) * l.groups;
+  while (l.rows > kSumRows &&
+         across * ceil_div(p.oh, l.rows) < int64_t{2} * multiprocessors * Tr::kMinBlocks * kWarps)
+    l.rows /= 2;
+  l.bands = ceil_div(p.oh, l.rows);
+  if (p.n * l.segments > INT32_MAX || across * l.bands > INT32_MAX)
+    return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
+  l.units = static_cast<unsigned>(across * l.bands);
+  return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(l.units, kWarps), kWarps * 32, Tr::kSharedBytes, stream,
+                                          launch_params);
+}
+
+}  // namespace
+
+int depthwise_mma_tiles(const DepthwiseParams& p) { return ceil_div(p.oh, kSumRows) * ceil_div(p.ow, kWide); }
+
+Status launch_depthwise_mma(const DepthwiseParams& p, cudaStream_t stream) {
+  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
+    using T = decltype(element);
+    constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
+    if constexpr (kIs16Bit<T>) {
+      // Offsets within the images of a warp are 32 bit there.
+      const int64_t image = std::max(int64_t{p.h} * p.w, int64_t{p.oh} * p.ow) * p.c * 2;
+      if (p.c % 8 != 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 8) || image > UINT32_MAX / 4)
+        return launch_typed<typename Choose<T, kKernel, kStride, false, false>::type>(p, stream);
+      return p.act == kSilu ? launch_typed<typename Choose<T, kKernel, kStride, true, true>::type>(p, stream)
+                            : launch_typed<typename Choose<T, kKernel, kStride, true, false>::type>(p, stream);
+    } else {
+      return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
+    }
+  });
+}
+
+}  // namespace effnet::cuda

@@ -1,0 +1,373 @@
+// expand_depthwise in 16 bits: the first two convolutions of an MBConv, of whose expanded map there is never more than
+// one row of a strip.
+//
+// Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in
+// C_mid written and read, is what it saves. x is read from the L2 once for every 48 or 64 expanded channels.
+//
+// A block has a strip of up to 16 kM output columns, a band of output rows and 16 expanded channels for each of its
+// warps, and goes down the map one row of x at a time, which comes through a ring in shared memory. A warp
+//   1. expands the row: products with weights that stay in registers, BatchNorm, activation, rounded to the type of
+//      the map, into a row of its own in shared memory. The padding around the map is zero there, not act(bn(0));
+//   2. adds it to the output rows that it belongs to, whose sums wait in registers (depthwise_mma.cuh).
+// So nothing is expanded twice but what two strips or two bands share.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common.cuh"
+#include "cuda/depthwise_mma.cuh"
+#include "cuda/gemm.cuh"
+
+namespace effnet::cuda {
+namespace {
+
+constexpr int kRing = 3;    // rows of x in shared memory
+constexpr int kSteps = 8;   // of 8 input channels, at most
+constexpr int kBlocks = 2;  // of 8 expanded channels, of a warp
+constexpr int kOfWarp = 8 * kBlocks;
+constexpr int kMostWarps = 4;
+
+// Where the blocks lie; the same for a whole launch.
+struct Launch {
+  ExpandDepthwiseParams p;
+  bool vector_in, vector_out;  // pixels are made of aligned 16 bytes of x, of 8 of y
+  int slices;                  // blocks side by side that cover the expanded channels
+  int strips, width;           // that cover a row; output columns of each
+  int bands, rows;             // that cover a column; output rows of each, a multiple of kSumRows
+  int pixels, pitch;           // of a row of x in the ring; elements from one to the next
+};
+
+template <class T_, int kKernel_, int kStride_, int kM_, bool kSilu_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = kKernel_, kStride = kStride_, kM = kM_;
+  static constexpr bool kSilu = kSilu_;
+  static constexpr int kMinBlocks = kKernel == 5 && kM == 2 ? 2 : 3;  // as registers allow
+  static constexpr int kColumns = (16 * kM - 1) * kStride + kKernel;  // expanded, that a strip reads
+  static constexpr int kPixel = kOfWarp + 8;
+  // Four more than a multiple of eight: pairs of neighbouring columns are then stored into different banks.
+  static constexpr int kOdd = (kColumns / 2 + 4) / 8 * 8 + 4;
+  static_assert(kOdd >= (kColumns + 1) / 2);
+  using Window = WindowRows<T, kKernel, kStride, kM, kBlocks, kOdd, 8 * kPixel>;
+  static constexpr int kMap = (kStride == 1 ? kColumns : kOdd + kColumns / 2) * kPixel;  // elements
+};
+
+// One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
+template <class Tr>
+__device__ __forceinline__ float by_taps(const ExpandDepthwiseParams& p, int64_t image, int row, int column,
+                                         int channel) {
+  using T = typename Tr::T;
+  const T* weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
+  const T* expand_weight = static_cast<const T*>(p.expand_weight) + int64_t{channel} * p.c_in;
+  const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c_in;
+  const Affine expand_bn = bn_affine<T>(p.expand_bn, channel), bn = bn_affine<T>(p.bn, channel);
+  float sum = 0;
+#pragma unroll 1
+  for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
+    const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
+    const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
+    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
+    const T* const x = map + (static_cast<int64_t>(x_row) * p.w + x_column) * p.c_in;
+    float expanded = 0;
+#pragma unroll 1
+    for (int c = 0; c < p.c_in; ++c) expanded = fmaf(to_float(x[c]), to_float(expand_weight[c]), expanded);
+    expanded = activate<false>(p.act, fmaf(expanded, expand_bn.scale, expand_bn.shift));
+    sum = fmaf(to_float(from_float<T>(expanded)), to_float(weight[tap]), sum);
+  }
+  const float value = activate<false>(p.act, fmaf(sum, bn.scale, bn.shift));
+  static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + column) * p.c_mid + channel] = from_float<T>(value);
+  return value;
+}
+
+template <class Tr>
+__global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
+    expand_depthwise_mma_kernel(const __grid_constant__ Launch launch) {
+  using T = typename Tr::T;
+  using Window = typename Tr::Window;
+  constexpr int kStride = Tr::kStride, kM = Tr::kM, kPixel = Tr::kPixel, kOpen = Window::kOpen;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  const ExpandDepthwiseParams& p = launch.p;
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, threads = static_cast<int>(blockDim.x);
+  const int ring_row = launch.pixels * launch.pitch;
+  T* const ring = reinterpret_cast<T*>(shared_memory);
+  T* const map = ring + kRing * ring_row + warp * Tr::kMap;
+
+  unsigned block = blockIdx.x;
+  const int c0 = (static_cast<int>(block % launch.slices) * (threads / 32) + warp) * kOfWarp;
+  block /= launch.slices;
+  const int strip = static_cast<int>(block % launch.strips);
+  block /= launch.strips;
+  const int first_row = static_cast<int>(block % launch.bands) * launch.rows;
+  const int64_t image = block / launch.bands;
+  const int rows = min(launch.rows, p.oh - first_row);
+  const int first_column = strip * launch.width, columns = min(launch.width, p.ow - first_column);
+  // Columns of x that there are under the strip's windows, and where the first of them lies in a row of the map.
+  const int left = first_column * kStride - p.window.left;
+  const int x_column = max(left, 0), pixels = min(left + (columns - 1) * kStride + Tr::kKernel, p.w) - x_column;
+
+  // ---- weights and BatchNorm, in registers ----
+  // Of the expansion lane 4g + t has input channels 2t and 2t + 1 of every eight, for expanded channel g of a block.
+  uint32_t expand_weight[kSteps][kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const int channel = c0 + 8 * b + g;
+    const uint16_t* const of_channel = static_cast<const uint16_t*>(p.expand_weight) + int64_t{channel} * p.c_in;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int c = 8 * step + 2 * t;
+      const bool first = channel < p.c_mid && c < p.c_in, second = channel < p.c_mid && c + 1 < p.c_in;
+      expand_weight[step][b] = (first ? of_channel[c] : 0u) | (second ? uint32_t{of_channel[c + 1]} << 16 : 0u);
+    }
+  }
+  const LaneEpilogue<T, kBlocks, Tr::kSilu> expand_epilogue(p.expand_bn, c0, p.c_mid);
+  Window window(map, p.weight, c0, p.c_mid);
+  const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c_mid);
+
+  // ---- rows of x into the ring ----
+  int x_row = first_row * kStride - p.window.top;
+  const int x_end = min(x_row + (rows - 1) * kStride + Tr::kKernel, p.h);
+  const int pieces = ceil_div(p.c_in, 8);  // of 16 bytes, of a pixel
+  const T* const x = static_cast<const T*>(p.x) + (image * p.h * p.w + x_column) * p.c_in;
+  const int piece_step = threads % pieces, pixel_step = threads / pieces;
+  const auto load = [&](int row, int slot) {
+    if (row >= 0 && row < x_end) {
+      const T* const from = x + static_cast<int64_t>(row) * p.w * p.c_in;
+      if (launch.vector_in) {
+        int pixel = static_cast<int>(threadIdx.x) / pieces, piece = static_cast<int>(threadIdx.x) % pieces;
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x); i < pixels * pieces; i += threads) {
+          cp_async_16(ring + slot + pixel * launch.pitch + piece * 8, from + i * 8);
+          piece += piece_step;
+          pixel += pixel_step;
+          if (piece >= pieces) piece -= pieces, ++pixel;
+        }
+      } else {
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x); i < pixels * pieces * 8; i += threads) {
+          const int pixel = i / (pieces * 8), c = i % (pieces * 8);
+          ring[slot + pixel * launch.pitch + c] = c < p.c_in ? from[pixel * p.c_in + c] : from_float<T>(0.0f);
+        }
+      }
+    }
+    cp_async_commit();
+  };
+
+  // ---- the warp's row of the map: zeros where x has no column ----
+  for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
+  __syncwarp();
+  // Pixels g and g + 8 of a tile of x, channels 2t and 2t + 1; 16 columns further it is 16 / kStride pixels.
+  T* const map_at = map + Window::pixel_of(x_column - left + g) * kPixel + 2 * t;
+  constexpr int kEight = 8 / kStride * kPixel;
+  const int row_at = (lane % 16) * launch.pitch;
+  const auto expand = [&](int slot) {
+#pragma unroll 1
+    for (int tile = 0; tile < pixels; tile += 32) {
+      float z[2][kBlocks][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; step += 2) {
+        if (8 * step >= p.c_in) break;
+        const bool whole = 8 * (step + 1) < p.c_in;  // both halves of 16 channels are there
+        const T* const from = ring + slot + row_at + tile * launch.pitch + 8 * step + (whole ? lane / 16 * 8 : 0);
+        uint32_t a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from + 16 * m * launch.pitch);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) {
+            if (whole) {
+              const uint32_t both[2] = {expand_weight[step][b], expand_weight[step + 1][b]};
+              mma_m16n8k16<T>(z[m][b], a[m], both);
+            } else {
+              const uint32_t half[2] = {a[m][0], a[m][1]};
+              mma_m16n8k8<T>(z[m][b], half, expand_weight[step][b], z[m][b]);
+            }
+          }
+      }
+      expand_epilogue.apply(p.act, z);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (tile + 8 * i + g >= pixels) continue;
+        T* const to = map_at + tile / 8 * kEight + i * kEight;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) store_pair(to + 8 * b, z[i / 2][b][i % 2 * 2], z[i / 2][b][i % 2 * 2 + 1]);
+      }
+    }
+  };
+
+  // ---- where this lane writes ----
+  const int channel = c0 + (launch.vector_out ? exchanged_channel() : 2 * t);
+  T* y = static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
+  const auto sums_of = [&](int row) {
+    return p.sums + ((image * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.strips + strip) * p.c_mid;
+  };
+
+  // ---- down the map ----
+  float total[kBlocks][2] = {};
+  unsigned spoilt = 0;  // bit i: the i-th kSumRows rows
+#pragma unroll
+  for (int i = 0; i < kRing - 1; ++i) load(x_row + i, i * ring_row);
+  int slot = 0, free_slot = (kRing - 1) * ring_row;
+#pragma unroll 1
+  for (int step = 0; step < rows + kOpen - 1; ++step) {
+#pragma unroll
+    for (int phase = 0; phase < kStride; ++phase) {
+      cp_async_wait<kRing - 2>();
+      __syncthreads();  // the row is there for all warps, and none reads the free slot or its row of the map any more
+      load(x_row + kRing - 1, free_slot);
+      if (x_row >= 0 && x_row < x_end) {
+        expand(slot);
+      } else if (x_row >= x_end) {
+        for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
+      }
+      ++x_row;
+      __syncwarp();
+      window.add(phase, 0);
+      free_slot = slot;
+      slot = slot == (kRing - 1) * ring_row ? 0 : slot + ring_row;
+    }
+
+    const int row = step - (kOpen - 1);
+    if (row < 0) continue;
+    float z[kM][kBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kM * kBlocks * 4; ++i)
+      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+    epilogue.apply(p.act, z);
+#pragma unroll
+    for (int h = 0; h < 2 * kM; ++h) {
+      const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
+      const bool there = 8 * h + g < columns;
+      const float count = there ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i)
+        total[i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[i / 2][i % 2]);
+      T* const to = y + 8 * h * p.c_mid;
+      if (launch.vector_out) {
+        const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
+        if (there && channel < p.c_mid) four.store(to);
+      } else if (there) {
+#pragma unroll
+        for (int i = 0; i < kBlocks * 2; ++i) {
+          const int further = 8 * (i / 2) + i % 2;
+          if (channel + further < p.c_mid) to[further] = from_float<T>(at(i / 2, i % 2));
+        }
+      }
+    }
+    y += static_cast<int64_t>(p.ow) * p.c_mid;
+
+    if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
+    if (is_spoilt(total)) spoilt |= 1u << row / kSumRows;
+    if (p.sums != nullptr) store_sums(sums_of(first_row + row), c0, p.c_mid, true, total);
+#pragma unroll
+    for (int i = 0; i < kBlocks * 2; ++i) total[i / 2][i % 2] = 0;
+  }
+
+  // ---- what was spoilt, tap by tap ----
+  if (spoilt == 0) return;
+#pragma unroll 1
+  for (int i = 0; i < kMaxRows / kSumRows; ++i) {
+    if ((spoilt >> i & 1) == 0) continue;
+    const int first = first_row + i * kSumRows;
+    float sums[kBlocks][2] = {};
+#pragma unroll 1
+    for (int row = first; row < min(first + kSumRows, p.oh); ++row)
+#pragma unroll 1
+      for (int column = g; column < columns; column += 8)
+#pragma unroll
+        for (int j = 0; j < 2 * kBlocks; ++j) {
+          const int c = c0 + 8 * (j / 2) + 2 * t + j % 2;
+          if (c < p.c_mid) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
+        }
+    __syncwarp();
+    if (p.sums != nullptr) store_sums(sums_of(first), c0, p.c_mid, true, sums);
+  }
+}
+
+// ---- launcher --------------------------------------------------------------------------------------------
+
+// Calls f(type of the traits), with the strips that fit the width of y and the registers.
+template <class T, bool kSilu, class F>
+auto with_traits(const ExpandDepthwiseParams& p, F&& f) {
+  if (p.window.kh == 3) {
+    if (p.window.stride_h == 1) return f(Traits<T, 3, 1, 2, kSilu>());
+    return p.ow <= 32 ? f(Traits<T, 3, 2, 2, kSilu>()) : f(Traits<T, 3, 2, 4, kSilu>());
+  }
+  if (p.window.stride_h == 1) return p.ow <= 16 ? f(Traits<T, 5, 1, 1, kSilu>()) : f(Traits<T, 5, 1, 2, kSilu>());
+  return p.ow <= 16 ? f(Traits<T, 5, 2, 1, kSilu>()) : f(Traits<T, 5, 2, 2, kSilu>());
+}
+
+int groups_of(const ExpandDepthwiseParams& p) { return ceil_div(p.c_mid, kOfWarp); }
+
+// Of a block: MBConvs expand to four or six times a multiple of eight channels, so that all have work.
+int warps_of(const ExpandDepthwiseParams& p) {
+  return groups_of(p) % 4 == 0 || groups_of(p) % 3 != 0 ? kMostWarps : kMostWarps - 1;
+}
+
+template <class Tr>
+Launch launch_of(const ExpandDepthwiseParams& p) {
+  Launch l{p, false, false, 0, 0, 0, 0, kMaxRows, 0, 0};
+  l.slices = ceil_div(groups_of(p), warps_of(p));
+  l.strips = ceil_div(p.ow, 16 * Tr::kM);
+  l.width = ceil_div(p.ow, l.strips);
+  // Tiles of 32 pixels are read.
+  l.pixels = ceil_div(std::min((l.width - 1) * Tr::kStride + Tr::kKernel, p.w), 32) * 32;
+  l.pitch = (ceil_div(p.c_in, 8) / 2 * 2 + 1) * 8;
+  return l;
+}
+
+template <class Tr>
+int shared_bytes_of(const ExpandDepthwiseParams& p) {
+  const Launch l = launch_of<Tr>(p);
+  return (kRing * l.pixels * l.pitch + warps_of(p) * Tr::kMap) * 2;
+}
+
+template <class Tr>
+Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
+  Launch l = launch_of<Tr>(p);
+  l.vector_in = rows_of_16_bytes<typename Tr::T>(p.c_in, {p.x});
+  l.vector_out = p.c_mid % 8 == 0 && is_aligned(p.y, 8);
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return {error, nullptr};
+  // Long columns expand fewer rows twice, short ones make more blocks: two rounds of them, if there can be.
+  const int64_t across = p.n * l.strips * l.slices;
+  while (l.rows > kSumRows && across * ceil_div(p.oh, l.rows) < int64_t{6} * multiprocessors) l.rows /= 2;
+  l.bands = ceil_div(p.oh, l.rows);
+  return launch<expand_depthwise_mma_kernel<Tr>>(across * l.bands, warps_of(p) * 32, plan.shared_bytes, stream, l);
+}
+
+}  // namespace
+
+ExpandDepthwisePlan expand_depthwise_mma_plan(const ExpandDepthwiseParams& p, int shared_limit) {
+  ExpandDepthwisePlan plan;
+  if (p.c_in > 8 * kSteps) {
+    plan.unsupported = "the weights of more than 64 input channels do not fit into registers";
+    return plan;
+  }
+  with_traits<half, true>(p, [&](auto traits) {
+    using Tr = decltype(traits);
+    plan.shared_bytes = shared_bytes_of<Tr>(p);
+    plan.tiles = ceil_div(p.oh, kSumRows) * launch_of<Tr>(p).strips;
+  });
+  if (plan.shared_bytes > shared_limit) plan.unsupported = "a row of x does not fit into shared memory";
+  return plan;
+}
+
+Status launch_expand_depthwise_mma(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
+                                   cudaStream_t stream) {
+  return with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (kIs16Bit<T>) {
+      const auto start = [&](auto traits) { return launch_typed<decltype(traits)>(p, plan, stream); };
+      return p.act == kSilu ? with_traits<T, true>(p, start) : with_traits<T, false>(p, start);
+    } else {
+      return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
+    }
+  });
+}
+
+}  // namespace effnet::cuda
