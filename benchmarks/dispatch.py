@@ -21,6 +21,7 @@ from effnet_kernels.benchmarking.tables import in_same_turns
 
 TABLE = Path(__file__).resolve().parents[1] / "effnet_kernels" / "dispatch.json"
 BACKENDS = ("cuda", "triton")
+OF_BLOCKS = {"mbconv": ("mixed", *BACKENDS)}  # what has parts of several backends, too
 # The word of a case that names its op (see shapes.py). The gate is measured as a part of the stand-alone SE.
 OPS = {
     "depthwise": ("depthwise_conv_bn_act",),
@@ -37,10 +38,10 @@ def orders(cases: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case, contenders in cases:
         compared = in_same_turns(contenders)
-        medians = {name: compared.get(ours(name), {}).get("median") for name in BACKENDS}
-        if None in medians.values():
-            continue
         for op in next((OPS[word] for word in case.split() if word in OPS), ()):
+            medians = {name: compared.get(ours(name), {}).get("median") for name in OF_BLOCKS.get(op, BACKENDS)}
+            if None in medians.values():
+                continue
             for name, median in medians.items():
                 times[op][name].append(median)
     return {op: sorted(of, key=lambda name: statistics.geometric_mean(of[name])) for op, of in times.items()}

@@ -45,8 +45,9 @@ class Scope(NamedTuple):
     blocks: int  # of each kind
     counted: tuple[str, ...]  # blocks of the flagship
     eager: tuple[str, ...]
-    backends: tuple[str, ...]
-    networks: tuple[str, ...]  # backends of whole networks but the flagship
+    backends: tuple[str, ...]  # of ops
+    whole: tuple[str, ...]  # of the flagship and of blocks
+    networks: tuple[str, ...]  # of the other networks
     seconds: float  # for each contender of each case
     copy_bytes: int
     matrix: int
@@ -132,7 +133,8 @@ GPU = Scope(
     counted=("blocks.1.0", "blocks.5.1"),
     eager=(CHANNELS_LAST,),  # in NCHW every one of these networks is slower still
     backends=("triton", "cuda"),
-    networks=("triton",),
+    whole=("mixed", "triton", "cuda"),
+    networks=("mixed",),
     seconds=0.5,
     copy_bytes=1 << 30,
     matrix=8192,
@@ -149,6 +151,7 @@ SMOKE = GPU._replace(
     counted=(),
     eager=(CHANNELS_LAST,),
     backends=("cpu", "reference"),
+    whole=("cpu", "reference"),
     networks=("cpu", "reference"),
     seconds=0.01,
     copy_bytes=1 << 20,
@@ -281,12 +284,12 @@ def _sanitize(record: Record, scope: Scope, check: str) -> None:
 
 def flagship(record: Record, scope: Scope) -> None:
     """The headline: B0, a large batch."""
-    record.measure(scope.flagship_case(), names(scope.eager, scope.backends), scope.seconds)
+    record.measure(scope.flagship_case(), names(scope.eager, scope.whole), scope.seconds)
 
 
 def blocks(record: Record, scope: Scope) -> None:
     """Whole blocks; the order of the backends for ``mbconv`` comes from them alone."""
-    _measure(record, scope, scope.block_cases(), names([CHANNELS_LAST], scope.backends))
+    _measure(record, scope, scope.block_cases(), names([CHANNELS_LAST], scope.whole))
 
 
 def ops(record: Record, scope: Scope) -> None:
@@ -331,7 +334,7 @@ def launches(record: Record, scope: Scope) -> None:
     found: dict[str, dict[str, list[str]]] = {}
     for case in scope.large_cases():
         stock, x = (thing.to(memory_format=torch.channels_last) for thing in case.make())
-        for backend in available(scope.backends):
+        for backend in available(scope.whole[:2]):
             model = contenders.patched(stock, backend)
             with torch.inference_mode():
                 found.setdefault(case.title, {})[ours(backend)] = gpu_profile.launches(functools.partial(model, x))

@@ -146,18 +146,13 @@ void fused_mbconv(Tensor out, Tensor x, Tensor weight, Tensors bn, double eps, s
   check("fused_mbconv", launch_fused_mbconv(p, device.shared_limit(), device.stream()));
 }
 
-// Expansion and depthwise convolution in one kernel where it takes the shape, else in two; the gate; the
-// projection.
-void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor weight,
-            Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
-            std::string act, Tensors se, std::string se_act, std::string se_gate, Tensor project,
-            Tensors project_bn, double project_eps, std::string project_act, bool residual) {
-  const OnDeviceOf device(x);
-  const Call call = call_of("x", x, 4);
-  const int64_t n = x.size(0), c_in = x.size(1), h = x.size(2), w = x.size(3);
-  const int64_t c_mid = first_size(weight), c_out = first_size(project);
+// What an MBConv's expansion and depthwise convolution are given, without the memory that they write.
+ExpandDepthwiseParams expand_depthwise_params(const Call& call, const Tensor& x, const OptionalTensor& expand,
+                                              const Tensors& expand_bn, double expand_eps, const Tensor& weight,
+                                              const Tensors& bn, double eps, const std::vector<int64_t>& stride,
+                                              const std::vector<int64_t>& padding, const std::string& act) {
+  const int64_t n = x.size(0), c_in = x.size(1), h = x.size(2), w = x.size(3), c_mid = first_size(weight);
   const WindowOf window = window_of(x, weight, stride, padding);
-
   ExpandDepthwiseParams e;
   e.dtype = call.dtype;
   e.x = call.map("x", x, {n, c_in, h, w});
@@ -172,6 +167,70 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
   e.n = n;
   e.h = narrow("x", h), e.w = narrow("x", w), e.c_in = narrow("x", c_in), e.c_mid = narrow("weight", c_mid);
   e.oh = window.oh, e.ow = window.ow;
+  return e;
+}
+
+ExpandDepthwisePlan plan_of(const ExpandDepthwiseParams& e, const OnDeviceOf& device) {
+  if (e.expand_weight != nullptr) return expand_depthwise_plan(e, device.shared_limit());
+  ExpandDepthwisePlan plan;
+  plan.unsupported = "there is no expansion";
+  return plan;
+}
+
+// The depthwise convolution alone, over the expanded map x.
+DepthwiseParams depthwise_params(const ExpandDepthwiseParams& e, const void* x) {
+  DepthwiseParams d;
+  d.dtype = e.dtype;
+  d.x = x, d.weight = e.weight, d.y = e.y, d.sums = e.sums;
+  d.bn = e.bn;
+  d.window = e.window;
+  d.act = e.act;
+  d.n = e.n, d.h = e.h, d.w = e.w, d.c = e.c_mid, d.oh = e.oh, d.ow = e.ow;
+  return d;
+}
+
+// Expansion, if there is one, and depthwise convolution in one kernel, for whoever has other kernels for the rest of
+// an MBConv. How many sums an image has; -1: the two convolutions are no business of one kernel.
+int64_t expand_depthwise_tiles(Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor weight,
+                               Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                               std::string act) {
+  const OnDeviceOf device(x);
+  const Call call = call_of("x", x, 4);
+  const ExpandDepthwiseParams e =
+      expand_depthwise_params(call, x, expand, expand_bn, expand_eps, weight, bn, eps, stride, padding, act);
+  if (!expand) return depthwise_tiles(depthwise_params(e, e.x));
+  const ExpandDepthwisePlan plan = plan_of(e, device);
+  return plan.unsupported == nullptr ? plan.tiles : -1;
+}
+
+void expand_depthwise(Tensor out, OptionalTensor sums, Tensor x, OptionalTensor expand, Tensors expand_bn,
+                      double expand_eps, Tensor weight, Tensors bn, double eps, std::vector<int64_t> stride,
+                      std::vector<int64_t> padding, std::string act) {
+  const OnDeviceOf device(x);
+  const Call call = call_of("x", x, 4);
+  ExpandDepthwiseParams e =
+      expand_depthwise_params(call, x, expand, expand_bn, expand_eps, weight, bn, eps, stride, padding, act);
+  const ExpandDepthwisePlan plan = plan_of(e, device);
+  e.y = call.map("out", out, {e.n, e.c_mid, e.oh, e.ow});
+  if (sums) {
+    const int64_t tiles = expand ? plan.tiles : depthwise_tiles(depthwise_params(e, e.x));
+    e.sums = call.fp32("sums", *sums, {e.n, tiles, e.c_mid});
+  }
+  check("expand_depthwise", expand ? launch_expand_depthwise(e, plan, device.stream())
+                                   : launch_depthwise_conv_bn_act(depthwise_params(e, e.x), device.stream()));
+}
+
+// Expansion and depthwise convolution in one kernel where it takes the shape, else in two; the gate; the
+// projection.
+void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor weight,
+            Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
+            std::string act, Tensors se, std::string se_act, std::string se_gate, Tensor project,
+            Tensors project_bn, double project_eps, std::string project_act, bool residual) {
+  const OnDeviceOf device(x);
+  const Call call = call_of("x", x, 4);
+  ExpandDepthwiseParams e =
+      expand_depthwise_params(call, x, expand, expand_bn, expand_eps, weight, bn, eps, stride, padding, act);
+  const int64_t n = e.n, c_mid = e.c_mid, c_out = first_size(project);
 
   PointwiseParams q;  // the projection
   q.dtype = call.dtype;
@@ -189,26 +248,18 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
   const Tensor filtered = torch::stable::new_empty(x, {n, e.oh, e.ow, c_mid});
   e.y = filtered.data_ptr();
   q.x = e.y;
-  const auto sums_of = [&](int tiles) {
-    Tensor sums = empty_fp32(x, {n, se.empty() ? 0 : tiles, c_mid});
-    g.tiles = tiles;
-    if (!se.empty()) g.sums = e.sums = static_cast<float*>(sums.data_ptr());
-    return sums;
-  };
-
-  ExpandDepthwisePlan plan;
-  plan.unsupported = "there is no expansion";
-  if (expand) plan = expand_depthwise_plan(e, device.shared_limit());
-  Tensor sums = filtered, expanded = filtered;  // whatever these hold lives until all is enqueued
-  if (plan.unsupported == nullptr) {
-    sums = sums_of(plan.tiles);
+  const ExpandDepthwisePlan plan = plan_of(e, device);
+  const bool at_once = plan.unsupported == nullptr;
+  g.tiles = at_once ? plan.tiles : depthwise_tiles(depthwise_params(e, e.x));
+  const Tensor sums = empty_fp32(x, {n, se.empty() ? 0 : g.tiles, c_mid});
+  if (!se.empty()) g.sums = e.sums = static_cast<float*>(sums.data_ptr());
+  Tensor expanded = filtered;  // whatever it holds lives until all is enqueued
+  if (at_once) {
     check("mbconv", launch_expand_depthwise(e, plan, device.stream()));
   } else {
-    DepthwiseParams d;
-    d.dtype = call.dtype;
-    d.x = e.x;
+    const void* map = e.x;
     if (expand) {
-      expanded = torch::stable::new_empty(x, {n, h, w, c_mid});
+      expanded = torch::stable::new_empty(x, {n, e.h, e.w, c_mid});
       PointwiseParams p;
       p.dtype = call.dtype;
       p.x = e.x;
@@ -216,19 +267,11 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
       p.y = expanded.data_ptr();
       p.bn = e.expand_bn;
       p.act = e.act;
-      p.n = n, p.pixels = h * w, p.c_in = e.c_in, p.c_out = e.c_mid;
+      p.n = n, p.pixels = int64_t{e.h} * e.w, p.c_in = e.c_in, p.c_out = e.c_mid;
       check("mbconv", launch_pointwise_conv_bn_act(p, device.stream()));
-      d.x = p.y;
+      map = p.y;
     }
-    d.weight = e.weight;
-    d.y = e.y;
-    d.bn = e.bn;
-    d.window = e.window;
-    d.act = e.act;
-    d.n = n, d.h = e.h, d.w = e.w, d.c = e.c_mid, d.oh = e.oh, d.ow = e.ow;
-    sums = sums_of(depthwise_tiles(d));
-    d.sums = e.sums;
-    check("mbconv", launch_depthwise_conv_bn_act(d, device.stream()));
+    check("mbconv", launch_depthwise_conv_bn_act(depthwise_params(e, map), device.stream()));
   }
   Tensor gate = filtered;
   if (!se.empty()) {
@@ -263,6 +306,12 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
       "int[] padding, str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, "
       "bool residual) -> ()");
   m.def(
+      "expand_depthwise_tiles(Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> int");
+  m.def(
+      "expand_depthwise(Tensor(a!) out, Tensor(b!)? sums, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, "
+      "float expand_eps, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> ()");
+  m.def(
       "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, "
       "Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, "
       "str se_act, str se_gate, Tensor project_weight, Tensor[] project_bn, float project_eps, "
@@ -281,5 +330,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CUDA, m) {
   m.impl("squeeze_excite_gate", TORCH_BOX(&effnet::cuda::squeeze_excite_gate));
   m.impl("squeeze_excite", TORCH_BOX(&effnet::cuda::squeeze_excite));
   m.impl("fused_mbconv", TORCH_BOX(&effnet::cuda::fused_mbconv));
+  m.impl("expand_depthwise_tiles", TORCH_BOX(&effnet::cuda::expand_depthwise_tiles));
+  m.impl("expand_depthwise", TORCH_BOX(&effnet::cuda::expand_depthwise));
   m.impl("mbconv", TORCH_BOX(&effnet::cuda::mbconv));
 }

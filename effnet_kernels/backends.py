@@ -70,8 +70,18 @@ def _triton_available() -> tuple[bool, str]:
     return True, f"Triton {version}" + ", interpreted on the CPU" * interpreted
 
 
+def _mixed_available() -> tuple[bool, str]:
+    """Triton and CUDA C++ side by side."""
+    for available in (native.cuda_available, _triton_available):
+        served, reason = available()
+        if not served:
+            return False, reason
+    return True, "each op, and each part of a block, on the faster one of triton and cuda"
+
+
 _AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
     "cpu": native.cpu_available,
+    "mixed": _mixed_available,
     "triton": _triton_available,
     "cuda": native.cuda_available,
     "reference": lambda: (True, "plain PyTorch"),
@@ -192,6 +202,8 @@ def _placed(problem: Problem) -> Problem:
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
     candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
+    if asked == "mixed":  # of its own it has whole blocks
+        candidates = automatic("cuda", problem.op)[:-1]
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:

@@ -212,7 +212,7 @@ def test_what_each_call_does():
         assert list(parts) == [name for name in gpu_parts.PARTS if name in parts], "in order of worth"
     assert sum(seconds for _, seconds in gpu.CALLS.values()) <= 590
     assert gpu_parts.PARTS["autotuned"].least == 150
-    contenders = {*gpu_parts.GPU.eager, *map(ours, gpu_parts.GPU.backends)}
+    contenders = {*gpu_parts.GPU.eager, *map(ours, gpu_parts.GPU.whole)}
     assert not contenders & {ours("auto"), COMPILED, AUTOTUNED}
 
 

@@ -16,6 +16,9 @@
 namespace effnet::cuda {
 namespace {
 
+#ifndef V_ROUNDS
+#define V_ROUNDS 1
+#endif
 constexpr int kWarps = 4;  // of a block, which share nothing
 constexpr int kWide = 8;   // output columns of a segment
 constexpr int kRing = 4;   // input rows in shared memory
@@ -27,7 +30,9 @@ struct Launch {
   int segments;  // that cover a row
   int bands;     // that cover a column, `rows` output rows each, a multiple of kSumRows
   int rows;
-  unsigned units;  // warps
+  unsigned places;  // of a warp, for each group
+  unsigned turns;   // places that a warp takes one after the other, so that its weights are loaded once
+  unsigned tiles;   // of all sums
 };
 
 template <class T_, int kKernel_, int kStride_, int kM_, bool kVector_, bool kSilu_, int kMinBlocks_>
@@ -46,18 +51,16 @@ struct Traits {
   static constexpr int kSharedBytes = kWarps * kRing * kRow * 2;
 };
 
-// What a warp computes: segments one behind the other, each with its image and its number in a row.
+// What a warp computes at a time: segments one behind the other, each with its image and its number in a row.
 template <int kSegments>
 struct Place {
-  int image[kSegments], index[kSegments];
-  int first_row, first_channel;
   unsigned first;  // segment of the batch
+  int image[kSegments], index[kSegments];
+  int first_row;
 
-  __device__ __forceinline__ Place(const Launch& launch, unsigned unit, int channels) {
-    const unsigned above = unit / launch.groups;
-    first = above / launch.bands * kSegments;
-    first_row = static_cast<int>(above % launch.bands) * launch.rows;
-    first_channel = static_cast<int>(unit % launch.groups) * channels;
+  __device__ __forceinline__ Place(const Launch& launch, unsigned number) {
+    first = number / launch.bands * kSegments;
+    first_row = static_cast<int>(number % launch.bands) * launch.rows;
     image[0] = static_cast<int>(first / launch.segments);
     index[0] = static_cast<int>(first % launch.segments);
 #pragma unroll
@@ -68,6 +71,11 @@ struct Place {
     }
   }
 };
+
+// Where the sums of an image's row begin, in tiles.
+__device__ __forceinline__ unsigned first_tile(const Launch& launch, int image, int row) {
+  return (image * ceil_div(launch.p.oh, kSumRows) + row / kSumRows) * launch.segments;
+}
 
 // One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
 template <class Tr>
@@ -101,12 +109,23 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   T* const ring = reinterpret_cast<T*>(shared_memory) + threadIdx.x / 32 * (kRing * kRow);
 
-  unsigned unit = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (unit >= launch.units) return;
-  const Place<kSegments> place(launch, unit, Tr::kChannels);
-  const int c0 = place.first_channel, first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
+  // Of the place of each turn; renewed, or what follows from it would be kept in registers all the time.
+  const auto number_of = [&](unsigned turn) {
+    unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
+    renew(warp);
+    return warp / launch.groups * launch.turns + turn;
+  };
+  if (number_of(0) >= launch.places) return;
+  const int c0 = static_cast<int>((blockIdx.x * kWarps + threadIdx.x / 32) % launch.groups) * Tr::kChannels;
   Window window(ring, p.weight, c0, p.c);
   const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c);
+
+#pragma unroll 1
+  for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; ++turn) {
+  const Place<kSegments> place(launch, number_of(turn));
+  const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
+  cp_async_wait<0>();
+  __syncwarp();  // nothing of the place before is under way or read any more
 
   // ---- rows into the ring ----
   const int first_x_row = first_row * kStride - p.window.top;
@@ -165,19 +184,18 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   // ---- where this lane writes: pixel lane / 4 of every segment ----
   const int channel = c0 + (Tr::kVector ? exchanged_channel() : lane % 4 * 2);
   bool there[kSegments];
-  float counts[kSegments];  // 1 where it is there; where not, a result that is not finite spoils the sum
   std::conditional_t<Tr::kVector, unsigned, int64_t> y_at[kSegments];  // bytes from the first segment's image on
   T* y = static_cast<T*>(p.y) + (int64_t{place.image[0]} * p.oh + first_row) * y_pitch;
 #pragma unroll
   for (int h = 0; h < kSegments; ++h) {
     const int column = place.index[h] * kWide + lane / 4;
     there[h] = place.image[h] < p.n && column < p.ow;
-    counts[h] = there[h] ? 1.0f : 0.0f;
     y_at[h] = ((place.image[h] - place.image[0]) * p.oh * y_pitch + int64_t{column} * p.c + channel) * 2;
   }
-  const auto sums_of = [&](int image, int index, int row) {
-    return p.sums + ((int64_t{image} * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.segments + index) * p.c;
-  };
+  // Sums lie in the order [image, kSumRows rows, segment]: where those of this place's segments begin.
+  unsigned tiles[kSegments];
+#pragma unroll
+  for (int h = 0; h < kSegments; ++h) tiles[h] = first_tile(launch, place.image[h], first_row) + place.index[h];
 
   // ---- down the map ----
   float total[kSegments][kBlocks][2] = {};
@@ -207,9 +225,10 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 #pragma unroll
     for (int h = 0; h < kSegments; ++h) {
       const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
+      const float count = there[h] ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
 #pragma unroll
       for (int i = 0; i < kBlocks * 2; ++i)
-        total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), counts[h], total[h][i / 2][i % 2]);
+        total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[h][i / 2][i % 2]);
       if constexpr (Tr::kVector) {
 #pragma unroll
         for (int b = 0; b < kBlocks; b += 2) {
@@ -231,7 +250,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     for (int h = 0; h < kSegments; ++h) {
       if (is_spoilt(total[h])) spoilt |= 1u << (row / kSumRows * kSegments + h);
       if (p.sums != nullptr)
-        store_sums(sums_of(place.image[h], place.index[h], first_row + row), c0, p.c, place.image[h] < p.n, total[h]);
+        store_sums(p.sums, tiles[h] + row / kSumRows * launch.segments, launch.tiles, c0, p.c, total[h]);
 #pragma unroll
       for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
     }
@@ -239,9 +258,8 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 
   // ---- what was spoilt, tap by tap ----
   static_assert(kSegments * (kMaxRows / kSumRows) <= 32);
-  if (spoilt == 0) return;
-  renew(unit);
-  const Place<kSegments> again(launch, unit, Tr::kChannels);
+  if (spoilt == 0) continue;
+  const Place<kSegments> again(launch, number_of(turn));
 #pragma unroll 1
   for (int i = 0; i < kSegments * (kMaxRows / kSumRows); ++i) {
     if ((spoilt >> i & 1) == 0) continue;
@@ -253,38 +271,27 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
 #pragma unroll
       for (int j = 0; j < 2 * kBlocks; ++j) {
-        const int c = again.first_channel + 8 * (j / 2) + lane % 4 * 2 + j % 2;
+        const int c = c0 + 8 * (j / 2) + lane % 4 * 2 + j % 2;
         if (c < p.c) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
       }
     __syncwarp();
-    if (p.sums != nullptr) store_sums(sums_of(image, index, first), again.first_channel, p.c, image < p.n, sums);
+    if (p.sums != nullptr)
+      store_sums(p.sums, first_tile(launch, image, first) + index, launch.tiles, c0, p.c, sums);
+  }
   }
 }
 
 // ---- launcher --------------------------------------------------------------------------------------------
 
-#ifndef V_M3
-#define V_M3 2
-#endif
-#ifndef V_M5
-#define V_M5 1
-#endif
-#ifndef V_MIN3
-#define V_MIN3 3
-#endif
-#ifndef V_MIN5
-#define V_MIN5 3
-#endif
 template <class T, int kKernel, int kStride, bool kVector, bool kSilu>
 struct Choose {
-  static constexpr int kM = kKernel == 3 ? V_M3 : kKernel == 5 ? V_M5 : 1;
-  static constexpr int kMinBlocks = kKernel == 3 ? V_MIN3 : kKernel == 5 ? V_MIN5 : 2;
-  using type = Traits<T, kKernel, kStride, kM, kVector, kSilu, kMinBlocks>;
+  static constexpr int kMinBlocks = kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
+  using type = Traits<T, kKernel, kStride, 1, kVector, kSilu, kMinBlocks>;
 };
 
 template <class Tr>
 Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
-  Launch launch_params{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0};
+  Launch launch_params{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0, 1, 0};
   Launch& l = launch_params;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -292,16 +299,21 @@ Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return {error, nullptr};
-  // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be.
-  const int64_t across = ceil_div<int64_t>(p.n * l.segments, Tr::kSegments) * l.groups;
-  while (l.rows > kSumRows &&
-         across * ceil_div(p.oh, l.rows) < int64_t{2} * multiprocessors * Tr::kMinBlocks * kWarps)
-    l.rows /= 2;
+  // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be. Where there are
+  // more, a warp takes several places.
+  const int64_t round = int64_t{multiprocessors} * Tr::kMinBlocks * kWarps;
+  const int64_t across = ceil_div<int64_t>(p.n * l.segments, Tr::kSegments);
+  while (l.rows > kSumRows && across * l.groups * ceil_div(p.oh, l.rows) < 2 * round) l.rows /= 2;
   l.bands = ceil_div(p.oh, l.rows);
-  if (p.n * l.segments > INT32_MAX || across * l.bands > INT32_MAX)
+  const int64_t places = across * l.bands;
+  const int64_t tiles = p.n * depthwise_mma_tiles(p);
+  if (tiles > INT32_MAX || places * l.groups > INT32_MAX)
     return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
-  l.units = static_cast<unsigned>(across * l.bands);
-  return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(l.units, kWarps), kWarps * 32, Tr::kSharedBytes, stream,
+  l.tiles = static_cast<unsigned>(tiles);
+  l.places = static_cast<unsigned>(places);
+  l.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * l.groups, round) / V_ROUNDS));
+  const int64_t warps = ceil_div<int64_t>(places, l.turns) * l.groups;
+  return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(warps, kWarps), kWarps * 32, Tr::kSharedBytes, stream,
                                           launch_params);
 }
 

@@ -154,10 +154,12 @@ __device__ __forceinline__ int exchanged_channel() {
   return 2 * t + t % 2 * 6;
 }
 
-// Adds up over a warp's pixels, always in this order, and stores the sums of those channels that there are.
+// Adds up over a warp's pixels, always in this order, and stores the result as sums[tile], if there is one, for
+// those channels that there are.
 template <int kBlocks>
-__device__ __forceinline__ void store_sums(float* sums, int first_channel, int channels, bool there,
+__device__ __forceinline__ void store_sums(float* sums, unsigned tile, unsigned tiles, int first_channel, int channels,
                                            const float (&total)[kBlocks][2]) {
+  sums += static_cast<int64_t>(tile) * channels;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int i = 0; i < 2 * kBlocks; ++i) {
@@ -165,7 +167,7 @@ __device__ __forceinline__ void store_sums(float* sums, int first_channel, int c
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
     const int c = first_channel + 8 * (i / 2) + lane % 4 * 2 + i % 2;
-    if (lane < 4 && there && c < channels) sums[c] = sum;
+    if (lane < 4 && tile < tiles && c < channels) sums[c] = sum;
   }
 }
 

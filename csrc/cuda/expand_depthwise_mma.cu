@@ -21,7 +21,7 @@ namespace effnet::cuda {
 namespace {
 
 constexpr int kRing = 3;    // rows of x in shared memory
-constexpr int kSteps = 8;   // of 8 input channels, at most
+constexpr int kSteps = 4;   // of 8 input channels, at most
 constexpr int kBlocks = 2;  // of 8 expanded channels, of a warp
 constexpr int kOfWarp = 8 * kBlocks;
 constexpr int kMostWarps = 4;
@@ -36,19 +36,19 @@ struct Launch {
   int pixels, pitch;           // of a row of x in the ring; elements from one to the next
 };
 
-template <class T_, int kKernel_, int kStride_, int kM_, bool kSilu_>
+template <class T_, int kM_, bool kSilu_>
 struct Traits {
   using T = T_;
-  static constexpr int kKernel = kKernel_, kStride = kStride_, kM = kM_;
+  static constexpr int kKernel = 3, kStride = 2, kM = kM_;
   static constexpr bool kSilu = kSilu_;
-  static constexpr int kMinBlocks = kKernel == 5 && kM == 2 ? 2 : 3;  // as registers allow
+  static constexpr int kMinBlocks = 3;  // as registers allow
   static constexpr int kColumns = (16 * kM - 1) * kStride + kKernel;  // expanded, that a strip reads
   static constexpr int kPixel = kOfWarp + 8;
   // Four more than a multiple of eight: pairs of neighbouring columns are then stored into different banks.
   static constexpr int kOdd = (kColumns / 2 + 4) / 8 * 8 + 4;
   static_assert(kOdd >= (kColumns + 1) / 2);
   using Window = WindowRows<T, kKernel, kStride, kM, kBlocks, kOdd, 8 * kPixel>;
-  static constexpr int kMap = (kStride == 1 ? kColumns : kOdd + kColumns / 2) * kPixel;  // elements
+  static constexpr int kMap = (kOdd + kColumns / 2) * kPixel;  // elements
 };
 
 // One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   // ---- where this lane writes ----
   const int channel = c0 + (launch.vector_out ? exchanged_channel() : 2 * t);
   T* y = static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
-  const auto sums_of = [&](int row) {
-    return p.sums + ((image * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.strips + strip) * p.c_mid;
+  const auto tile_of = [&](int row) {
+    return static_cast<unsigned>((image * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.strips + strip);
   };
 
   // ---- down the map ----
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 
     if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
     if (is_spoilt(total)) spoilt |= 1u << row / kSumRows;
-    if (p.sums != nullptr) store_sums(sums_of(first_row + row), c0, p.c_mid, true, total);
+    if (p.sums != nullptr) store_sums(p.sums, tile_of(first_row + row), UINT32_MAX, c0, p.c_mid, total);
 #pragma unroll
     for (int i = 0; i < kBlocks * 2; ++i) total[i / 2][i % 2] = 0;
   }
@@ -280,21 +280,16 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
           if (c < p.c_mid) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
         }
     __syncwarp();
-    if (p.sums != nullptr) store_sums(sums_of(first), c0, p.c_mid, true, sums);
+    if (p.sums != nullptr) store_sums(p.sums, tile_of(first), UINT32_MAX, c0, p.c_mid, sums);
   }
 }
 
 // ---- launcher --------------------------------------------------------------------------------------------
 
-// Calls f(type of the traits), with the strips that fit the width of y and the registers.
+// Calls f(type of the traits) for strips that fit the width of y.
 template <class T, bool kSilu, class F>
 auto with_traits(const ExpandDepthwiseParams& p, F&& f) {
-  if (p.window.kh == 3) {
-    if (p.window.stride_h == 1) return f(Traits<T, 3, 1, 2, kSilu>());
-    return p.ow <= 32 ? f(Traits<T, 3, 2, 2, kSilu>()) : f(Traits<T, 3, 2, 4, kSilu>());
-  }
-  if (p.window.stride_h == 1) return p.ow <= 16 ? f(Traits<T, 5, 1, 1, kSilu>()) : f(Traits<T, 5, 1, 2, kSilu>());
-  return p.ow <= 16 ? f(Traits<T, 5, 2, 1, kSilu>()) : f(Traits<T, 5, 2, 2, kSilu>());
+  return p.ow <= 32 ? f(Traits<T, 2, kSilu>()) : f(Traits<T, 4, kSilu>());
 }
 
 int groups_of(const ExpandDepthwiseParams& p) { return ceil_div(p.c_mid, kOfWarp); }
@@ -344,8 +339,8 @@ Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
 
 ExpandDepthwisePlan expand_depthwise_mma_plan(const ExpandDepthwiseParams& p, int shared_limit) {
   ExpandDepthwisePlan plan;
-  if (p.c_in > 8 * kSteps) {
-    plan.unsupported = "the weights of more than 64 input channels do not fit into registers";
+  if (p.window.kh != 3 || p.window.stride_h != 2 || p.c_in > 8 * kSteps) {
+    plan.unsupported = "two kernels are faster but for 3x3 windows at stride 2 and up to 32 input channels";
     return plan;
   }
   with_traits<half, true>(p, [&](auto traits) {

@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
+from effnet_kernels.backends import Problem, backends
+from effnet_kernels.ops.mbconv import mixed
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.cuda.tools import check, cycled
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, MBConv
-from tests.ops.device import native
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_value, each_value
 
@@ -25,6 +27,11 @@ SHAPES = [
     MBConv(3, (8, 8), cin=8, mid=16, cout=8, kernel=(3, 3), stride=(2, 2), padding="none"),
     MBConv(5, (6, 6), cin=16, mid=40, cout=8, kernel=(5, 5), stride=(2, 2), padding="none"),
     MBConv(4, (4, 7), cin=16, mid=40, cout=8, kernel=(3, 3), stride=(2, 2), padding="none"),
+    # In 16 bits: strips and bands, blocks of three and of four warps, channels that are no 16 bytes or no pair.
+    MBConv(1, (37, 133), cin=24, mid=144, cout=8, kernel=(3, 3), stride=(2, 2), padding="tf"),
+    MBConv(2, (18, 60), cin=32, mid=64, cout=8, kernel=(3, 3), stride=(2, 2)),
+    MBConv(2, (9, 21), cin=13, mid=23, cout=8, kernel=(3, 3), stride=(2, 2), padding="large"),
+    MBConv(1, (9, 70), cin=20, mid=36, cout=8, kernel=(3, 3), stride=(2, 2), act="hardswish"),
 ]
 
 
@@ -67,8 +74,9 @@ def test_hostile(case, dtype):
 @pytest.mark.parametrize(
     ("case", "launches"),
     [
-        (MBConv(2, (7, 7), mid=64), 3),  # expand + depthwise, gate, project
-        (MBConv(2, (7, 7), mid=64, reduced=None), 2),
+        (MBConv(2, (7, 7), mid=64, stride=(2, 2)), 3),  # expand + depthwise, gate, project
+        (MBConv(2, (7, 7), mid=64, stride=(2, 2), reduced=None), 2),
+        (MBConv(2, (7, 7), mid=64), 4),  # in 16 bits two kernels are faster at stride 1
         (MBConv(2, (7, 7), mid=None), 3),  # depthwise, gate, project
         (MBConv(2, (9, 9), mid=64, kernel=(7, 7)), 4),  # 7x7 has no kernel with the expansion
     ],
@@ -87,6 +95,41 @@ def test_launches(case, launches, emulation):
 @each_value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
-def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(act, value, dtype):
-    check_value(native(build(MBConv(2, (5, 6), cin=17, mid=35, cout=18, act=act), dtype)), value, "cuda")
+def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(stride, act, value, dtype):
+    case = MBConv(2, (5, 6), cin=17, mid=35, cout=18, act=act, kernel=(3, 3), stride=(stride, stride))
+    check_value(native(build(case, dtype)), value, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        (MBConv(2, (9, 21), cin=16, mid=48, cout=24, kernel=(3, 3), stride=(2, 2)), 1),  # expand + depthwise
+        (MBConv(2, (9, 9), cin=16, mid=48, cout=16, kernel=(5, 5), residual=True), 1),  # depthwise
+        (MBConv(3, (7, 7), mid=None, reduced=None), 1),
+        (MBConv(1, (9, 10), cin=7, mid=9, cout=5, act="relu6"), 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_mixed(case, launches, dtype, emulation):
+    """Depthwise convolutions here, the rest in Triton."""
+    available, reason = backends()["mixed"]
+    if not available:
+        pytest.skip(reason)
+    oracle.check(native(build(case, dtype)), "mixed")
+    if emulation is not None:
+        emulation.set_seed(0)
+        build(case, dtype).call("mixed")
+        assert emulation.launches() == launches
+
+
+def test_mixed_is_for_16_bits():
+    device = on_device(torch.zeros(1)).device.type
+    assert mixed.supports(Problem("mbconv", device, torch.float32, (3, 3))) == (
+        False,
+        "only 16 bits have depthwise convolutions on tensor cores",
+    )

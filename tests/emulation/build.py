@@ -248,11 +248,11 @@ def serve_cpu_tensors(emulation: ModuleType) -> None:
     def bind(name: str) -> None:
         op = getattr(torch.ops.effnet_kernels_cuda, name).default
 
-        def run(*args: object) -> None:
+        def run(*args: object) -> object:
             if not emulation.deferred():
                 under_way.clear()
             under_way.append(args)
-            op(*as_cuda(args))
+            return op(*as_cuda(args))
 
         library.impl(name, run, "CPU")
 

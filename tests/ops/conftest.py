@@ -18,7 +18,7 @@ from tests.processor import NATIVE
 VARIANTS = [
     (name if name != "cpu" else f"cpu-{isa}", name, isa)
     for name, (available, _) in backends().items()
-    if available and name not in ("triton", "cuda")
+    if available and name not in ("mixed", "triton", "cuda")
     for isa in (NATIVE if name == "cpu" else ("",))
 ]
 

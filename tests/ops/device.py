@@ -30,7 +30,7 @@ def on_device(tree: Any) -> Any:
 
 def for_backend(tree: Any, backend: str) -> Any:
     """Every tensor where the backend serves it."""
-    return on_device(tree) if backend in ("triton", "cuda") else tree
+    return on_device(tree) if backend in ("mixed", "triton", "cuda") else tree
 
 
 def native(problem: Problem) -> Problem:

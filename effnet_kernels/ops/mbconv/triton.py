@@ -11,20 +11,20 @@ same bits. Off until it is measured to pay.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effnet_kernels.ops.common import empty_nhwc, to_nhwc
+from effnet_kernels.ops.common import conv_output_size, empty_nhwc, to_nhwc
 from effnet_kernels.ops.depthwise_conv_bn_act import triton as depthwise_conv_bn_act
 from effnet_kernels.ops.mbconv.op import fake
 from effnet_kernels.ops.pointwise_conv_bn_act import triton as pointwise_conv_bn_act
 from effnet_kernels.ops.squeeze_excite_gate import triton as squeeze_excite_gate
 from effnet_kernels.ops.triton_common import supports
 
-__all__ = ["L2_SHARE", "images_per_slice", "launch", "run", "supports"]
+__all__ = ["L2_SHARE", "convolve", "images_per_slice", "launch", "run", "supports"]
 
 # Share of the L2 that the expanded maps of a slice may take; 0 runs the whole batch at once.
 L2_SHARE = float(os.environ.get("EFFNET_KERNELS_L2_SHARE", "0"))
@@ -45,13 +45,33 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
+def convolve(
+    x: Tensor, expand_weight: Tensor | None, expand_bn: Sequence[Tensor], expand_eps: float,
+    weight: Tensor, bn: Sequence[Tensor], eps: float, stride: Sequence[int], padding: Sequence[int], act: str,
+    with_sums: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Expansion and depthwise convolution: the filtered map, and the sums of its tiles, [N, tiles, C_mid]."""
+    n, _, h, w = x.shape
+    mid = weight.shape[0]
+    oh = conv_output_size(h, weight.shape[2], stride[0], padding[0], padding[1])
+    ow = conv_output_size(w, weight.shape[3], stride[1], padding[2], padding[3])
+    expanded = x
+    if expand_weight is not None:
+        expanded = empty_nhwc(x, mid, h, w)
+        pointwise_conv_bn_act.launch(expanded, x, expand_weight, expand_bn, expand_eps, act, None, None, False)
+    filtered = empty_nhwc(x, mid, oh, ow)
+    sums = depthwise_conv_bn_act.launch_sums(filtered, expanded, weight, bn, eps, stride, padding, act, with_sums)
+    return filtered, sums
+
+
 def launch(
     out: Tensor, x: Tensor, expand_weight: Tensor | None, expand_bn: Sequence[Tensor], expand_eps: float,
     weight: Tensor, bn: Sequence[Tensor], eps: float, stride: Sequence[int], padding: Sequence[int], act: str,
     se: Sequence[Tensor], se_act: str, se_gate: str,
     project_weight: Tensor, project_bn: Sequence[Tensor], project_eps: float, project_act: str, residual: bool,
+    convolve: Callable[..., tuple[Tensor, Tensor | None]] = convolve,
 ) -> None:  # fmt: skip
-    """Fill out."""
+    """Fill out. ``convolve``: what computes the first two convolutions."""
     x = to_nhwc(x)
     n, _, h, w = x.shape
     mid, (oh, ow) = weight.shape[0], out.shape[2:]
@@ -60,25 +80,14 @@ def launch(
         pixels = oh * ow + (0 if expand_weight is None else h * w)
         images = images_per_slice(n, mid * pixels * x.element_size(), l2_bytes(x.device), L2_SHARE)
 
-    # The slices share their memory: lines of the L2 that are overwritten there need not be written back first.
-    part = x if images == n else x[:images]
-    expanded = x if expand_weight is None else empty_nhwc(part, mid, h, w)
-    filtered = empty_nhwc(part, mid, oh, ow)
-    gate = x.new_empty((images, mid), dtype=torch.float32) if se else None
     for first in range(0, n, max(1, images)):
-        y = out
-        if images < n:
-            part, y = x[first : first + images], out[first : first + images]
-            expanded, filtered = expanded[: len(part)], filtered[: len(part)]
-            gate = None if gate is None else gate[: len(part)]
-        if expand_weight is None:
-            expanded = part
-        else:
-            pointwise_conv_bn_act.launch(expanded, part, expand_weight, expand_bn, expand_eps, act, None, None, False)
-        sums = depthwise_conv_bn_act.launch_sums(
-            filtered, expanded, weight, bn, eps, stride, padding, act, gate is not None
+        part, y = (x, out) if images == n else (x[first : first + images], out[first : first + images])
+        filtered, sums = convolve(
+            part, expand_weight, expand_bn, expand_eps, weight, bn, eps, stride, padding, act, bool(se)
         )
-        if gate is not None and sums is not None:
+        gate = None
+        if sums is not None:
+            gate = sums.new_empty((len(part), mid))
             squeeze_excite_gate.launch_sums(gate, sums, oh * ow, se, se_act, se_gate)
         shortcut = part if residual else None
         pointwise_conv_bn_act.launch(
