@@ -148,8 +148,9 @@ void fused_mbconv(Tensor out, Tensor x, Tensor weight, Tensors bn, double eps, s
 
 // What an MBConv's expansion and depthwise convolution are given, without the memory that they write.
 ExpandDepthwiseParams expand_depthwise_params(const Call& call, const Tensor& x, const OptionalTensor& expand,
-                                              const Tensors& expand_bn, double expand_eps, const Tensor& weight,
-                                              const Tensors& bn, double eps, const std::vector<int64_t>& stride,
+                                              const Tensors& expand_bn, double expand_eps,
+                                              const Tensor& weight, const Tensors& bn, double eps,
+                                              const std::vector<int64_t>& stride,
                                               const std::vector<int64_t>& padding, const std::string& act) {
   const int64_t n = x.size(0), c_in = x.size(1), h = x.size(2), w = x.size(3), c_mid = first_size(weight);
   const WindowOf window = window_of(x, weight, stride, padding);
@@ -189,11 +190,11 @@ DepthwiseParams depthwise_params(const ExpandDepthwiseParams& e, const void* x) 
   return d;
 }
 
-// Expansion, if there is one, and depthwise convolution in one kernel, for whoever has other kernels for the rest of
-// an MBConv. How many sums an image has; -1: the two convolutions are no business of one kernel.
-int64_t expand_depthwise_tiles(Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps, Tensor weight,
-                               Tensors bn, double eps, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                               std::string act) {
+// Expansion, if there is one, and depthwise convolution in one kernel, for whoever has other kernels for the
+// rest of an MBConv. How many sums an image has; -1: the two convolutions are no business of one kernel.
+int64_t expand_depthwise_tiles(Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps,
+                               Tensor weight, Tensors bn, double eps, std::vector<int64_t> stride,
+                               std::vector<int64_t> padding, std::string act) {
   const OnDeviceOf device(x);
   const Call call = call_of("x", x, 4);
   const ExpandDepthwiseParams e =
@@ -306,10 +307,12 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
       "int[] padding, str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, "
       "bool residual) -> ()");
   m.def(
-      "expand_depthwise_tiles(Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
+      "expand_depthwise_tiles(Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor "
+      "weight, "
       "Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> int");
   m.def(
-      "expand_depthwise(Tensor(a!) out, Tensor(b!)? sums, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, "
+      "expand_depthwise(Tensor(a!) out, Tensor(b!)? sums, Tensor x, Tensor? expand_weight, Tensor[] "
+      "expand_bn, "
       "float expand_eps, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> ()");
   m.def(
       "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, "

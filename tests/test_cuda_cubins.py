@@ -168,7 +168,7 @@ def busiest_path(kernel: Kernel, loads: int, stores: int) -> list[str]:
     return best[begin][loads, stores][3]
 
 
-DEPTHWISE = r"depthwise_kernelI\w*6TraitsI(f|6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELi(\d)ELi(\d)ELi(\d)E"
+DEPTHWISE = r"16depthwise_kernelI\w*6TraitsIfLi(\d)ELi(\d)ELi(\d)ELi(\d)ELi(\d)E"
 
 
 def test_no_kernel_uses_local_memory():
@@ -200,38 +200,54 @@ def test_no_condition_has_lost_its_negations():
 
 def test_depthwise_moves_vectors():
     for kernel, match in named(DEPTHWISE):
-        size = 4 if match[1] == "f" else 2
-        channels = int(match[4])
-        case = f"{kernel.architecture} {match[0]}"
-        if width := {16: r"\.128", 8: r"\.64"}.get(channels * size):
-            assert kernel.has(r"LDG\S*" + width), case
-            assert kernel.has(r"STG\S*" + width), case
-        if channels > 1:
-            assert kernel.has(r"LDS\." + {4: "128", 2: "64"}[channels]), case
+        if int(match[3]) > 1:
+            assert all(kernel.has(rf"{op}\S*\.128") for op in ("LDG", "STG", "LDS")), kernel.name
 
 
 # Instructions of a lane per element of the result, as the kernel's head says.
-PER_ELEMENT = {
-    (2, 3, 1): 28, (2, 3, 2): 34, (2, 5, 1): 56, (2, 5, 2): 64,
-    (4, 3, 1): 39, (4, 3, 2): 40, (4, 5, 1): 60, (4, 5, 2): 61,
-}  # fmt: skip
+PER_ELEMENT = {(3, 1): 39, (3, 2): 40, (5, 1): 60, (5, 2): 61}
 
 
 def test_instructions_per_element_of_the_depthwise_convolution():
     seen = set()
     for kernel, match in named(DEPTHWISE):
-        size = 4 if match[1] == "f" else 2
-        kernel_size, stride, channels, width, _ = map(int, match.groups()[1:])
+        kernel_size, stride, channels, width, _ = map(int, match.groups())
         if channels == 1 or kernel_size == 7:
             continue
         path = busiest_path(kernel, stride * ((width - 1) * stride + kernel_size), width)
         multiplications = sum(_opcode(text).startswith(("FFMA", "FMUL")) for text in path)
         assert multiplications >= kernel_size**2 * channels * width, "the path has lost its way"
         per_element = len(path) / (channels * width)
-        limit = PER_ELEMENT[size, kernel_size, stride]
+        limit = PER_ELEMENT[kernel_size, stride]
         assert per_element <= limit, f"{kernel.architecture} {match[0]}: {per_element:.1f}"
-        seen.add((size, kernel_size, stride))
+        seen.add((kernel_size, stride))
     assert seen == set(PER_ELEMENT)
+
+
+# Of the kernels on tensor cores with SiLU: instructions from the wait for input rows to the last store, by the
+# elements of a lane that they complete. As the kernels' heads say.
+ON_TENSOR_CORES = {(3, 1): 18, (3, 2): 24, (5, 1): 22, (5, 2): 29, (7, 1): 29, (7, 2): 38}
+
+
+def test_instructions_per_element_on_tensor_cores():
+    seen = set()
+    for kernel, match in named(r"depthwise_mma_kernelI\w*6TraitsI(6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELi1ELb1ELb1E"):
+        window = int(match[2]), int(match[3])
+        texts = [text for _, text in kernel.instructions]
+        loop = next(i for i, text in enumerate(texts) if _opcode(text).startswith("DEPBAR") and "0x0" not in text)
+        products = [i for i, text in enumerate(texts) if _opcode(text).startswith("HMMA")]
+        outputs = 2 if window == (3, 1) else 1
+        stores = [i for i, text in enumerate(texts) if i > products[-1] and _opcode(text) == "STG.E.64"]
+        per_element = (stores[2 * outputs - 1] - loop) / (8 * outputs)
+        assert per_element <= ON_TENSOR_CORES[window], f"{kernel.architecture} {kernel.name}: {per_element:.1f}"
+        assert kernel.has(r"LDGSTS\S*\.128")
+        assert kernel.has(r"LDSM\.16\.M88\.4")
+        inputs, pairs = 2 if window[1] == 2 or window[0] == 3 else 1, window[0] // 2
+        rows = sum((window[0] + window[1] - 1 - phase) // window[1] for phase in range(inputs if window[1] == 2 else 1))
+        expected = 2 * rows * (pairs + 1) * (inputs if window[1] == 1 else 1)  # two blocks of channels
+        assert len(products) == expected, f"{kernel.name}: {len(products)} products, {expected} are needed"
+        seen.add(window)
+    assert seen == set(ON_TENSOR_CORES)
 
 
 @pytest.mark.parametrize("traits", ["7Forward", "8Backward"])
@@ -261,7 +277,7 @@ def test_squeeze_excite_moves_16_bytes():
 DTYPE = r"(f|6__half|13__nv_bfloat16)"
 
 
-@pytest.mark.parametrize("name", ["16pointwise_kernel", "23expand_depthwise_kernel", "19fused_mbconv_kernel"])
+@pytest.mark.parametrize("name", ["16pointwise_kernel", "19fused_mbconv_kernel"])
 def test_gemms_copy_16_bytes_and_multiply_on_tensor_cores(name):
     for kernel, match in named(rf"{name}I{DTYPE}"):
         exact = match[1] == "f"
@@ -270,5 +286,5 @@ def test_gemms_copy_16_bytes_and_multiply_on_tensor_cores(name):
         assert kernel.has(r"HMMA\.16816\.F32") != exact, case
         assert kernel.has(r"LDSM\.16\.M88\.4") != exact, case
         pooled = re.search(r"ELb\dELb1E", kernel.name)
-        if "expand_depthwise" not in name and not pooled:  # there, a warp stores a pair of channels a lane
+        if not pooled:
             assert kernel.has(r"STG\S*\.128"), case

@@ -151,7 +151,6 @@ struct ExpandDepthwiseParams {
 // How the kernel cuts a problem. It depends on the shape of one image and on the GPU, never on the batch.
 struct ExpandDepthwisePlan {
   const char* unsupported = nullptr;  // why the kernel does not take the problem; null: it does
-  int channels = 0;                   // expanded channels of a block
   int rows = 0;                       // output rows of a block
   int tiles = 0;                      // blocks down an image, over which the sums run
   int images = 0;                     // images of a block

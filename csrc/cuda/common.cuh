@@ -261,22 +261,28 @@ inline Status check_window(const Window& window) {
   return {};
 }
 
-// Calls f(T(), kernel size, stride), all as types, for a window that has been checked.
+// Calls f(kernel size, stride), both as types, for a window that has been checked.
+template <class F>
+auto with_window(const Window& window, F&& f) {
+  const auto with_stride = [&](auto kernel) {
+    return window.stride_h == 1 ? f(kernel, std::integral_constant<int, 1>())
+                                : f(kernel, std::integral_constant<int, 2>());
+  };
+  switch (window.kh) {
+    case 3:
+      return with_stride(std::integral_constant<int, 3>());
+    case 5:
+      return with_stride(std::integral_constant<int, 5>());
+    default:
+      return with_stride(std::integral_constant<int, 7>());
+  }
+}
+
+// Calls f(T(), kernel size, stride).
 template <class F>
 auto with_window(DType dtype, const Window& window, F&& f) {
-  const auto with_stride = [&](auto element, auto kernel) {
-    return window.stride_h == 1 ? f(element, kernel, std::integral_constant<int, 1>())
-                                : f(element, kernel, std::integral_constant<int, 2>());
-  };
   return with_dtype(dtype, [&](auto element) {
-    switch (window.kh) {
-      case 3:
-        return with_stride(element, std::integral_constant<int, 3>());
-      case 5:
-        return with_stride(element, std::integral_constant<int, 5>());
-      default:
-        return with_stride(element, std::integral_constant<int, 7>());
-    }
+    return with_window(window, [&](auto kernel, auto stride) { return f(element, kernel, stride); });
   });
 }
 

@@ -1,31 +1,18 @@
-// act(bn(depthwise_conv(x))) over [N, H, W, C], and the channel sums of the result: one read of x, one write
-// of y.
+// act(bn(depthwise_conv(x))) over [N, H, W, C] in fp32, and the channel sums of the result: one read of x,
+// one write of y. 16 bits go to depthwise_mma.cu.
 //
 // A thread computes a strip of kWidth output columns of kChannels channels and slides down the map. An input
-// row is loaded (one row ahead), converted to fp32 once, and added to the up to kKernel output rows that it
-// belongs to, whose sums wait in registers. So each element is loaded and converted (kWidth - 1 + kKernel /
-// kStride) / kWidth times, halo included. The neighbours' halo comes from the L1; shared memory holds only
-// the block's weights and BatchNorm in fp32.
+// row is loaded (one row ahead) and added to the up to kKernel output rows that it belongs to, whose sums
+// wait in registers. So each element is loaded (kWidth - 1 + kKernel / kStride) / kWidth times, halo
+// included. The neighbours' halo comes from the L1; shared memory holds only the block's weights and
+// BatchNorm.
 //
-// Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of 4 bytes. Counted in the machine
-// code for sm_90a (tests/test_cuda_cubins.py holds them), SiLU, in the middle of a map, per element of y, and
-// the share of a copy's bandwidth that float16 reached on an H100 at batch 128 (144 channels at 56x56, 96 at
-// 112x112, 240 at 28x28, 144 at 56x56):
+// Budget: an H100 at 3.35 TB/s issues 70 lane-instructions in the time of 8 bytes. Counted in the machine
+// code for sm_90a (tests/test_cuda_cubins.py holds them), SiLU, in the middle of a map, per element of y:
 //
-//     dtype   window  channels x width  load     instructions  budget  registers  blocks of 128  share
-//     16-bit  3x3 s1  4 x 4             8 bytes  26            35      116        4              65%
-//     16-bit  3x3 s2  4 x 4             8 bytes  32            87      122        4              77%
-//     16-bit  5x5 s1  2 x 4             4 bytes  54            35       96        5              36%
-//     16-bit  5x5 s2  2 x 4             4 bytes  62            87       96        5              56%
-//     fp32    3x3 s1  4 x 2            16 bytes  37            70      116        4
-//     fp32    5x5 s1  4 x 2            16 bytes  58            70      151        3
-//
-// Warps are worth more than wide loads. With 8 channels x 2 columns, 16 bytes a load and 12 warps on a
-// multiprocessor, 3x3 took 7 to 27% longer, and 5x5 at stride 1 with 4 x 4, 44 instructions and 12 warps 5
-// to 36%, for issue slots stayed empty half of the time. Of the 54, 25 are the window's. Products of pairs in
-// 16 bit would halve them, but five bf16 roundings of 2^-9 (fp16: 2^-11) per row of the window, each as large
-// as the rounding of the result that stock layers make once, are not within twice stock's error
-// (docs/numerics.md): all sums are fp32.
+//     window  channels x width  load     instructions  registers  blocks of 128
+//     3x3 s1  4 x 2            16 bytes  37            116        4
+//     5x5 s1  4 x 2            16 bytes  58            151        3
 //
 // C that is no multiple of the vector, or maps that do not begin at one, take kChannels = 1, with the same
 // bits.
@@ -278,23 +265,16 @@ __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
 
 // Channels and columns of a thread, and blocks per multiprocessor, as registers allow: see the head of this
 // file.
-template <class T, int kKernel, int kStride, bool kVectorised>
-struct Choose {
-  static constexpr bool k5x5 = kKernel == 5 && kIs16Bit<T>;
-  static constexpr int kChannels = k5x5 ? 2 : 4;
-  static constexpr int kWidth = kIs16Bit<T> && kKernel <= 5 ? 4 : 2;
-  static constexpr int kBlocks = k5x5 ? 5 : kKernel == 3 ? 4 : 3;
-  using type = Traits<T, kKernel, kStride, kVectorised ? kChannels : 1, kWidth, kVectorised ? kBlocks : 4>;
-};
+template <int kKernel, int kStride, bool kVectorised>
+using Choose = Traits<float, kKernel, kStride, kVectorised ? 4 : 1, 2, (kVectorised && kKernel > 3) ? 3 : 4>;
 
-// Strips and tiles come from the shape and dtype alone: they decide in which order sums are added up.
+// Strips and tiles come from the shape alone: they decide in which order sums are added up.
 struct Columns {
   int strips, tiles_w;
 };
 
-template <class T, int kKernel, int kStride>
 Columns columns_of(const DepthwiseParams& p) {
-  using Tr = typename Choose<T, kKernel, kStride, true>::type;
+  using Tr = Choose<3, 1, true>;  // channels and width are those of all
   const int vectors = ceil_div(p.c, Tr::kChannels);
   const int most = vectors >= 16 ? 8 : vectors >= 8 ? 16 : 32;
   const int strips = ceil_div(p.ow, Tr::kWidth);
@@ -345,16 +325,11 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
                                       launch_params);
 }
 
-Columns columns_of(const DepthwiseParams& p) {
-  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
-    return columns_of<decltype(element), decltype(kernel)::value, decltype(stride)::value>(p);
-  });
-}
-
 }  // namespace
 
 int depthwise_tiles(const DepthwiseParams& p) {
-  return p.dtype == DType::kFloat32 ? ceil_div(p.oh, kSumRows) * columns_of(p).tiles_w : depthwise_mma_tiles(p);
+  return p.dtype == DType::kFloat32 ? ceil_div(p.oh, kSumRows) * columns_of(p).tiles_w
+                                    : depthwise_mma_tiles(p);
 }
 
 Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t stream) {
@@ -367,15 +342,11 @@ Status launch_depthwise_conv_bn_act(const DepthwiseParams& p, cudaStream_t strea
   if (p.n == 0 || p.oh == 0 || p.ow == 0 || p.c == 0) return {};
   if (p.dtype != DType::kFloat32) return launch_depthwise_mma(p, stream);
   const Columns columns = columns_of(p);
-  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
-    using T = decltype(element);
+  return with_window(p.window, [&](auto kernel, auto stride) {
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
-    using Wide = typename Choose<T, kKernel, kStride, true>::type;
-    constexpr int kBytes = Wide::kChannels * static_cast<int>(sizeof(T));
-    if (p.c % Wide::kChannels == 0 && is_aligned(p.x, kBytes) && is_aligned(p.y, kBytes)) {
-      return launch_typed<Wide>(p, columns, stream);
-    }
-    return launch_typed<typename Choose<T, kKernel, kStride, false>::type>(p, columns, stream);
+    const bool vectorised = p.c % 4 == 0 && is_aligned(p.x, 16) && is_aligned(p.y, 16);
+    return vectorised ? launch_typed<Choose<kKernel, kStride, true>>(p, columns, stream)
+                      : launch_typed<Choose<kKernel, kStride, false>>(p, columns, stream);
   });
 }
 

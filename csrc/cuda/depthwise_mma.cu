@@ -1,10 +1,10 @@
-// act(bn(depthwise_conv(x))) over [N, H, W, C] in 16 bits, and the channel sums of the result, on tensor cores: one
-// read of x, one write of y.
+// act(bn(depthwise_conv(x))) over [N, H, W, C] in 16 bits, and the channel sums of the result, on tensor
+// cores: one read of x, one write of y.
 //
-// A warp works by itself, on 2 kM segments of 8 output columns (neighbours in a row, or of several images where
-// rows are short) and 16 channels, and slides down the map. Input rows come through a ring in shared memory of its
-// own, three rows ahead. A row is added to the up to kKernel output rows that it belongs to, whose sums wait in
-// registers (depthwise_mma.cuh).
+// A warp works by itself, on 2 kM segments of 8 output columns (neighbours in a row, or of several images
+// where rows are short) and 16 channels, and slides down the map. Input rows come through a ring in shared
+// memory of its own, three rows ahead. A row is added to the up to kKernel output rows that it belongs to,
+// whose sums wait in registers (depthwise_mma.cuh).
 //
 // Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of the 4 bytes of an element.
 #include <algorithm>
@@ -21,7 +21,6 @@ namespace {
 #endif
 constexpr int kWarps = 4;  // of a block, which share nothing
 constexpr int kWide = 8;   // output columns of a segment
-constexpr int kRing = 4;   // input rows in shared memory
 
 // Where the warps lie; the same for a whole launch.
 struct Launch {
@@ -48,7 +47,11 @@ struct Traits {
   using Window = WindowRows<T, kKernel, kStride, kM, kBlocks, (kColumns + 1) / 2, kColumns * kPixel>;
   static_assert(kPixel == Window::kPixel);
   static constexpr int kRow = kSegments * kColumns * kPixel;  // elements
-  static constexpr int kSharedBytes = kWarps * kRing * kRow * 2;
+  // Rows of x that are taken at a time, and of y that they complete. Two of both need fewer instructions, for
+  // which wide windows at stride 1 have no registers.
+  static constexpr int kInputs = kStride == 1 && kKernel > 3 ? 1 : 2, kOutputs = kInputs / kStride;
+  static constexpr int kStage = kInputs * kRow, kRing = kInputs == 1 ? 4 : 3;  // stages in shared memory
+  static constexpr int kSharedBytes = kWarps * kRing * kStage * 2;
 };
 
 // What a warp computes at a time: segments one behind the other, each with its image and its number in a row.
@@ -79,9 +82,11 @@ __device__ __forceinline__ unsigned first_tile(const Launch& launch, int image, 
 
 // One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
 template <class Tr>
-__device__ __forceinline__ float by_taps(const DepthwiseParams& p, int64_t image, int row, int column, int channel) {
+__device__ __forceinline__ float by_taps(const DepthwiseParams& p, int64_t image, int row, int column,
+                                         int channel) {
   using T = typename Tr::T;
-  const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * Tr::kKernel * Tr::kKernel;
+  const T* weight =
+      static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * Tr::kKernel * Tr::kKernel;
   const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
   const Affine bn = bn_affine<T>(p.bn, channel);
   float sum = 0;
@@ -90,7 +95,8 @@ __device__ __forceinline__ float by_taps(const DepthwiseParams& p, int64_t image
     const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
     const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
     if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
-    sum = fmaf(to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]), to_float(weight[tap]), sum);
+    sum =
+        fmaf(to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]), to_float(weight[tap]), sum);
   }
   const float value = activate<false>(p.act, fmaf(sum, bn.scale, bn.shift));
   static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + column) * p.c + channel] = from_float<T>(value);
@@ -103,181 +109,202 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   using T = typename Tr::T;
   using Window = typename Tr::Window;
   constexpr int kStride = Tr::kStride, kM = Tr::kM, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
-  constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kOpen = Window::kOpen;
+  constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kStage = Tr::kStage, kOutputs = Tr::kOutputs;
+  constexpr int kInputs = Tr::kInputs, kRing = Tr::kRing;
+  constexpr int kBefore = Window::kOpen - 1;  // output rows that are open before the first one is complete
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const DepthwiseParams& p = launch.p;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  T* const ring = reinterpret_cast<T*>(shared_memory) + threadIdx.x / 32 * (kRing * kRow);
+  T* const ring = reinterpret_cast<T*>(shared_memory) + threadIdx.x / 32 * (kRing * kStage);
 
-  // Of the place of each turn; renewed, or what follows from it would be kept in registers all the time.
-  const auto number_of = [&](unsigned turn) {
-    unsigned warp = blockIdx.x * kWarps + threadIdx.x / 32;
-    renew(warp);
-    return warp / launch.groups * launch.turns + turn;
+  // The warp's first channel, and its place in each turn: renewed, or they and what follows from them would
+  // be kept in registers all the time.
+  const auto warp = [] {
+    unsigned number = blockIdx.x * kWarps + threadIdx.x / 32;
+    renew(number);
+    return number;
   };
+  const auto first_channel = [&] { return static_cast<int>(warp() % launch.groups) * Tr::kChannels; };
+  const auto number_of = [&](unsigned turn) { return warp() / launch.groups * launch.turns + turn; };
   if (number_of(0) >= launch.places) return;
-  const int c0 = static_cast<int>((blockIdx.x * kWarps + threadIdx.x / 32) % launch.groups) * Tr::kChannels;
+  const int c0 = first_channel();
   Window window(ring, p.weight, c0, p.c);
   const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c);
 
 #pragma unroll 1
   for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; ++turn) {
-  const Place<kSegments> place(launch, number_of(turn));
-  const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
-  cp_async_wait<0>();
-  __syncwarp();  // nothing of the place before is under way or read any more
+    const Place<kSegments> place(launch, number_of(turn));
+    const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
+    cp_async_wait<0>();
+    __syncwarp();  // nothing of the place before is under way or read any more
 
-  // ---- rows into the ring ----
-  const int first_x_row = first_row * kStride - p.window.top;
-  const int x_end = min(first_x_row + (rows - 1) * kStride + Tr::kKernel, p.h);
-  const int64_t x_pitch = static_cast<int64_t>(p.w) * p.c, y_pitch = static_cast<int64_t>(p.ow) * p.c;
-  constexpr int kSize = Tr::kVector ? 8 : 1;  // elements of a piece
-  constexpr int kOfPixel = Tr::kChannels / kSize, kPieces = kSegments * kColumns * kOfPixel;
-  constexpr int kCopies = Tr::kVector ? (kPieces + 31) / 32 : 1;  // of a lane
-  // Where a piece lies in a row of x, in elements from the first segment's image on, and in a row of the ring.
-  const auto piece_of = [&](int piece, int64_t& from, T*& to) {
-    const int channel = piece % kOfPixel * kSize, column = piece / kOfPixel % kColumns;
-    const int which = piece / kOfPixel / kColumns;
-    const unsigned segment = place.first + which, by_row = launch.segments;
-    const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
-    const int x_column = index * (kWide * kStride) - p.window.left + column;
-    from = (image - place.image[0]) * p.h * x_pitch + x_column * p.c + c0 + channel;
-    to = ring + (which * kColumns + Window::pixel_of(column)) * Tr::kPixel + channel;
-    return image < p.n && x_column >= 0 && x_column < p.w && c0 + channel < p.c && piece < kPieces;
-  };
-  unsigned from[kCopies];  // bytes
-  T* to[kCopies];
-  bool copied[kCopies];
-  if constexpr (Tr::kVector) {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      int64_t elements;
-      copied[i] = piece_of(lane + 32 * i, elements, to[i]);
-      from[i] = static_cast<unsigned>(copied[i] ? elements * 2 : 0);
-    }
-  }
-  int x_row = first_x_row;
-  const T* x = static_cast<const T*>(p.x) + (int64_t{place.image[0]} * p.h + x_row) * x_pitch;
-  // The next row into the ring, `slot` elements behind its beginning.
-  const auto load = [&](int slot) {
-    const bool row_there = x_row >= 0 && x_row < x_end;
+    // ---- rows into the ring ----
+    const int first_x_row = first_row * kStride - p.window.top;
+    const int64_t x_pitch = int64_t{p.w} * p.c, y_pitch = int64_t{p.ow} * p.c;
+    const unsigned x_end = max(0, min(first_x_row + (rows - 1) * kStride + Tr::kKernel, p.h));
+    constexpr int kSize = Tr::kVector ? 8 : 1;  // elements of a piece
+    constexpr int kOfPixel = Tr::kChannels / kSize, kPieces = kSegments * kColumns * kOfPixel;
+    constexpr int kCopies = Tr::kVector ? (kPieces + 31) / 32 : 1;  // of a lane
+    // Where a piece lies in a row of x, in elements from the first segment's image on, and in a row of the
+    // ring.
+    const auto piece_of = [&](unsigned piece, int64_t& from, T*& to) {
+      const unsigned pixel = piece / kOfPixel, channel = piece % kOfPixel * kSize;
+      const int which = static_cast<int>(pixel / kColumns), column = static_cast<int>(pixel % kColumns);
+      const unsigned segment = place.first + which, by_row = launch.segments;
+      const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
+      const int x_column = index * (kWide * kStride) - p.window.left + column;
+      from = (image - place.image[0]) * p.h * x_pitch + x_column * p.c + c0 + channel;
+      to = ring + (kStride == 1 ? pixel : which * kColumns + Window::pixel_of(column)) * Tr::kPixel + channel;
+      return image < p.n && x_column >= 0 && x_column < p.w && c0 + static_cast<int>(channel) < p.c &&
+             piece < kPieces;
+    };
+    unsigned from[kCopies];  // bytes
+    T* to[kCopies];
+    bool copied[kCopies];
     if constexpr (Tr::kVector) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        if (32 * (i + 1) <= kPieces || lane + 32 * i < kPieces)
-          cp_async_16(to[i] + slot, bytes_behind(x, from[i]), row_there && copied[i] ? 16 : 0);
-      }
-    } else {
-#pragma unroll 1
-      for (int piece = lane; piece < kPieces; piece += 32) {
-        int64_t at;
-        T* target;
-        const bool there = piece_of(piece, at, target) && row_there;
-        target[slot] = there ? x[at] : from_float<T>(0.0f);
+        int64_t elements;
+        copied[i] = piece_of(static_cast<unsigned>(lane) + 32 * i, elements, to[i]);
+        from[i] = static_cast<unsigned>(copied[i] ? elements * 2 : 0);
       }
     }
-    cp_async_commit();
-    ++x_row;
-    x += x_pitch;
-  };
-
-  // ---- where this lane writes: pixel lane / 4 of every segment ----
-  const int channel = c0 + (Tr::kVector ? exchanged_channel() : lane % 4 * 2);
-  bool there[kSegments];
-  std::conditional_t<Tr::kVector, unsigned, int64_t> y_at[kSegments];  // bytes from the first segment's image on
-  T* y = static_cast<T*>(p.y) + (int64_t{place.image[0]} * p.oh + first_row) * y_pitch;
-#pragma unroll
-  for (int h = 0; h < kSegments; ++h) {
-    const int column = place.index[h] * kWide + lane / 4;
-    there[h] = place.image[h] < p.n && column < p.ow;
-    y_at[h] = ((place.image[h] - place.image[0]) * p.oh * y_pitch + int64_t{column} * p.c + channel) * 2;
-  }
-  // Sums lie in the order [image, kSumRows rows, segment]: where those of this place's segments begin.
-  unsigned tiles[kSegments];
-#pragma unroll
-  for (int h = 0; h < kSegments; ++h) tiles[h] = first_tile(launch, place.image[h], first_row) + place.index[h];
-
-  // ---- down the map ----
-  float total[kSegments][kBlocks][2] = {};
-  unsigned spoilt = 0;  // bit kSegments * i + h: segment h of the i-th kSumRows rows
-#pragma unroll
-  for (int i = 0; i < kRing - 1; ++i) load(i * kRow);
-  int slot = 0, free_slot = (kRing - 1) * kRow;
-#pragma unroll 1
-  for (int step = 0; step < rows + kOpen - 1; ++step) {
-#pragma unroll
-    for (int phase = 0; phase < kStride; ++phase) {
-      cp_async_wait<kRing - 2>();
-      __syncwarp();  // the row is there for all lanes, and none reads the free slot any more
-      load(free_slot);
-      window.add(phase, slot);
-      free_slot = slot;
-      slot = slot == (kRing - 1) * kRow ? 0 : slot + kRow;
-    }
-
-    const int row = step - (kOpen - 1);
-    if (row < 0) continue;
-    float z[kM][kBlocks][4];
-#pragma unroll
-    for (int i = 0; i < kM * kBlocks * 4; ++i)
-      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
-    epilogue.apply(p.act, z);
-#pragma unroll
-    for (int h = 0; h < kSegments; ++h) {
-      const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
-      const float count = there[h] ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
-#pragma unroll
-      for (int i = 0; i < kBlocks * 2; ++i)
-        total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[h][i / 2][i % 2]);
+    int x_row = first_x_row;
+    const T* x = static_cast<const T*>(p.x) + (int64_t{place.image[0]} * p.h + x_row) * x_pitch;
+    // The next row into the ring, `slot` elements behind its beginning.
+    const auto load_row = [&](int slot) {
+      const bool row_there = static_cast<unsigned>(x_row) < x_end;
       if constexpr (Tr::kVector) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; b += 2) {
-          const Vec<T, 4> four = exchange<T>(at(b, 0), at(b, 1), at(b + 1, 0), at(b + 1, 1));
-          if (there[h] && channel + 8 * b < p.c) four.store(bytes_behind(y, y_at[h]) + 8 * b);
+        for (int i = 0; i < kCopies; ++i) {
+          if (32 * (i + 1) <= kPieces || lane + 32 * i < kPieces)
+            cp_async_16(to[i] + slot, bytes_behind(x, from[i]), row_there && copied[i] ? 16 : 0);
         }
-      } else if (there[h]) {
-#pragma unroll
-        for (int i = 0; i < kBlocks * 2; ++i) {
-          const int further = 8 * (i / 2) + i % 2;
-          if (channel + further < p.c) y[y_at[h] / 2 + further] = from_float<T>(at(i / 2, i % 2));
+      } else {
+#pragma unroll 1
+        for (int piece = lane; piece < kPieces; piece += 32) {
+          int64_t at;
+          T* target;
+          const bool there = piece_of(piece, at, target) && row_there;
+          target[slot] = there ? x[at] : from_float<T>(0.0f);
         }
       }
-    }
-    y += y_pitch;
+      ++x_row;
+      x += x_pitch;
+    };
+    const auto load = [&](int slot) {
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) load_row(slot + i * kRow);
+      cp_async_commit();
+    };
 
-    if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
+    // ---- where this lane writes: pixel lane / 4 of every segment ----
+    const int channel = first_channel() + (Tr::kVector ? exchanged_channel() : lane % 4 * 2);
+    bool there[kSegments];
+    std::conditional_t<Tr::kVector, unsigned, int64_t>
+        y_at[kSegments];  // bytes from the first segment's image on
+    T* y = static_cast<T*>(p.y) + (int64_t{place.image[0]} * p.oh + first_row) * y_pitch;
 #pragma unroll
     for (int h = 0; h < kSegments; ++h) {
-      if (is_spoilt(total[h])) spoilt |= 1u << (row / kSumRows * kSegments + h);
-      if (p.sums != nullptr)
-        store_sums(p.sums, tiles[h] + row / kSumRows * launch.segments, launch.tiles, c0, p.c, total[h]);
-#pragma unroll
-      for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
+      const int column = place.index[h] * kWide + lane / 4;
+      there[h] = place.image[h] < p.n && column < p.ow;
+      y_at[h] = ((place.image[h] - place.image[0]) * p.oh * y_pitch + int64_t{column} * p.c + channel) * 2;
     }
-  }
-
-  // ---- what was spoilt, tap by tap ----
-  static_assert(kSegments * (kMaxRows / kSumRows) <= 32);
-  if (spoilt == 0) continue;
-  const Place<kSegments> again(launch, number_of(turn));
-#pragma unroll 1
-  for (int i = 0; i < kSegments * (kMaxRows / kSumRows); ++i) {
-    if ((spoilt >> i & 1) == 0) continue;
-    const unsigned segment = again.first + i % kSegments, by_row = launch.segments;
-    const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
-    const int first = again.first_row + i / kSegments * kSumRows, column = index * kWide + lane / 4;
-    float sums[kBlocks][2] = {};
-#pragma unroll 1
-    for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
+    // Sums lie in the order [image, kSumRows rows, segment]: where those of this place's segments begin.
+    unsigned tiles[kSegments];
 #pragma unroll
-      for (int j = 0; j < 2 * kBlocks; ++j) {
-        const int c = c0 + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-        if (c < p.c) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
+    for (int h = 0; h < kSegments; ++h)
+      tiles[h] = first_tile(launch, place.image[h], first_row) + place.index[h];
+
+    // ---- down the map ----
+    float total[kSegments][kBlocks][2] = {};
+    unsigned spoilt = 0;  // bit kSegments * i + h: segment h of the i-th kSumRows rows
+#pragma unroll
+    for (int i = 0; i < kRing - 1; ++i) load(i * kStage);
+    int slot = 0, free_slot = (kRing - 1) * kStage;
+#pragma unroll 1
+    for (int done = -kBefore; done < rows; done += kOutputs) {
+      cp_async_wait<kRing - 2>();
+      __syncwarp();  // the rows are there for all lanes, and none reads the free slot any more
+      load(free_slot);
+      float z[kOutputs * kM][kBlocks][4];
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) {
+        window.add(i % kStride, slot + i * kRow);
+        if (i % kStride != kStride - 1) continue;
+#pragma unroll
+        for (int j = 0; j < kM * kBlocks * 4; ++j)
+          z[i / kStride * kM + j / 4 / kBlocks][j / 4 % kBlocks][j % 4] =
+              window.open[kBefore][j / 4 / kBlocks][j / 4 % kBlocks][j % 4];
       }
-    __syncwarp();
-    if (p.sums != nullptr)
-      store_sums(p.sums, first_tile(launch, image, first) + index, launch.tiles, c0, p.c, sums);
-  }
+      free_slot = slot;
+      slot = slot == (kRing - 1) * kStage ? 0 : slot + kStage;
+
+      if (done < 0) continue;
+      epilogue.apply(p.act, z);
+#pragma unroll
+      for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+        for (int h = 0; h < kSegments; ++h) {
+          const auto at = [&](int b, int e) { return z[o * kM + h / 2][b][h % 2 * 2 + e]; };
+          const bool stored = there[h] && (o == 0 || done + o < rows);
+          const float count =
+              stored ? 1.0f : 0.0f;  // where nothing is, a result that is not finite spoils the sum
+#pragma unroll
+          for (int i = 0; i < kBlocks * 2; ++i)
+            total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[h][i / 2][i % 2]);
+          if constexpr (Tr::kVector) {
+#pragma unroll
+            for (int b = 0; b < kBlocks; b += 2) {
+              const Vec<T, 4> four = exchange<T>(at(b, 0), at(b, 1), at(b + 1, 0), at(b + 1, 1));
+              if (stored && channel + 8 * b < p.c) four.store(bytes_behind(y, y_at[h]) + 8 * b);
+            }
+          } else if (stored) {
+#pragma unroll
+            for (int i = 0; i < kBlocks * 2; ++i) {
+              const int further = 8 * (i / 2) + i % 2;
+              if (channel + further < p.c) y[y_at[h] / 2 + further] = from_float<T>(at(i / 2, i % 2));
+            }
+          }
+        }
+        y += y_pitch;
+      }
+
+      if ((done + kOutputs) % kSumRows != 0 && done + kOutputs < rows) continue;
+#pragma unroll
+      for (int h = 0; h < kSegments; ++h) {
+        if (is_spoilt(total[h])) spoilt |= 1u << (done / kSumRows * kSegments + h);
+        if (p.sums != nullptr)
+          store_sums(p.sums, tiles[h] + done / kSumRows * launch.segments, launch.tiles, first_channel(), p.c,
+                     total[h]);
+#pragma unroll
+        for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
+      }
+    }
+
+    // ---- what was spoilt, tap by tap ----
+    static_assert(kSegments * (kMaxRows / kSumRows) <= 32 && kSumRows % kOutputs == 0 &&
+                  kBefore % kOutputs == 0);
+    if (spoilt == 0) continue;
+    const Place<kSegments> again(launch, number_of(turn));
+#pragma unroll 1
+    for (int i = 0; i < kSegments * (kMaxRows / kSumRows); ++i) {
+      if ((spoilt >> i & 1) == 0) continue;
+      const unsigned segment = again.first + i % kSegments, by_row = launch.segments;
+      const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
+      const int first = again.first_row + i / kSegments * kSumRows, column = index * kWide + lane / 4;
+      float sums[kBlocks][2] = {};
+#pragma unroll 1
+      for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
+#pragma unroll
+        for (int j = 0; j < 2 * kBlocks; ++j) {
+          const int c = first_channel() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
+          if (c < p.c) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
+        }
+      if (p.sums != nullptr)
+        store_sums(p.sums, first_tile(launch, image, first) + index, launch.tiles, first_channel(), p.c,
+                   sums);
+    }
   }
 }
 
@@ -299,8 +326,8 @@ Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return {error, nullptr};
-  // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be. Where there are
-  // more, a warp takes several places.
+  // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be. Where
+  // there are more, a warp takes several places.
   const int64_t round = int64_t{multiprocessors} * Tr::kMinBlocks * kWarps;
   const int64_t across = ceil_div<int64_t>(p.n * l.segments, Tr::kSegments);
   while (l.rows > kSumRows && across * l.groups * ceil_div(p.oh, l.rows) < 2 * round) l.rows /= 2;
@@ -313,8 +340,8 @@ Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
   l.places = static_cast<unsigned>(places);
   l.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * l.groups, round) / V_ROUNDS));
   const int64_t warps = ceil_div<int64_t>(places, l.turns) * l.groups;
-  return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(warps, kWarps), kWarps * 32, Tr::kSharedBytes, stream,
-                                          launch_params);
+  return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(warps, kWarps), kWarps * 32, Tr::kSharedBytes,
+                                          stream, launch_params);
 }
 
 }  // namespace
@@ -330,8 +357,9 @@ Status launch_depthwise_mma(const DepthwiseParams& p, cudaStream_t stream) {
       const int64_t image = std::max(int64_t{p.h} * p.w, int64_t{p.oh} * p.ow) * p.c * 2;
       if (p.c % 8 != 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 8) || image > UINT32_MAX / 4)
         return launch_typed<typename Choose<T, kKernel, kStride, false, false>::type>(p, stream);
-      return p.act == kSilu ? launch_typed<typename Choose<T, kKernel, kStride, true, true>::type>(p, stream)
-                            : launch_typed<typename Choose<T, kKernel, kStride, true, false>::type>(p, stream);
+      return p.act == kSilu
+                 ? launch_typed<typename Choose<T, kKernel, kStride, true, true>::type>(p, stream)
+                 : launch_typed<typename Choose<T, kKernel, kStride, true, false>::type>(p, stream);
     } else {
       return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
     }

@@ -1,13 +1,14 @@
 // The depthwise convolution of a warp on tensor cores, in 16 bits, row by row: what depthwise_mma.cu and
 // expand_depthwise_mma.cu share.
 //
-// A window's row is a matrix product: 16 pixels by (tap, channel) times (tap, channel) by 8 channels, where the second
-// factor has a tap's weights on a diagonal and zeros elsewhere. So an mma does the work of 64 FMAs of a lane with seven
-// eighths of its products zero, which tensor cores have to spare: a 5x5 window takes 12.5 mma.m16n8k16 for 128
-// outputs, less than half of their rate at the full bandwidth of an H100. What comes out is laid out as NHWC is.
+// A window's row is a matrix product: 16 pixels by (tap, channel) times (tap, channel) by 8 channels, where
+// the second factor has a tap's weights on a diagonal and zeros elsewhere. So an mma does the work of 64 FMAs
+// of a lane with seven eighths of its products zero, which tensor cores have to spare: a 5x5 window
+// takes 12.5 mma.m16n8k16 for 128 outputs, less than half of their rate at the full bandwidth of an H100.
+// What comes out is laid out as NHWC is.
 //
-// Zero times infinity is NaN: a value that is not finite spoils its neighbours in the product. That shows in the
-// sums of the outputs, and kernels compute what was spoilt once more, tap by tap.
+// Zero times infinity is NaN: a value that is not finite spoils its neighbours in the product. That shows in
+// the sums of the outputs, and kernels compute what was spoilt once more, tap by tap.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,13 @@
 namespace effnet::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kSumRows = 8;    // output rows that one partial sum covers: the same whatever rows a warp takes
-constexpr int kMaxRows = 32;   // output rows of a warp
+constexpr int kSumRows = 8;   // output rows that one partial sum covers: the same whatever rows a warp takes
+constexpr int kMaxRows = 32;  // output rows of a warp
 
-// Windows over kM tiles of 16 output pixels and kBlocks * 8 channels. Pixels are kPixel elements apart in shared
-// memory, an odd multiple of 16 bytes; with stride 2 the odd columns lie kOdd pixels behind the even ones: so the eight
-// pixels that ldmatrix reads at a time are neighbours, in different banks. The second eight pixels of a tile begin
-// kHalf elements behind the first eight, the next tile 2 * kHalf.
+// Windows over kM tiles of 16 output pixels and kBlocks * 8 channels. Pixels are kPixel elements apart in
+// shared memory, an odd multiple of 16 bytes; with stride 2 the odd columns lie kOdd pixels behind the even
+// ones: so the eight pixels that ldmatrix reads at a time are neighbours, in different banks. The second
+// eight pixels of a tile begin kHalf elements behind the first eight, the next tile 2 * kHalf.
 template <class T_, int kKernel_, int kStride_, int kM_, int kBlocks_, int kOdd_, int kHalf_>
 struct WindowRows {
   using T = T_;
@@ -39,8 +40,8 @@ struct WindowRows {
     return kStride == 1 ? column : column / 2 + column % 2 * kOdd;
   }
 
-  // Lane 4g + t holds rows (channels) 2t and 2t + 1 of column (channel) g: of a diagonal, something where one of them
-  // is g.
+  // Lane 4g + t holds rows (channels) 2t and 2t + 1 of column (channel) g: of a diagonal, something where one
+  // of them is g.
   uint32_t taps[kBlocks][kKernel][kKernel];
   // Row `step - j` of the output is open as open[j], pixels g and g + 8, channels 2t and 2t + 1.
   float open[kOpen][kM][kBlocks][4];
@@ -53,20 +54,21 @@ struct WindowRows {
     for (int b = 0; b < kBlocks; ++b) {
       const int channel = first_channel + 8 * b + g;
       const bool diagonal = g / 2 == t && channel < channels;
-      const uint16_t* of_channel = static_cast<const uint16_t*>(weight) + int64_t{channel} * kKernel * kKernel;
+      const uint16_t* of_channel =
+          static_cast<const uint16_t*>(weight) + int64_t{channel} * kKernel * kKernel;
 #pragma unroll
       for (int i = 0; i < kKernel * kKernel; ++i)
         taps[b][i / kKernel][i % kKernel] = diagonal ? uint32_t{of_channel[i]} << 16 * (g % 2) : 0u;
     }
-    // Lanes 0 to 15 name the pixels of a tile; the others the same under the next tap, and, for the tap that is left
-    // over, of the next block.
+    // Lanes 0 to 15 name the pixels of a tile; the others the same under the next tap, and, for the tap that
+    // is left over, of the next block.
     const T* const pixel = map + lane / 8 % 2 * kHalf + lane % 8 * kPixel;
     pairs = pixel + lane / 16 * (kStride == 1 ? 1 : kOdd) * kPixel;
     last = pixel + pixel_of(kKernel - 1) * kPixel + lane / 16 * 8;
   }
 
-  // Adds an input row, `offset` elements behind the map: of every kStride rows the one with number `phase`. With the
-  // first of them, outputs move on by one in open.
+  // Adds an input row, `offset` elements behind the map: of every kStride rows the one with number `phase`.
+  // With the first of them, outputs move on by one in open.
   __device__ __forceinline__ void add(int phase, int offset) {
 #pragma unroll
     for (int q = 0; q <= kPairs; ++q) {
@@ -107,8 +109,8 @@ struct WindowRows {
   }
 };
 
-// BatchNorm and activation of channels 2t and 2t + 1 of kBlocks blocks. kSilu: the one activation that is worth a
-// copy of the code without a switch; a quarter of the affine map is kept for it.
+// BatchNorm and activation of channels 2t and 2t + 1 of kBlocks blocks. kSilu: the one activation that is
+// worth a copy of the code without a switch; a quarter of the affine map is kept for it.
 template <class T, int kBlocks, bool kSilu>
 struct LaneEpilogue {
   float scale[kBlocks][2], shift[kBlocks][2];
@@ -139,8 +141,8 @@ struct LaneEpilogue {
   }
 };
 
-// Four neighbouring channels of one pixel, made of two blocks' pairs: even lanes take them from the first block, odd
-// ones from the second, at channel exchanged_channel() of the two blocks.
+// Four neighbouring channels of one pixel, made of two blocks' pairs: even lanes take them from the first
+// block, odd ones from the second, at channel exchanged_channel() of the two blocks.
 template <class T>
 __device__ __forceinline__ Vec<T, 4> exchange(float a, float b, float c, float d) {
   const bool odd = threadIdx.x % 2 != 0;
@@ -154,11 +156,11 @@ __device__ __forceinline__ int exchanged_channel() {
   return 2 * t + t % 2 * 6;
 }
 
-// Adds up over a warp's pixels, always in this order, and stores the result as sums[tile], if there is one, for
-// those channels that there are.
+// Adds up over a warp's pixels, always in this order, and stores the result as sums[tile], if there is one,
+// for those channels that there are.
 template <int kBlocks>
-__device__ __forceinline__ void store_sums(float* sums, unsigned tile, unsigned tiles, int first_channel, int channels,
-                                           const float (&total)[kBlocks][2]) {
+__device__ __forceinline__ void store_sums(float* sums, unsigned tile, unsigned tiles, int first_channel,
+                                           int channels, const float (&total)[kBlocks][2]) {
   sums += static_cast<int64_t>(tile) * channels;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll

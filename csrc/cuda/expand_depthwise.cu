@@ -1,14 +1,15 @@
-// expand_depthwise: the first two convolutions of an MBConv, with the expanded map between them in shared
-// memory only.
+// expand_depthwise in fp32: the first two convolutions of an MBConv, with the expanded map between them in
+// shared memory only. 16 bits go to expand_depthwise_mma.cu.
 //
-// Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in
-// C_mid written and read, is what it saves. Blocks that share a strip of x are neighbours in the grid, one
-// per slice of 32 or 64 expanded channels, so x is read once from DRAM and once per slice from the L2.
+// Designed for 4 (P_in C_in + P_out C_mid) bytes from and to DRAM; the expanded map, 4 P_in C_mid written and
+// read, is what it saves. Blocks that share a strip of x are neighbours in the grid, one per slice of 32
+// expanded channels, so x is read once from DRAM and once per slice from the L2.
 //
 // A block owns a strip of output rows of one image and full width (where whole maps fit, a whole map; where
 // they are smaller than a tile of the GEMM, several images), and one slice of channels:
-//   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, rounded to the type of the map, into
-//      shared memory. Rows of x that two strips need are expanded in both.
+//   1. GEMM: 128 pixels by the slice at a time, BatchNorm, activation, into shared memory. Rows of x that two
+//   strips
+//      need are expanded in both.
 //   2. Depthwise: a walker of half as many lanes as channels goes along an output row with two channels a
 //      lane. The taps' weights stay in registers, each input column is read once per output row and added to
 //      the outputs that it touches, and an output leaves when its last column has been seen. The padding lies
@@ -16,9 +17,7 @@
 //      the same for a whole walker, so no tap is tested for the padding on its own.
 //
 // 256 threads, at most 128 registers; the plan takes the largest strip with which two blocks fit on a
-// multiprocessor (at 113 KB each on an H100: 7x7 maps take 45 KB, 14x14 62 to 66 KB, 28x28 92 KB, strips what
-// there is). Inside the map the depthwise part takes 24 instructions of a lane per element for 3x3 and 43 for
-// 5x5, at stride 1 and with SiLU.
+// multiprocessor.
 #include <algorithm>
 
 #include "cuda/gemm.cuh"
@@ -26,7 +25,9 @@
 namespace effnet::cuda {
 namespace {
 
+using T = float;
 constexpr int kStages = 2;
+constexpr int kChannels = 32;  // of a slice
 
 struct Args {
   ExpandDepthwiseParams p;
@@ -36,7 +37,6 @@ struct Args {
   int slices;
 };
 
-template <class T, int kChannels>
 struct Shared {
   using Tile = BlockTile<kChannels>;
   static constexpr int kStage = (Tile::kRows + kChannels) * Stage<T>::kStride;  // elements
@@ -54,7 +54,7 @@ struct Shared {
 // One row of outputs, columns [first, last), for two channels: emit(a, b) for one after the other.
 // `rows[i]` is the expanded row under the taps' row i at column 0, nullptr in the padding; its pixels are
 // kPixel elements apart. kFast: with a copy of the code for the inside of the map that tests nothing.
-template <class T, int kPixel, int kKernel, int kStrideW, bool kFast, class Emit>
+template <int kPixel, int kKernel, int kStrideW, bool kFast, class Emit>
 __device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int width, int left, int first,
                                      int last, const float2 (&taps)[kKernel * kKernel], Emit emit) {
   constexpr int kOpen = (kKernel + kStrideW - 1) / kStrideW;  // outputs that a column can touch
@@ -110,13 +110,12 @@ __device__ __forceinline__ void walk(const T* const (&rows)[kKernel], int width,
   }
 }
 
-template <class T, int kChannels, int kKernel, int kStrideW>
+template <int kKernel, int kStrideW>
 __global__ void __launch_bounds__(kGemmThreads, 2)
     expand_depthwise_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  using S = Shared<T, kChannels>;
-  using Tile = typename S::Tile;
-  constexpr bool kExact = sizeof(T) == 4;
+  using S = Shared;
+  using Tile = S::Tile;
   constexpr int kDepth = Stage<T>::kDepth, kStride = Stage<T>::kStride;
   Affine* expand_affine = reinterpret_cast<Affine*>(shared_memory);
   Affine* affine = expand_affine + kChannels;
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
                              NoPrologue());
     k0 += kDepth;
     if (k0 < p.c_in) return;
-    batch_norm_act<Tile, kExact>(acc, expand_affine, p.act);
+    batch_norm_act<Tile, true>(acc, expand_affine, p.act);
     for_each_pair<Tile>(acc, [&](int row, int column, float a, float b) {
       if (row0 + row < pixels) store_pair(expanded + (row0 + row) * S::kStride + column, a, b);
     });
@@ -217,10 +216,10 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
             }
             T* y =
                 static_cast<T*>(p.y) + (((image0 + image) * p.oh + oh) * p.ow + ow) * p.c_mid + c0 + channel;
-            walk<T, S::kStride, kKernel, kStrideW, kSiluOnly>(
+            walk<S::kStride, kKernel, kStrideW, kSiluOnly>(
                 rows, p.w, p.window.left, ow, min(ow + segment, p.ow), tap, [&](float a, float b) {
                   float value[2] = {fmaf(a, first.scale, first.shift), fmaf(b, second.scale, second.shift)};
-                  activate<kExact>(kSiluOnly ? kSilu : p.act, value);
+                  activate<true>(kSiluOnly ? kSilu : p.act, value);
                   total.x += value[0];
                   total.y += value[1];
                   if (args.pair_out) {
@@ -252,16 +251,14 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
 }
 
 // The strip with the most rows that takes at most `limit` bytes; no rows where not even one fits.
-template <class T, int kChannels>
 ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
-  using S = Shared<T, kChannels>;
+  using S = Shared;
   const auto bytes = [&](int rows) {
     const int64_t in =
         std::min<int64_t>(p.h, static_cast<int64_t>(rows - 1) * p.window.stride_h + p.window.kh);
     return S::bytes(p.window.kh, in * p.w);
   };
   ExpandDepthwisePlan plan;
-  plan.channels = kChannels;
   int rows = 0;
   while (rows < p.oh && bytes(rows + 1) <= limit) ++rows;
   if (rows == 0) return plan;
@@ -284,20 +281,9 @@ ExpandDepthwisePlan strip_within(const ExpandDepthwiseParams& p, int limit) {
   return plan;
 }
 
-template <class T>
-ExpandDepthwisePlan best_strip(const ExpandDepthwiseParams& p, int limit) {
-  ExpandDepthwisePlan narrow = strip_within<T, 32>(p, limit);
-  if constexpr (sizeof(T) == 2) {
-    const ExpandDepthwisePlan wide = strip_within<T, 64>(p, limit);
-    // Half the reads of x from the L2, and walkers of whole warps, for up to a fifth more work.
-    if (wide.rows > 0 && wide.overhead <= 1.2 * narrow.overhead) return wide;
-  }
-  return narrow;
-}
-
 // How many pieces of an output row let the walkers finish first.
 int segments_of_row(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan) {
-  const int walkers = kGemmThreads / (plan.channels / 2);
+  const int walkers = Shared::kWalkers;
   int best = 1;
   int64_t least = INT64_MAX;
   for (int segments = 1; segments <= 8 && segments <= p.ow; ++segments) {
@@ -312,7 +298,7 @@ int segments_of_row(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
   return best;
 }
 
-template <class T, int kChannels, int kKernel, int kStrideW>
+template <int kKernel, int kStrideW>
 Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
   const Args args = {p,
                      rows_of_16_bytes<T>(p.c_in, {p.x, p.expand_weight}),
@@ -323,17 +309,8 @@ Status launch_kernel(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& 
                      segments_of_row(p, plan),
                      ceil_div(p.c_mid, kChannels)};
   const int64_t blocks = ceil_div<int64_t>(p.n, plan.images) * plan.tiles * args.slices;
-  return launch<expand_depthwise_kernel<T, kChannels, kKernel, kStrideW>>(blocks, kGemmThreads,
-                                                                          plan.shared_bytes, stream, args);
-}
-
-template <class T, int kChannels>
-Status launch_window(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
-  if (p.window.kh == 3)
-    return p.window.stride_h == 1 ? launch_kernel<T, kChannels, 3, 1>(p, plan, stream)
-                                  : launch_kernel<T, kChannels, 3, 2>(p, plan, stream);
-  return p.window.stride_h == 1 ? launch_kernel<T, kChannels, 5, 1>(p, plan, stream)
-                                : launch_kernel<T, kChannels, 5, 2>(p, plan, stream);
+  return launch<expand_depthwise_kernel<kKernel, kStrideW>>(blocks, kGemmThreads, plan.shared_bytes, stream,
+                                                            args);
 }
 
 }  // namespace
@@ -350,12 +327,9 @@ ExpandDepthwisePlan expand_depthwise_plan(const ExpandDepthwiseParams& p, int sh
   } else if (p.dtype != DType::kFloat32) {
     plan = expand_depthwise_mma_plan(p, shared_limit);
   } else {
-    const auto best = [&](int limit) {
-      return p.dtype == DType::kFloat32 ? best_strip<float>(p, limit) : best_strip<half>(p, limit);
-    };
-    plan = best(shared_limit / 2 - 1024);  // two blocks; the system takes 1 KB for each
+    plan = strip_within(p, shared_limit / 2 - 1024);  // two blocks; the system takes 1 KB for each
     if (plan.rows == 0 || plan.overhead > 1.5) {
-      const ExpandDepthwisePlan alone = best(shared_limit);
+      const ExpandDepthwisePlan alone = strip_within(p, shared_limit);
       if (plan.rows == 0 || alone.overhead * 1.25 < plan.overhead) plan = alone;
     }
     if (plan.rows == 0) {
@@ -373,13 +347,10 @@ Status launch_expand_depthwise(const ExpandDepthwiseParams& p, const ExpandDepth
   if (plan.unsupported != nullptr) return {cudaErrorInvalidValue, plan.unsupported};
   if (p.n == 0) return {};
   if (p.dtype != DType::kFloat32) return launch_expand_depthwise_mma(p, plan, stream);
-  return with_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      if (plan.channels == 64) return launch_window<T, 64>(p, plan, stream);
-    }
-    return launch_window<T, 32>(p, plan, stream);
-  });
+  if (p.window.kh == 3)
+    return p.window.stride_h == 1 ? launch_kernel<3, 1>(p, plan, stream)
+                                  : launch_kernel<3, 2>(p, plan, stream);
+  return p.window.stride_h == 1 ? launch_kernel<5, 1>(p, plan, stream) : launch_kernel<5, 2>(p, plan, stream);
 }
 
 }  // namespace effnet::cuda

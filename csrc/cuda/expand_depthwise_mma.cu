@@ -1,13 +1,16 @@
-// expand_depthwise in 16 bits: the first two convolutions of an MBConv, of whose expanded map there is never more than
-// one row of a strip.
+// expand_depthwise in 16 bits: the first two convolutions of an MBConv, of whose expanded map there is never
+// more than one row of a strip.
 //
 // Designed for e (P_in C_in + P_out C_mid) bytes from and to DRAM, element size e; the expanded map, e P_in
 // C_mid written and read, is what it saves. x is read from the L2 once for every 48 or 64 expanded channels.
 //
-// A block has a strip of up to 16 kM output columns, a band of output rows and 16 expanded channels for each of its
-// warps, and goes down the map one row of x at a time, which comes through a ring in shared memory. A warp
-//   1. expands the row: products with weights that stay in registers, BatchNorm, activation, rounded to the type of
-//      the map, into a row of its own in shared memory. The padding around the map is zero there, not act(bn(0));
+// A block has a strip of up to 16 kM output columns, a band of output rows and 16 expanded channels for each
+// of its warps, and goes down the map one row of x at a time, which comes through a ring in shared memory. A
+// warp
+//   1. expands the row: products with weights that stay in registers, BatchNorm, activation, rounded to the
+//   type of
+//      the map, into a row of its own in shared memory. The padding around the map is zero there, not
+//      act(bn(0));
 //   2. adds it to the output rows that it belongs to, whose sums wait in registers (depthwise_mma.cuh).
 // So nothing is expanded twice but what two strips or two bands share.
 #include <algorithm>
@@ -41,7 +44,7 @@ struct Traits {
   using T = T_;
   static constexpr int kKernel = 3, kStride = 2, kM = kM_;
   static constexpr bool kSilu = kSilu_;
-  static constexpr int kMinBlocks = 3;  // as registers allow
+  static constexpr int kMinBlocks = 3;                                // as registers allow
   static constexpr int kColumns = (16 * kM - 1) * kStride + kKernel;  // expanded, that a strip reads
   static constexpr int kPixel = kOfWarp + 8;
   // Four more than a multiple of eight: pairs of neighbouring columns are then stored into different banks.
@@ -101,22 +104,27 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   const int64_t image = block / launch.bands;
   const int rows = min(launch.rows, p.oh - first_row);
   const int first_column = strip * launch.width, columns = min(launch.width, p.ow - first_column);
-  // Columns of x that there are under the strip's windows, and where the first of them lies in a row of the map.
+  // Columns of x that there are under the strip's windows, and where the first of them lies in a row of the
+  // map.
   const int left = first_column * kStride - p.window.left;
-  const int x_column = max(left, 0), pixels = min(left + (columns - 1) * kStride + Tr::kKernel, p.w) - x_column;
+  const int x_column = max(left, 0),
+            pixels = min(left + (columns - 1) * kStride + Tr::kKernel, p.w) - x_column;
 
   // ---- weights and BatchNorm, in registers ----
-  // Of the expansion lane 4g + t has input channels 2t and 2t + 1 of every eight, for expanded channel g of a block.
+  // Of the expansion lane 4g + t has input channels 2t and 2t + 1 of every eight, for expanded channel g of a
+  // block.
   uint32_t expand_weight[kSteps][kBlocks];
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int channel = c0 + 8 * b + g;
-    const uint16_t* const of_channel = static_cast<const uint16_t*>(p.expand_weight) + int64_t{channel} * p.c_in;
+    const uint16_t* const of_channel =
+        static_cast<const uint16_t*>(p.expand_weight) + int64_t{channel} * p.c_in;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int c = 8 * step + 2 * t;
       const bool first = channel < p.c_mid && c < p.c_in, second = channel < p.c_mid && c + 1 < p.c_in;
-      expand_weight[step][b] = (first ? of_channel[c] : 0u) | (second ? uint32_t{of_channel[c + 1]} << 16 : 0u);
+      expand_weight[step][b] =
+          (first ? of_channel[c] : 0u) | (second ? uint32_t{of_channel[c + 1]} << 16 : 0u);
     }
   }
   const LaneEpilogue<T, kBlocks, Tr::kSilu> expand_epilogue(p.expand_bn, c0, p.c_mid);
@@ -154,7 +162,6 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 
   // ---- the warp's row of the map: zeros where x has no column ----
   for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
-  __syncwarp();
   // Pixels g and g + 8 of a tile of x, channels 2t and 2t + 1; 16 columns further it is 16 / kStride pixels.
   T* const map_at = map + Window::pixel_of(x_column - left + g) * kPixel + 2 * t;
   constexpr int kEight = 8 / kStride * kPixel;
@@ -167,7 +174,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
       for (int step = 0; step < kSteps; step += 2) {
         if (8 * step >= p.c_in) break;
         const bool whole = 8 * (step + 1) < p.c_in;  // both halves of 16 channels are there
-        const T* const from = ring + slot + row_at + tile * launch.pitch + 8 * step + (whole ? lane / 16 * 8 : 0);
+        const T* const from =
+            ring + slot + row_at + tile * launch.pitch + 8 * step + (whole ? lane / 16 * 8 : 0);
         uint32_t a[2][4];
 #pragma unroll
         for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from + 16 * m * launch.pitch);
@@ -190,7 +198,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
         if (tile + 8 * i + g >= pixels) continue;
         T* const to = map_at + tile / 8 * kEight + i * kEight;
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) store_pair(to + 8 * b, z[i / 2][b][i % 2 * 2], z[i / 2][b][i % 2 * 2 + 1]);
+        for (int b = 0; b < kBlocks; ++b)
+          store_pair(to + 8 * b, z[i / 2][b][i % 2 * 2], z[i / 2][b][i % 2 * 2 + 1]);
       }
     }
   };
@@ -213,7 +222,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 #pragma unroll
     for (int phase = 0; phase < kStride; ++phase) {
       cp_async_wait<kRing - 2>();
-      __syncthreads();  // the row is there for all warps, and none reads the free slot or its row of the map any more
+      __syncthreads();  // the row is there for all warps, and none reads the free slot or its row of the map
+                        // any more
       load(x_row + kRing - 1, free_slot);
       if (x_row >= 0 && x_row < x_end) {
         expand(slot);
@@ -232,7 +242,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
     float z[kM][kBlocks][4];
 #pragma unroll
     for (int i = 0; i < kM * kBlocks * 4; ++i)
-      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] =
+          window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
     epilogue.apply(p.act, z);
 #pragma unroll
     for (int h = 0; h < 2 * kM; ++h) {
@@ -279,7 +290,6 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
           const int c = c0 + 8 * (j / 2) + 2 * t + j % 2;
           if (c < p.c_mid) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
         }
-    __syncwarp();
     if (p.sums != nullptr) store_sums(p.sums, tile_of(first), UINT32_MAX, c0, p.c_mid, sums);
   }
 }
@@ -332,7 +342,8 @@ Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
   const int64_t across = p.n * l.strips * l.slices;
   while (l.rows > kSumRows && across * ceil_div(p.oh, l.rows) < int64_t{6} * multiprocessors) l.rows /= 2;
   l.bands = ceil_div(p.oh, l.rows);
-  return launch<expand_depthwise_mma_kernel<Tr>>(across * l.bands, warps_of(p) * 32, plan.shared_bytes, stream, l);
+  return launch<expand_depthwise_mma_kernel<Tr>>(across * l.bands, warps_of(p) * 32, plan.shared_bytes,
+                                                 stream, l);
 }
 
 }  // namespace

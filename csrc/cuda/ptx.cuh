@@ -56,7 +56,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const
                : "memory");
 }
 
-// d [16, 8] = a [16, 16] @ b [16, 8] + c, products and sums in fp32; T is the type of a and b. For lane 4g + t:
+// d [16, 8] = a [16, 16] @ b [16, 8] + c, products and sums in fp32; T is the type of a and b. For lane 4g +
+// t:
 //   a[0], a[1], a[2], a[3]: rows g, g + 8, g, g + 8; columns 2t, 2t + 1, the last two 8 further right
 //   b[0], b[1]: rows 2t, 2t + 1 and 2t + 8, 2t + 9; column g
 //   c and d [0], [1], [2], [3]: rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
@@ -111,7 +112,8 @@ template <>
 __device__ __forceinline__ void mma_m16n8k8<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
                                                            const float (&c)[4]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, "
+      "%10};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }

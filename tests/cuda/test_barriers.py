@@ -33,7 +33,9 @@ POINTWISE = [
 ]
 WITNESSES: dict[str, list[list]] = {
     "depthwise_conv_bn_act.cu": [[Depthwise(16, (35, 9), c=32)]],
+    "depthwise_mma.cu": [[Depthwise(16, (35, 9), c=32)]],
     "expand_depthwise.cu": [EXPAND],
+    "expand_depthwise_mma.cu": [[MBConv(1, (19, 70), cin=16, mid=48, cout=8, kernel=(3, 3), stride=(2, 2))]],
     "fused_mbconv.cu": [FUSED],
     "gemm.cuh": [EXPAND, FUSED, POINTWISE],
     "pointwise_conv_bn_act.cu": [POINTWISE],
@@ -42,12 +44,20 @@ WITNESSES: dict[str, list[list]] = {
     "train_depthwise.cuh": [[TRAINING[0]]],
     "train_depthwise_backward.cu": [[TRAINING[0], IMAGES_TOGETHER]],
 }
+# Where a file's kernels are not for both.
+DTYPES = {
+    "depthwise_conv_bn_act.cu": [torch.float32],
+    "depthwise_mma.cu": [torch.bfloat16],
+    "expand_depthwise.cu": [torch.float32],
+    "expand_depthwise_mma.cu": [torch.bfloat16],
+}
 BARRIERS = [
-    pytest.param(path.name, number, witnesses, id=f"{path.name}:{number}-{i}")
+    pytest.param(path.name, number, witnesses, dtype, id=f"{path.name}:{number}-{i}-{dtype}")
     for path in sorted(SOURCES.glob("*.cu*"))
     for number, line in enumerate(path.read_text().splitlines(), 1)
     if "__sync" in line
     for i, witnesses in enumerate(WITNESSES[path.name])
+    for dtype in DTYPES.get(path.name, [torch.float32, torch.bfloat16])
 ]
 
 
@@ -73,8 +83,7 @@ def one_multiprocessor(emulation):
     emulation.set_device(90)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("file", "line", "witnesses"), BARRIERS)
+@pytest.mark.parametrize(("file", "line", "witnesses", "dtype"), BARRIERS)
 def test_a_barrier_that_is_forgotten_is_a_race(file, line, witnesses, dtype, one_multiprocessor):
     one_multiprocessor.forget_barrier(f"csrc/cuda/{file}", line)
     runs = [problem(case, dtype) for case in witnesses]

@@ -154,7 +154,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 }
 
 template <typename T>
-void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4], CUDA_EMULATION_CALLER) {
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+                 CUDA_EMULATION_CALLER) {
   float sums[4] = {c[0], c[1], c[2], c[3]};
   MatrixProduct operand{sums, a, &b};
   scheduler.whole_warp(&operand, perform_mma<T, 8>, {"mma_m16n8k8", file, line});

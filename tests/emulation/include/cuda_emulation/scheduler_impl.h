@@ -45,6 +45,7 @@ int Scheduler::barrier(bool predicate, const Site& site) {
 
 void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* const*, unsigned),
                            const Site& site) {
+  if (perform == warp_barrier && forgotten(site)) return;
   Thread& self = current();
   Warp& warp = warps_[self.warp];
   mask &= warp.lanes;
