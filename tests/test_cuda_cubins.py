@@ -231,7 +231,7 @@ ON_TENSOR_CORES = {(3, 1): 18, (3, 2): 24, (5, 1): 22, (5, 2): 29, (7, 1): 29, (
 
 def test_instructions_per_element_on_tensor_cores():
     seen = set()
-    for kernel, match in named(r"depthwise_mma_kernelI\w*6TraitsI(6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELi1ELb1ELb1E"):
+    for kernel, match in named(r"depthwise_mma_kernelI\w*6TraitsI(6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELb1ELb1E"):
         window = int(match[2]), int(match[3])
         texts = [text for _, text in kernel.instructions]
         loop = next(i for i, text in enumerate(texts) if _opcode(text).startswith("DEPBAR") and "0x0" not in text)

@@ -1,7 +1,7 @@
 // act(bn(depthwise_conv(x))) over [N, H, W, C] in 16 bits, and the channel sums of the result, on tensor
 // cores: one read of x, one write of y.
 //
-// A warp works by itself, on 2 kM segments of 8 output columns (neighbours in a row, or of several images
+// A warp works by itself, on two segments of 8 output columns (neighbours in a row, or of two images
 // where rows are short) and 16 channels, and slides down the map. Input rows come through a ring in shared
 // memory of its own, three rows ahead. A row is added to the up to kKernel output rows that it belongs to,
 // whose sums wait in registers (depthwise_mma.cuh).
@@ -34,17 +34,17 @@ struct Launch {
   unsigned tiles;   // of all sums
 };
 
-template <class T_, int kKernel_, int kStride_, int kM_, bool kVector_, bool kSilu_, int kMinBlocks_>
+template <class T_, int kKernel_, int kStride_, bool kVector_, bool kSilu_, int kMinBlocks_>
 struct Traits {
   using T = T_;
-  static constexpr int kKernel = kKernel_, kStride = kStride_, kM = kM_, kBlocks = 2;
+  static constexpr int kKernel = kKernel_, kStride = kStride_, kBlocks = 2;
   static constexpr bool kVector = kVector_;  // pixels are made of aligned 16 bytes
   static constexpr bool kSilu = kSilu_;
   static constexpr int kMinBlocks = kMinBlocks_;
-  static constexpr int kSegments = 2 * kM, kChannels = 8 * kBlocks;
+  static constexpr int kSegments = 2, kChannels = 8 * kBlocks;
   static constexpr int kColumns = (kWide - 1) * kStride + kKernel;  // of x that a segment reads
   static constexpr int kPixel = kChannels + 8;
-  using Window = WindowRows<T, kKernel, kStride, kM, kBlocks, (kColumns + 1) / 2, kColumns * kPixel>;
+  using Window = WindowRows<T, kKernel, kStride, 1, kBlocks, (kColumns + 1) / 2, kColumns * kPixel>;
   static_assert(kPixel == Window::kPixel);
   static constexpr int kRow = kSegments * kColumns * kPixel;  // elements
   // Rows of x that are taken at a time, and of y that they complete. Two of both need fewer instructions, for
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     depthwise_mma_kernel(const __grid_constant__ Launch launch) {
   using T = typename Tr::T;
   using Window = typename Tr::Window;
-  constexpr int kStride = Tr::kStride, kM = Tr::kM, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
+  constexpr int kStride = Tr::kStride, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
   constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kStage = Tr::kStage, kOutputs = Tr::kOutputs;
   constexpr int kInputs = Tr::kInputs, kRing = Tr::kRing;
   constexpr int kBefore = Window::kOpen - 1;  // output rows that are open before the first one is complete
@@ -227,15 +227,14 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       cp_async_wait<kRing - 2>();
       __syncwarp();  // the rows are there for all lanes, and none reads the free slot any more
       load(free_slot);
-      float z[kOutputs * kM][kBlocks][4];
+      float z[kOutputs][kBlocks][4];
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
         window.add(i % kStride, slot + i * kRow);
         if (i % kStride != kStride - 1) continue;
 #pragma unroll
-        for (int j = 0; j < kM * kBlocks * 4; ++j)
-          z[i / kStride * kM + j / 4 / kBlocks][j / 4 % kBlocks][j % 4] =
-              window.open[kBefore][j / 4 / kBlocks][j / 4 % kBlocks][j % 4];
+        for (int j = 0; j < kBlocks * 4; ++j)
+          z[i / kStride][j / 4][j % 4] = window.open[kBefore][0][j / 4][j % 4];
       }
       free_slot = slot;
       slot = slot == (kRing - 1) * kStage ? 0 : slot + kStage;
@@ -246,7 +245,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
         for (int h = 0; h < kSegments; ++h) {
-          const auto at = [&](int b, int e) { return z[o * kM + h / 2][b][h % 2 * 2 + e]; };
+          const auto at = [&](int b, int e) { return z[o][b][2 * h + e]; };
           const bool stored = there[h] && (o == 0 || done + o < rows);
           const float count =
               stored ? 1.0f : 0.0f;  // where nothing is, a result that is not finite spoils the sum
@@ -274,9 +273,11 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 #pragma unroll
       for (int h = 0; h < kSegments; ++h) {
         if (is_spoilt(total[h])) spoilt |= 1u << (done / kSumRows * kSegments + h);
-        if (p.sums != nullptr)
-          store_sums(p.sums, tiles[h] + done / kSumRows * launch.segments, launch.tiles, first_channel(), p.c,
-                     total[h]);
+      }
+      if (p.sums != nullptr) store_sums(p.sums, tiles, launch.tiles, first_channel(), p.c, total);
+#pragma unroll
+      for (int h = 0; h < kSegments; ++h) {
+        tiles[h] += launch.segments;
 #pragma unroll
         for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
       }
@@ -293,17 +294,16 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       const unsigned segment = again.first + i % kSegments, by_row = launch.segments;
       const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
       const int first = again.first_row + i / kSegments * kSumRows, column = index * kWide + lane / 4;
-      float sums[kBlocks][2] = {};
+      float sums[1][kBlocks][2] = {};
 #pragma unroll 1
       for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
 #pragma unroll
         for (int j = 0; j < 2 * kBlocks; ++j) {
           const int c = first_channel() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-          if (c < p.c) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
+          if (c < p.c) sums[0][j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
         }
-      if (p.sums != nullptr)
-        store_sums(p.sums, first_tile(launch, image, first) + index, launch.tiles, first_channel(), p.c,
-                   sums);
+      const unsigned tile[1] = {first_tile(launch, image, first) + index};
+      if (p.sums != nullptr) store_sums(p.sums, tile, launch.tiles, first_channel(), p.c, sums);
     }
   }
 }
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 template <class T, int kKernel, int kStride, bool kVector, bool kSilu>
 struct Choose {
   static constexpr int kMinBlocks = kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
-  using type = Traits<T, kKernel, kStride, 1, kVector, kSilu, kMinBlocks>;
+  using type = Traits<T, kKernel, kStride, kVector, kSilu, kMinBlocks>;
 };
 
 template <class Tr>

@@ -156,21 +156,40 @@ __device__ __forceinline__ int exchanged_channel() {
   return 2 * t + t % 2 * 6;
 }
 
-// Adds up over a warp's pixels, always in this order, and stores the result as sums[tile], if there is one,
-// for those channels that there are.
-template <int kBlocks>
-__device__ __forceinline__ void store_sums(float* sums, unsigned tile, unsigned tiles, int first_channel,
-                                           int channels, const float (&total)[kBlocks][2]) {
-  sums += static_cast<int64_t>(tile) * channels;
+// Adds up over a warp's pixels, always in this order, and stores sums[tile of the segment], if there is one,
+// for those channels that there are. Lanes 4 apart exchange halves of what they have, so that every lane ends
+// with one sum.
+template <int kSegments, int kBlocks>
+__device__ __forceinline__ void store_sums(float* sums, const unsigned (&tiles)[kSegments], unsigned end,
+                                           int first_channel, int channels,
+                                           const float (&total)[kSegments][kBlocks][2]) {
+  constexpr int kAll = kSegments * kBlocks * 2;
+  static_assert(kAll == 4 || kAll == 8);
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  float of[kAll];
 #pragma unroll
-  for (int i = 0; i < 2 * kBlocks; ++i) {
-    float sum = total[i / 2][i % 2];
+  for (int i = 0; i < kAll; ++i) of[i] = total[i / 2 / kBlocks][i / 2 % kBlocks][i % 2];
+  int index = 0, count = kAll;  // of what this lane still has
 #pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
-    const int c = first_channel + 8 * (i / 2) + lane % 4 * 2 + i % 2;
-    if (lane < 4 && tile < tiles && c < channels) sums[c] = sum;
+  for (int distance = 16; distance >= 4; distance /= 2) {
+    const bool upper = (lane & distance) != 0;
+    if (count == 1) {
+      of[0] += __shfl_xor_sync(kWholeWarp, of[0], distance);
+      continue;
+    }
+    count /= 2;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float kept = upper ? of[i + count] : of[i], given = upper ? of[i] : of[i + count];
+      of[i] = kept + __shfl_xor_sync(kWholeWarp, given, distance);
+    }
+    if (upper) index += count;
   }
+  const bool second = index >= 2 * kBlocks;
+  const unsigned tile = kSegments == 2 && second ? tiles[kSegments - 1] : tiles[0];
+  const int channel = first_channel + index / 2 % kBlocks * 8 + lane % 4 * 2 + index % 2;
+  const bool once = kAll == 8 || lane % 8 < 4;
+  if (once && tile < end && channel < channels) sums[static_cast<int64_t>(tile) * channels + channel] = of[0];
 }
 
 // Whether one of the warp's totals is not a number.

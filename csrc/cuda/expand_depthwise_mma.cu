@@ -207,12 +207,14 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   // ---- where this lane writes ----
   const int channel = c0 + (launch.vector_out ? exchanged_channel() : 2 * t);
   T* y = static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
-  const auto tile_of = [&](int row) {
-    return static_cast<unsigned>((image * ceil_div(p.oh, kSumRows) + row / kSumRows) * launch.strips + strip);
+  const auto store = [&](int row, const float (&total)[1][kBlocks][2]) {
+    const int64_t row_of_tiles = image * ceil_div(p.oh, kSumRows) + row / kSumRows;
+    const unsigned tile[1] = {static_cast<unsigned>(row_of_tiles * launch.strips + strip)};
+    if (p.sums != nullptr) store_sums(p.sums, tile, UINT32_MAX, c0, p.c_mid, total);
   };
 
   // ---- down the map ----
-  float total[kBlocks][2] = {};
+  float total[1][kBlocks][2] = {};
   unsigned spoilt = 0;  // bit i: the i-th kSumRows rows
 #pragma unroll
   for (int i = 0; i < kRing - 1; ++i) load(x_row + i, i * ring_row);
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
       const float count = there ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
 #pragma unroll
       for (int i = 0; i < kBlocks * 2; ++i)
-        total[i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[i / 2][i % 2]);
+        total[0][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[0][i / 2][i % 2]);
       T* const to = y + 8 * h * p.c_mid;
       if (launch.vector_out) {
         const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
@@ -268,10 +270,10 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
     y += static_cast<int64_t>(p.ow) * p.c_mid;
 
     if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
-    if (is_spoilt(total)) spoilt |= 1u << row / kSumRows;
-    if (p.sums != nullptr) store_sums(p.sums, tile_of(first_row + row), UINT32_MAX, c0, p.c_mid, total);
+    if (is_spoilt(total[0])) spoilt |= 1u << row / kSumRows;
+    store(first_row + row, total);
 #pragma unroll
-    for (int i = 0; i < kBlocks * 2; ++i) total[i / 2][i % 2] = 0;
+    for (int i = 0; i < kBlocks * 2; ++i) total[0][i / 2][i % 2] = 0;
   }
 
   // ---- what was spoilt, tap by tap ----
@@ -280,7 +282,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   for (int i = 0; i < kMaxRows / kSumRows; ++i) {
     if ((spoilt >> i & 1) == 0) continue;
     const int first = first_row + i * kSumRows;
-    float sums[kBlocks][2] = {};
+    float sums[1][kBlocks][2] = {};
 #pragma unroll 1
     for (int row = first; row < min(first + kSumRows, p.oh); ++row)
 #pragma unroll 1
@@ -288,9 +290,9 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 #pragma unroll
         for (int j = 0; j < 2 * kBlocks; ++j) {
           const int c = c0 + 8 * (j / 2) + 2 * t + j % 2;
-          if (c < p.c_mid) sums[j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
+          if (c < p.c_mid) sums[0][j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
         }
-    if (p.sums != nullptr) store_sums(p.sums, tile_of(first), UINT32_MAX, c0, p.c_mid, sums);
+    store(first, sums);
   }
 }
 
