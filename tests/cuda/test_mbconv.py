@@ -107,8 +107,8 @@ def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(stride, act, val
     [
         (MBConv(2, (9, 21), cin=16, mid=48, cout=24, kernel=(3, 3), stride=(2, 2)), 1),  # expand + depthwise
         (MBConv(2, (9, 9), cin=16, mid=48, cout=16, kernel=(5, 5), residual=True), 1),  # depthwise
-        (MBConv(3, (7, 7), mid=None, reduced=None), 1),
-        (MBConv(1, (9, 10), cin=7, mid=9, cout=5, act="relu6"), 1),
+        (MBConv(3, (7, 7), mid=None, reduced=None), 0),  # a small map
+        (MBConv(1, (15, 14), cin=7, mid=9, cout=5, act="relu6", kernel=(3, 3)), 1),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """``mbconv`` of two backends, each for what it was measured to be faster at: docs/performance.md, "On an H100".
 
-The depthwise convolution, alone or behind its expansion, is CUDA C++'s; other expansions, gate and projection are
-Triton's.
+The depthwise convolution, alone or behind its expansion, is CUDA C++'s, but for 3x3 windows on small maps; other
+expansions, gate and projection are Triton's.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from effnet_kernels.ops.triton_common import dense
 
 __all__ = ["run", "supports"]
 
+SMALL = 14 * 14  # pixels of a result up to which Triton's 3x3 windows at stride 1 were faster
+
 
 def supports(problem: Problem) -> tuple[bool, str]:
     if problem.dtype not in (torch.float16, torch.bfloat16):
@@ -35,15 +37,17 @@ def convolve(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What ``triton.convolve`` computes."""
     n, _, h, w = x.shape
+    kernel = weight.shape[2]
+    oh = conv_output_size(h, kernel, stride[0], padding[0], padding[1])
+    ow = conv_output_size(w, kernel, stride[1], padding[2], padding[3])
+    if kernel == 3 and stride[0] == 1 and oh * ow <= SMALL:
+        return triton.convolve(
+            x, expand_weight, expand_bn, expand_eps, weight, bn, eps, stride, padding, act, with_sums
+        )
     native = torch.ops.effnet_kernels_cuda
     weight, *bn = dense((weight, *bn))
     arguments = (weight, bn, eps, stride, padding, act)
-    filtered = empty_nhwc(
-        x,
-        weight.shape[0],
-        conv_output_size(h, weight.shape[2], stride[0], padding[0], padding[1]),
-        conv_output_size(w, weight.shape[3], stride[1], padding[2], padding[3]),
-    )
+    filtered = empty_nhwc(x, weight.shape[0], oh, ow)
     tiles = -1
     if expand_weight is not None:
         expand_weight, *expand_bn = dense((expand_weight, *expand_bn))
