@@ -46,11 +46,8 @@ struct Traits {
   static constexpr int kPixel = kChannels + 8;
   using Window = WindowRows<T, kKernel, kStride, 1, kBlocks, (kColumns + 1) / 2, kColumns * kPixel>;
   static_assert(kPixel == Window::kPixel);
-  static constexpr int kRow = kSegments * kColumns * kPixel;  // elements
-  // Rows of x that are taken at a time, and of y that they complete. Two of both need fewer instructions, for
-  // which wide windows at stride 1 have no registers.
-  static constexpr int kInputs = kStride == 1 && kKernel > 3 ? 1 : 2, kOutputs = kInputs / kStride;
-  static constexpr int kStage = kInputs * kRow, kRing = kInputs == 1 ? 4 : 3;  // stages in shared memory
+  static constexpr int kRow = kSegments * kColumns * kPixel;                   // elements
+  static constexpr int kStage = kStride * kRow, kRing = kStride == 1 ? 4 : 3;  // for one row of y; stages
   static constexpr int kSharedBytes = kWarps * kRing * kStage * 2;
 };
 
@@ -80,27 +77,26 @@ __device__ __forceinline__ unsigned first_tile(const Launch& launch, int image, 
   return (image * ceil_div(launch.p.oh, kSumRows) + row / kSumRows) * launch.segments;
 }
 
-// One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
+// One element of y in fp32, tap by tap.
 template <class Tr>
-__device__ __forceinline__ float by_taps(const DepthwiseParams& p, int64_t image, int row, int column,
+__device__ __forceinline__ Exact by_taps(const DepthwiseParams& p, int64_t image, int row, int column,
                                          int channel) {
   using T = typename Tr::T;
-  const T* weight =
-      static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * Tr::kKernel * Tr::kKernel;
+  const T* weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
   const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
   const Affine bn = bn_affine<T>(p.bn, channel);
-  float sum = 0;
+  Exact exact = {0.0f, false};
 #pragma unroll 1
   for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
     const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
     const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
     if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
-    sum =
-        fmaf(to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]), to_float(weight[tap]), sum);
+    const float x = to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]);
+    exact.value = fmaf(x, to_float(weight[tap]), exact.value);
+    exact.spoils |= !is_finite(x);
   }
-  const float value = activate<false>(p.act, fmaf(sum, bn.scale, bn.shift));
-  static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + column) * p.c + channel] = from_float<T>(value);
-  return value;
+  exact.value = activate<false>(p.act, fmaf(exact.value, bn.scale, bn.shift));
+  return exact;
 }
 
 template <class Tr>
@@ -109,8 +105,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   using T = typename Tr::T;
   using Window = typename Tr::Window;
   constexpr int kStride = Tr::kStride, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
-  constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kStage = Tr::kStage, kOutputs = Tr::kOutputs;
-  constexpr int kInputs = Tr::kInputs, kRing = Tr::kRing;
+  constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kStage = Tr::kStage, kRing = Tr::kRing;
   constexpr int kBefore = Window::kOpen - 1;  // output rows that are open before the first one is complete
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const DepthwiseParams& p = launch.p;
@@ -131,8 +126,12 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   Window window(ring, p.weight, c0, p.c);
   const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c);
 
+  // A place that has been spoilt is taken again.
+  bool again = false;
 #pragma unroll 1
-  for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; ++turn) {
+  for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; turn += again ? 0 : 1) {
+    const bool exactly = again;
+    again = false;
     const Place<kSegments> place(launch, number_of(turn));
     const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
     cp_async_wait<0>();
@@ -177,8 +176,15 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       if constexpr (Tr::kVector) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-          if (32 * (i + 1) <= kPieces || lane + 32 * i < kPieces)
-            cp_async_16(to[i] + slot, bytes_behind(x, from[i]), row_there && copied[i] ? 16 : 0);
+          if (32 * (i + 1) > kPieces && lane + 32 * i >= kPieces) continue;
+          const bool there = row_there && copied[i];
+          if (!exactly) {
+            cp_async_16(to[i] + slot, bytes_behind(x, from[i]), there ? 16 : 0);
+            continue;
+          }
+          auto piece = there ? Vec<T, 8>::load_constant(bytes_behind(x, from[i])) : Vec<T, 8>::zero();
+          for (uint32_t& word : piece.words) word = finite_or_zero<T>(word);
+          piece.store(to[i] + slot);
         }
       } else {
 #pragma unroll 1
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
           int64_t at;
           T* target;
           const bool there = piece_of(piece, at, target) && row_there;
-          target[slot] = there ? x[at] : from_float<T>(0.0f);
+          target[slot] = there && (!exactly || is_finite(to_float(x[at]))) ? x[at] : from_float<T>(0.0f);
         }
       }
       ++x_row;
@@ -194,7 +200,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     };
     const auto load = [&](int slot) {
 #pragma unroll
-      for (int i = 0; i < kInputs; ++i) load_row(slot + i * kRow);
+      for (int i = 0; i < kStride; ++i) load_row(slot + i * kRow);
       cp_async_commit();
     };
 
@@ -218,62 +224,51 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 
     // ---- down the map ----
     float total[kSegments][kBlocks][2] = {};
-    unsigned spoilt = 0;  // bit kSegments * i + h: segment h of the i-th kSumRows rows
 #pragma unroll
     for (int i = 0; i < kRing - 1; ++i) load(i * kStage);
     int slot = 0, free_slot = (kRing - 1) * kStage;
 #pragma unroll 1
-    for (int done = -kBefore; done < rows; done += kOutputs) {
+    for (int done = -kBefore; done < rows; ++done) {
       cp_async_wait<kRing - 2>();
       __syncwarp();  // the rows are there for all lanes, and none reads the free slot any more
       load(free_slot);
-      float z[kOutputs][kBlocks][4];
+      float z[1][kBlocks][4];
 #pragma unroll
-      for (int i = 0; i < kInputs; ++i) {
-        window.add(i % kStride, slot + i * kRow);
-        if (i % kStride != kStride - 1) continue;
+      for (int i = 0; i < kStride; ++i) window.add(i, slot + i * kRow);
 #pragma unroll
-        for (int j = 0; j < kBlocks * 4; ++j)
-          z[i / kStride][j / 4][j % 4] = window.open[kBefore][0][j / 4][j % 4];
-      }
+      for (int i = 0; i < kBlocks * 4; ++i) z[0][i / 4][i % 4] = window.open[kBefore][0][i / 4][i % 4];
       free_slot = slot;
       slot = slot == (kRing - 1) * kStage ? 0 : slot + kStage;
 
       if (done < 0) continue;
       epilogue.apply(p.act, z);
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
+      for (int h = 0; h < kSegments; ++h) {
+        const auto at = [&](int b, int e) { return z[0][b][2 * h + e]; };
+        const float count = there[h] ? 1.0f : 0.0f;  // where it is not, what is not finite spoils the sum
 #pragma unroll
-        for (int h = 0; h < kSegments; ++h) {
-          const auto at = [&](int b, int e) { return z[o][b][2 * h + e]; };
-          const bool stored = there[h] && (o == 0 || done + o < rows);
-          const float count =
-              stored ? 1.0f : 0.0f;  // where nothing is, a result that is not finite spoils the sum
+        for (int i = 0; i < kBlocks * 2; ++i)
+          total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[h][i / 2][i % 2]);
+        if constexpr (Tr::kVector) {
 #pragma unroll
-          for (int i = 0; i < kBlocks * 2; ++i)
-            total[h][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[h][i / 2][i % 2]);
-          if constexpr (Tr::kVector) {
+          for (int b = 0; b < kBlocks; b += 2) {
+            const Vec<T, 4> four = exchange<T>(at(b, 0), at(b, 1), at(b + 1, 0), at(b + 1, 1));
+            if (there[h] && channel + 8 * b < p.c) four.store(bytes_behind(y, y_at[h]) + 8 * b);
+          }
+        } else if (there[h]) {
 #pragma unroll
-            for (int b = 0; b < kBlocks; b += 2) {
-              const Vec<T, 4> four = exchange<T>(at(b, 0), at(b, 1), at(b + 1, 0), at(b + 1, 1));
-              if (stored && channel + 8 * b < p.c) four.store(bytes_behind(y, y_at[h]) + 8 * b);
-            }
-          } else if (stored) {
-#pragma unroll
-            for (int i = 0; i < kBlocks * 2; ++i) {
-              const int further = 8 * (i / 2) + i % 2;
-              if (channel + further < p.c) y[y_at[h] / 2 + further] = from_float<T>(at(i / 2, i % 2));
-            }
+          for (int i = 0; i < kBlocks * 2; ++i) {
+            const int further = 8 * (i / 2) + i % 2;
+            if (channel + further < p.c) y[y_at[h] / 2 + further] = from_float<T>(at(i / 2, i % 2));
           }
         }
-        y += y_pitch;
       }
+      y += y_pitch;
 
-      if ((done + kOutputs) % kSumRows != 0 && done + kOutputs < rows) continue;
+      if ((done + 1) % kSumRows != 0 && done + 1 < rows) continue;
 #pragma unroll
-      for (int h = 0; h < kSegments; ++h) {
-        if (is_spoilt(total[h])) spoilt |= 1u << (done / kSumRows * kSegments + h);
-      }
+      for (int h = 0; h < kSegments; ++h)
+        if (is_spoilt(total[h]) && !exactly) again = true;
       if (p.sums != nullptr) store_sums(p.sums, tiles, launch.tiles, first_channel(), p.c, total);
 #pragma unroll
       for (int h = 0; h < kSegments; ++h) {
@@ -283,27 +278,36 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       }
     }
 
-    // ---- what was spoilt, tap by tap ----
-    static_assert(kSegments * (kMaxRows / kSumRows) <= 32 && kSumRows % kOutputs == 0 &&
-                  kBefore % kOutputs == 0);
-    if (spoilt == 0) continue;
-    const Place<kSegments> again(launch, number_of(turn));
+    // ---- the second time: windows with what is not finite, tap by tap ----
+    if (!exactly) continue;
+    const Place<kSegments> here(launch, number_of(turn));
+    const int end_row = min(here.first_row + launch.rows, p.oh);
 #pragma unroll 1
-    for (int i = 0; i < kSegments * (kMaxRows / kSumRows); ++i) {
-      if ((spoilt >> i & 1) == 0) continue;
-      const unsigned segment = again.first + i % kSegments, by_row = launch.segments;
-      const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
-      const int first = again.first_row + i / kSegments * kSumRows, column = index * kWide + lane / 4;
-      float sums[1][kBlocks][2] = {};
+    for (int first = here.first_row; first < end_row; first += kSumRows) {
 #pragma unroll 1
-      for (int row = first; row < min(first + kSumRows, p.oh) && image < p.n && column < p.ow; ++row)
+      for (unsigned h = 0; h < kSegments; ++h) {
+        const unsigned segment = here.first + h, by_row = launch.segments;
+        const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
+        const int column = index * kWide + lane / 4;
+        float sums[1][kBlocks][2] = {};
+        unsigned spoilt = 0;  // bits of channels
+#pragma unroll 1
+        for (int row = first; row < min(first + kSumRows, end_row) && image < p.n && column < p.ow; ++row)
 #pragma unroll
-        for (int j = 0; j < 2 * kBlocks; ++j) {
-          const int c = first_channel() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
-          if (c < p.c) sums[0][j / 2][j % 2] += by_taps<Tr>(p, image, row, column, c);
-        }
-      const unsigned tile[1] = {first_tile(launch, image, first) + index};
-      if (p.sums != nullptr) store_sums(p.sums, tile, launch.tiles, first_channel(), p.c, sums);
+          for (int j = 0; j < 2 * kBlocks; ++j) {
+            const int c = first_channel() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
+            if (c >= p.c) continue;
+            const Exact exact = by_taps<Tr>(p, image, row, column, c);
+            sums[0][j / 2][j % 2] += exact.value;
+            if (!exact.spoils) continue;
+            spoilt |= 1u << j;
+            static_cast<T*>(p.y)[((int64_t{image} * p.oh + row) * p.ow + column) * p.c + c] =
+                from_float<T>(exact.value);
+          }
+        const unsigned tile[1] = {first_tile(launch, image, first) + index};
+        if (p.sums != nullptr)
+          store_sums(p.sums, tile, launch.tiles, first_channel(), p.c, sums, of_segment(spoilt));
+      }
     }
   }
 }

@@ -8,9 +8,11 @@
 // What comes out is laid out as NHWC is.
 //
 // Zero times infinity is NaN: a value that is not finite spoils its neighbours in the product. That shows in
-// the sums of the outputs, and kernels compute what was spoilt once more, tap by tap.
+// the sums of the outputs. Then a kernel does the same once more, exactly: with zeros for such values, so
+// that all others get the bits that they always get, and tap by tap where a window has one.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/common.cuh"
@@ -159,10 +161,12 @@ __device__ __forceinline__ int exchanged_channel() {
 // Adds up over a warp's pixels, always in this order, and stores sums[tile of the segment], if there is one,
 // for those channels that there are. Lanes 4 apart exchange halves of what they have, so that every lane ends
 // with one sum.
+// `wanted`: bits of the channels of each segment, 2 for each block.
 template <int kSegments, int kBlocks>
 __device__ __forceinline__ void store_sums(float* sums, const unsigned (&tiles)[kSegments], unsigned end,
                                            int first_channel, int channels,
-                                           const float (&total)[kSegments][kBlocks][2]) {
+                                           const float (&total)[kSegments][kBlocks][2],
+                                           unsigned wanted = kWholeWarp) {
   constexpr int kAll = kSegments * kBlocks * 2;
   static_assert(kAll == 4 || kAll == 8);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -188,8 +192,31 @@ __device__ __forceinline__ void store_sums(float* sums, const unsigned (&tiles)[
   const bool second = index >= 2 * kBlocks;
   const unsigned tile = kSegments == 2 && second ? tiles[kSegments - 1] : tiles[0];
   const int channel = first_channel + index / 2 % kBlocks * 8 + lane % 4 * 2 + index % 2;
-  const bool once = kAll == 8 || lane % 8 < 4;
+  const bool once = (kAll == 8 || lane % 8 < 4) && (wanted >> index % (2 * kBlocks) & 1) != 0;
   if (once && tile < end && channel < channels) sums[static_cast<int64_t>(tile) * channels + channel] = of[0];
+}
+
+// One output tap by tap, and whether its window has a value that is not finite.
+struct Exact {
+  float value;
+  bool spoils;
+};
+
+// Zeros for what is not finite of a pair.
+template <class T>
+__device__ __forceinline__ uint32_t finite_or_zero(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, half> ? 0x7c00 : 0x7f80;
+  const bool low = (pair & kExponent) == kExponent, high = (pair >> 16 & kExponent) == kExponent;
+  return (low ? 0 : pair & 0xffff) | (high ? 0 : pair & 0xffff0000);
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// The bits that any of the lanes has who share channels.
+__device__ __forceinline__ unsigned of_segment(unsigned bits) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
+  return bits;
 }
 
 // Whether one of the warp's totals is not a number.

@@ -54,31 +54,32 @@ struct Traits {
   static constexpr int kMap = (kOdd + kColumns / 2) * kPixel;  // elements
 };
 
-// One element of y, tap by tap, for what the products cannot do; it is stored, and returned in fp32.
+// One element of y in fp32, tap by tap.
 template <class Tr>
-__device__ __forceinline__ float by_taps(const ExpandDepthwiseParams& p, int64_t image, int row, int column,
+__device__ __forceinline__ Exact by_taps(const ExpandDepthwiseParams& p, int64_t image, int row, int column,
                                          int channel) {
   using T = typename Tr::T;
   const T* weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
   const T* expand_weight = static_cast<const T*>(p.expand_weight) + int64_t{channel} * p.c_in;
   const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c_in;
   const Affine expand_bn = bn_affine<T>(p.expand_bn, channel), bn = bn_affine<T>(p.bn, channel);
-  float sum = 0;
+  Exact exact = {0.0f, false};
 #pragma unroll 1
   for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
     const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
     const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
     if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
     const T* const x = map + (static_cast<int64_t>(x_row) * p.w + x_column) * p.c_in;
-    float expanded = 0;
+    float sum = 0;
 #pragma unroll 1
-    for (int c = 0; c < p.c_in; ++c) expanded = fmaf(to_float(x[c]), to_float(expand_weight[c]), expanded);
-    expanded = activate<false>(p.act, fmaf(expanded, expand_bn.scale, expand_bn.shift));
-    sum = fmaf(to_float(from_float<T>(expanded)), to_float(weight[tap]), sum);
+    for (int c = 0; c < p.c_in; ++c) sum = fmaf(to_float(x[c]), to_float(expand_weight[c]), sum);
+    sum = activate<false>(p.act, fmaf(sum, expand_bn.scale, expand_bn.shift));
+    const float expanded = to_float(from_float<T>(sum));
+    exact.value = fmaf(expanded, to_float(weight[tap]), exact.value);
+    exact.spoils |= !is_finite(expanded);
   }
-  const float value = activate<false>(p.act, fmaf(sum, bn.scale, bn.shift));
-  static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + column) * p.c_mid + channel] = from_float<T>(value);
-  return value;
+  exact.value = activate<false>(p.act, fmaf(exact.value, bn.scale, bn.shift));
+  return exact;
 }
 
 template <class Tr>
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c_mid);
 
   // ---- rows of x into the ring ----
-  int x_row = first_row * kStride - p.window.top;
-  const int x_end = min(x_row + (rows - 1) * kStride + Tr::kKernel, p.h);
+  const int first_x_row = first_row * kStride - p.window.top;
+  const int x_end = min(first_x_row + (rows - 1) * kStride + Tr::kKernel, p.h);
   const int pieces = ceil_div(p.c_in, 8);  // of 16 bytes, of a pixel
   const T* const x = static_cast<const T*>(p.x) + (image * p.h * p.w + x_column) * p.c_in;
   const int piece_step = threads % pieces, pixel_step = threads / pieces;
@@ -160,8 +161,11 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
     cp_async_commit();
   };
 
-  // ---- the warp's row of the map: zeros where x has no column ----
-  for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
+  // ---- the warp's row of the map ----
+  const auto clear_map = [&] {
+    for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
+  };
+  bool exactly = false;  // the second time
   // Pixels g and g + 8 of a tile of x, channels 2t and 2t + 1; 16 columns further it is 16 / kStride pixels.
   T* const map_at = map + Window::pixel_of(x_column - left + g) * kPixel + 2 * t;
   constexpr int kEight = 8 / kStride * kPixel;
@@ -198,101 +202,121 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
         if (tile + 8 * i + g >= pixels) continue;
         T* const to = map_at + tile / 8 * kEight + i * kEight;
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-          store_pair(to + 8 * b, z[i / 2][b][i % 2 * 2], z[i / 2][b][i % 2 * 2 + 1]);
+        for (int b = 0; b < kBlocks; ++b) {
+          Vec<T, 2> pair = {{pack<T>(z[i / 2][b][i % 2 * 2], z[i / 2][b][i % 2 * 2 + 1])}};
+          if (exactly) pair.words[0] = finite_or_zero<T>(pair.words[0]);
+          pair.store(to + 8 * b);
+        }
       }
     }
   };
 
   // ---- where this lane writes ----
   const int channel = c0 + (launch.vector_out ? exchanged_channel() : 2 * t);
-  T* y = static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
-  const auto store = [&](int row, const float (&total)[1][kBlocks][2]) {
+  T* const first_y =
+      static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
+  const auto store = [&](int row, const float (&total)[1][kBlocks][2], unsigned wanted = kWholeWarp) {
     const int64_t row_of_tiles = image * ceil_div(p.oh, kSumRows) + row / kSumRows;
     const unsigned tile[1] = {static_cast<unsigned>(row_of_tiles * launch.strips + strip)};
-    if (p.sums != nullptr) store_sums(p.sums, tile, UINT32_MAX, c0, p.c_mid, total);
+    if (p.sums != nullptr) store_sums(p.sums, tile, UINT32_MAX, c0, p.c_mid, total, wanted);
   };
 
-  // ---- down the map ----
-  float total[1][kBlocks][2] = {};
-  unsigned spoilt = 0;  // bit i: the i-th kSumRows rows
-#pragma unroll
-  for (int i = 0; i < kRing - 1; ++i) load(x_row + i, i * ring_row);
-  int slot = 0, free_slot = (kRing - 1) * ring_row;
+  // ---- down the map; a second time where something has been spoilt ----
+  bool spoilt = false;
 #pragma unroll 1
-  for (int step = 0; step < rows + kOpen - 1; ++step) {
+  do {
+    exactly = spoilt;
+    int x_row = first_x_row;
+    T* y = first_y;
+    clear_map();  // zeros stay where x has no column, and rows above it are zeros
+    float total[1][kBlocks][2] = {};
 #pragma unroll
-    for (int phase = 0; phase < kStride; ++phase) {
-      cp_async_wait<kRing - 2>();
-      __syncthreads();  // the row is there for all warps, and none reads the free slot or its row of the map
-                        // any more
-      load(x_row + kRing - 1, free_slot);
-      if (x_row >= 0 && x_row < x_end) {
-        expand(slot);
-      } else if (x_row >= x_end) {
-        for (int i = lane; i < Tr::kMap / 2; i += 32) reinterpret_cast<uint32_t*>(map)[i] = 0;
+    for (int i = 0; i < kRing - 1; ++i) load(x_row + i, i * ring_row);
+    int slot = 0, free_slot = (kRing - 1) * ring_row;
+#pragma unroll 1
+    for (int step = 0; step < rows + kOpen - 1; ++step) {
+#pragma unroll
+      for (int phase = 0; phase < kStride; ++phase) {
+        cp_async_wait<kRing - 2>();
+        __syncthreads();  // the row is there for all warps, and none reads the free slot or its row of the
+                          // map any more
+        load(x_row + kRing - 1, free_slot);
+        if (x_row >= 0 && x_row < x_end) {
+          expand(slot);
+        } else if (x_row >= x_end) {
+          clear_map();
+        }
+        ++x_row;
+        __syncwarp();
+        window.add(phase, 0);
+        free_slot = slot;
+        slot = slot == (kRing - 1) * ring_row ? 0 : slot + ring_row;
       }
-      ++x_row;
-      __syncwarp();
-      window.add(phase, 0);
-      free_slot = slot;
-      slot = slot == (kRing - 1) * ring_row ? 0 : slot + ring_row;
-    }
 
-    const int row = step - (kOpen - 1);
-    if (row < 0) continue;
-    float z[kM][kBlocks][4];
+      const int row = step - (kOpen - 1);
+      if (row < 0) continue;
+      float z[kM][kBlocks][4];
 #pragma unroll
-    for (int i = 0; i < kM * kBlocks * 4; ++i)
-      z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] =
-          window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
-    epilogue.apply(p.act, z);
+      for (int i = 0; i < kM * kBlocks * 4; ++i)
+        z[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] =
+            window.open[kOpen - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+      epilogue.apply(p.act, z);
 #pragma unroll
-    for (int h = 0; h < 2 * kM; ++h) {
-      const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
-      const bool there = 8 * h + g < columns;
-      const float count = there ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
+      for (int h = 0; h < 2 * kM; ++h) {
+        const auto at = [&](int b, int e) { return z[h / 2][b][h % 2 * 2 + e]; };
+        const bool there = 8 * h + g < columns;
+        const float count =
+            there ? 1.0f : 0.0f;  // where it is not, a result that is not finite spoils the sum
 #pragma unroll
-      for (int i = 0; i < kBlocks * 2; ++i)
-        total[0][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[0][i / 2][i % 2]);
-      T* const to = y + 8 * h * p.c_mid;
-      if (launch.vector_out) {
-        const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
-        if (there && channel < p.c_mid) four.store(to);
-      } else if (there) {
+        for (int i = 0; i < kBlocks * 2; ++i)
+          total[0][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[0][i / 2][i % 2]);
+        T* const to = y + 8 * h * p.c_mid;
+        if (launch.vector_out) {
+          const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
+          if (there && channel < p.c_mid) four.store(to);
+        } else if (there) {
 #pragma unroll
-        for (int i = 0; i < kBlocks * 2; ++i) {
-          const int further = 8 * (i / 2) + i % 2;
-          if (channel + further < p.c_mid) to[further] = from_float<T>(at(i / 2, i % 2));
+          for (int i = 0; i < kBlocks * 2; ++i) {
+            const int further = 8 * (i / 2) + i % 2;
+            if (channel + further < p.c_mid) to[further] = from_float<T>(at(i / 2, i % 2));
+          }
         }
       }
-    }
-    y += static_cast<int64_t>(p.ow) * p.c_mid;
+      y += static_cast<int64_t>(p.ow) * p.c_mid;
 
-    if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
-    if (is_spoilt(total[0])) spoilt |= 1u << row / kSumRows;
-    store(first_row + row, total);
+      if ((row + 1) % kSumRows != 0 && row + 1 != rows) continue;
+      spoilt |= is_spoilt(total[0]);
+      store(first_row + row, total);
 #pragma unroll
-    for (int i = 0; i < kBlocks * 2; ++i) total[0][i / 2][i % 2] = 0;
-  }
+      for (int i = 0; i < kBlocks * 2; ++i) total[0][i / 2][i % 2] = 0;
+    }
 
-  // ---- what was spoilt, tap by tap ----
-  if (spoilt == 0) return;
+    cp_async_wait<0>();
+    spoilt = __syncthreads_or(spoilt);
+  } while (spoilt && !exactly);
+
+  // ---- the second time: windows with what is not finite, tap by tap ----
+  if (!exactly) return;
 #pragma unroll 1
-  for (int i = 0; i < kMaxRows / kSumRows; ++i) {
-    if ((spoilt >> i & 1) == 0) continue;
-    const int first = first_row + i * kSumRows;
+  for (int first = first_row; first < first_row + rows; first += kSumRows) {
     float sums[1][kBlocks][2] = {};
+    unsigned of_channels = 0;
 #pragma unroll 1
-    for (int row = first; row < min(first + kSumRows, p.oh); ++row)
+    for (int row = first; row < min(first + kSumRows, first_row + rows); ++row)
 #pragma unroll 1
       for (int column = g; column < columns; column += 8)
 #pragma unroll
         for (int j = 0; j < 2 * kBlocks; ++j) {
           const int c = c0 + 8 * (j / 2) + 2 * t + j % 2;
-          if (c < p.c_mid) sums[0][j / 2][j % 2] += by_taps<Tr>(p, image, row, first_column + column, c);
+          if (c >= p.c_mid) continue;
+          const Exact exact = by_taps<Tr>(p, image, row, first_column + column, c);
+          sums[0][j / 2][j % 2] += exact.value;
+          if (!exact.spoils) continue;
+          of_channels |= 1u << j;
+          static_cast<T*>(p.y)[((image * p.oh + row) * p.ow + first_column + column) * p.c_mid + c] =
+              from_float<T>(exact.value);
         }
-    store(first, sums);
+    store(first, sums, of_segment(of_channels));
   }
 }
 

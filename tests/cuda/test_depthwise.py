@@ -139,7 +139,7 @@ def test_a_block_that_sums_more_than_once(kernel, dtype, emulation):
 @each_dtype
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
-    check_value(native(build(case, dtype)), value, "cuda", elsewhere=0 if dtype == torch.float32 else 8)
+    check_value(native(build(case, dtype)), value, "cuda")
 
 
 @torch.no_grad()
