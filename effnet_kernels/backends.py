@@ -90,7 +90,7 @@ _AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
 # Fastest first. The reference is last everywhere: it defines the numbers, not the speed.
 _ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda": ("mixed", "triton", "cuda", "reference"),
 }
 _DEFAULT_ORDER = ("reference",)
 # On a GPU the order is one for each op: `python -m benchmarks.dispatch` writes it from what was measured, and where.

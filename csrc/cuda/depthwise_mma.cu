@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 #pragma unroll 1
   for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; turn += again ? 0 : 1) {
     const bool exactly = again;
-    again = false;
+    bool spoilt = false;
     const Place<kSegments> place(launch, number_of(turn));
     const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
     cp_async_wait<0>();
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
       if ((done + 1) % kSumRows != 0 && done + 1 < rows) continue;
 #pragma unroll
       for (int h = 0; h < kSegments; ++h)
-        if (is_spoilt(total[h]) && !exactly) again = true;
+        if (is_spoilt(total[h])) spoilt = true;
       if (p.sums != nullptr) store_sums(p.sums, tiles, launch.tiles, first_channel(), p.c, total);
 #pragma unroll
       for (int h = 0; h < kSegments; ++h) {
@@ -279,6 +279,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     }
 
     // ---- the second time: windows with what is not finite, tap by tap ----
+    again = spoilt && !exactly;
     if (!exactly) continue;
     const Place<kSegments> here(launch, number_of(turn));
     const int end_row = min(here.first_row + launch.rows, p.oh);

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-BACKENDS = ["triton", "cuda"]
+BACKENDS = ["mixed", "triton", "cuda"]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -65,5 +65,5 @@ def convolve(
 
 def run(*args: Any) -> Tensor:
     out = fake(*args)
-    triton.launch(out, *args, convolve=convolve)
+    triton.launch(out, *args, convolve)
     return out

@@ -51,7 +51,7 @@ def convolve(
     with_sums: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Expansion and depthwise convolution: the filtered map, and the sums of its tiles, [N, tiles, C_mid]."""
-    n, _, h, w = x.shape
+    h, w = x.shape[2:]
     mid = weight.shape[0]
     oh = conv_output_size(h, weight.shape[2], stride[0], padding[0], padding[1])
     ow = conv_output_size(w, weight.shape[3], stride[1], padding[2], padding[3])
