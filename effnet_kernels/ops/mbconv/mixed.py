@@ -4,6 +4,7 @@ The depthwise convolution, alone or behind its expansion, is CUDA C++'s, but for
 expansions, gate and projection are Triton's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,10 @@ def convolve(
     return filtered, sums
 
 
+launch = functools.partial(triton.launch, convolve=convolve)
+
+
 def run(*args: Any) -> Tensor:
     out = fake(*args)
-    triton.launch(out, *args, convolve)
+    launch(out, *args)
     return out
