@@ -212,6 +212,7 @@ void expand_depthwise(Tensor out, OptionalTensor sums, Tensor x, OptionalTensor 
   ExpandDepthwiseParams e =
       expand_depthwise_params(call, x, expand, expand_bn, expand_eps, weight, bn, eps, stride, padding, act);
   const ExpandDepthwisePlan plan = plan_of(e, device);
+  STD_TORCH_CHECK(!expand || plan.unsupported == nullptr, "expand_depthwise: ", plan.unsupported);
   e.y = call.map("out", out, {e.n, e.c_mid, e.oh, e.ow});
   if (sums) {
     const int64_t tiles = expand ? plan.tiles : depthwise_tiles(depthwise_params(e, e.x));

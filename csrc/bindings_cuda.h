@@ -223,6 +223,8 @@ inline WindowOf window_of(const std::vector<int64_t>& size, const Tensor& weight
     const int64_t room = size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - kernel;
     STD_TORCH_CHECK(kernel > 0 && room >= 0, "weight must fit the padded map");
     out[axis] = room / stride[axis] + 1;
+    STD_TORCH_CHECK(out[axis] < INT_MAX - 1024,
+                    "the result must have fewer than 2^31 - 1024 rows and columns");
   }
   return {{narrow("weight", weight.size(2)), narrow("weight", weight.size(3)), narrow("stride", stride[0]),
            narrow("stride", stride[1]), narrow("padding", padding[0]), narrow("padding", padding[2])},

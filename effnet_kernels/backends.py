@@ -1,7 +1,8 @@
 """Which backends there are, which of them can serve a problem, and why the others cannot.
 
 A backend is one row of ``_AVAILABLE`` plus one file per op, ``effnet_kernels/ops/<op>/<backend>.py``,
-that defines ``supports(problem) -> (bool, reason)`` and ``run(*args)``.
+that defines ``supports(problem) -> (bool, reason)`` and ``run(*args)``. "mixed" has a file for ``mbconv`` alone; for
+what that does not serve, and for other ops, it is the measured order of the GPU's backends.
 """
 
 import contextlib
@@ -202,8 +203,8 @@ def _placed(problem: Problem) -> Problem:
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
     candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
-    if asked == "mixed":  # of its own it has whole blocks
-        candidates = automatic("cuda", problem.op)[:-1]
+    if asked == "mixed":
+        candidates = automatic("cuda", problem.op)[:-1]  # without the reference
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:

@@ -151,10 +151,11 @@ struct ExpandDepthwiseParams {
 // How the kernel cuts a problem. It depends on the shape of one image and on the GPU, never on the batch.
 struct ExpandDepthwisePlan {
   const char* unsupported = nullptr;  // why the kernel does not take the problem; null: it does
-  int rows = 0;                       // output rows of a block
-  int tiles = 0;                      // blocks down an image, over which the sums run
-  int images = 0;                     // images of a block
+  int tiles = 0;                      // pieces of an image over which the sums run
   int shared_bytes = 0;
+  // Of fp32 alone:
+  int rows = 0;         // output rows of a block
+  int images = 0;       // images of a block
   double overhead = 0;  // expanded elements that are computed over those that there are
 };
 // `shared_limit`: bytes of shared memory that a block may have.

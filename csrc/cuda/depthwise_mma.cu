@@ -3,8 +3,8 @@
 //
 // A warp works by itself, on two segments of 8 output columns (neighbours in a row, or of two images
 // where rows are short) and 16 channels, and slides down the map. Input rows come through a ring in shared
-// memory of its own, three rows ahead. A row is added to the up to kKernel output rows that it belongs to,
-// whose sums wait in registers (depthwise_mma.cuh).
+// memory of its own, three or four rows ahead. A row is added to the up to kKernel output rows that it
+// belongs to, whose sums wait in registers (depthwise_mma.cuh).
 //
 // Budget: an H100 at 3.35 TB/s issues 35 lane-instructions in the time of the 4 bytes of an element.
 #include <algorithm>
@@ -16,9 +16,6 @@
 namespace effnet::cuda {
 namespace {
 
-#ifndef V_ROUNDS
-#define V_ROUNDS 1
-#endif
 constexpr int kWarps = 4;  // of a block, which share nothing
 constexpr int kWide = 8;   // output columns of a segment
 
@@ -90,12 +87,12 @@ __device__ __forceinline__ Exact by_taps(const DepthwiseParams& p, int64_t image
   for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
     const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
     const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
-    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
-    const float x = to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]);
+    const bool there = x_row >= 0 && x_row < p.h && x_column >= 0 && x_column < p.w;
+    const float x = there ? to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]) : 0.0f;
     exact.value = fmaf(x, to_float(weight[tap]), exact.value);
     exact.spoils |= !is_finite(x);
   }
-  exact.value = activate<false>(p.act, fmaf(exact.value, bn.scale, bn.shift));
+  exact.value = finish(p.act, exact.value, bn);
   return exact;
 }
 
@@ -281,6 +278,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     // ---- the second time: windows with what is not finite, tap by tap ----
     again = spoilt && !exactly;
     if (!exactly) continue;
+    __syncwarp();  // global memory: other lanes have stored what is stored again
     const Place<kSegments> here(launch, number_of(turn));
     const int end_row = min(here.first_row + launch.rows, p.oh);
 #pragma unroll 1
@@ -317,7 +315,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 
 template <class T, int kKernel, int kStride, bool kVector, bool kSilu>
 struct Choose {
-  static constexpr int kMinBlocks = kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2;
+  static constexpr int kMinBlocks = kKernel == 3 ? (kVector ? 4 : 3) : kKernel == 5 ? 3 : 2;
   using type = Traits<T, kKernel, kStride, kVector, kSilu, kMinBlocks>;
 };
 
@@ -343,7 +341,7 @@ Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
     return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
   l.tiles = static_cast<unsigned>(tiles);
   l.places = static_cast<unsigned>(places);
-  l.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * l.groups, round) / V_ROUNDS));
+  l.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * l.groups, round)));
   const int64_t warps = ceil_div<int64_t>(places, l.turns) * l.groups;
   return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(warps, kWarps), kWarps * 32, Tr::kSharedBytes,
                                           stream, launch_params);
@@ -358,13 +356,17 @@ Status launch_depthwise_mma(const DepthwiseParams& p, cudaStream_t stream) {
     using T = decltype(element);
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
     if constexpr (kIs16Bit<T>) {
+      const auto with = [&](auto vector, auto silu) {
+        using Chosen = Choose<T, kKernel, kStride, decltype(vector)::value, decltype(silu)::value>;
+        return launch_typed<typename Chosen::type>(p, stream);
+      };
       // Offsets within the images of a warp are 32 bit there.
       const int64_t image = std::max(int64_t{p.h} * p.w, int64_t{p.oh} * p.ow) * p.c * 2;
+      using Yes = std::true_type;
+      using No = std::false_type;
       if (p.c % 8 != 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 8) || image > UINT32_MAX / 4)
-        return launch_typed<typename Choose<T, kKernel, kStride, false, false>::type>(p, stream);
-      return p.act == kSilu
-                 ? launch_typed<typename Choose<T, kKernel, kStride, true, true>::type>(p, stream)
-                 : launch_typed<typename Choose<T, kKernel, kStride, true, false>::type>(p, stream);
+        return p.act == kSilu ? with(No(), Yes()) : with(No(), No());
+      return p.act == kSilu ? with(Yes(), Yes()) : with(Yes(), No());
     } else {
       return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
     }

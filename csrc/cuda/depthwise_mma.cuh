@@ -159,9 +159,8 @@ __device__ __forceinline__ int exchanged_channel() {
 }
 
 // Adds up over a warp's pixels, always in this order, and stores sums[tile of the segment], if there is one,
-// for those channels that there are. Lanes 4 apart exchange halves of what they have, so that every lane ends
-// with one sum.
-// `wanted`: bits of the channels of each segment, 2 for each block.
+// for those channels that there are. Lanes of the same channels exchange halves of what they have until each
+// has one sum. `wanted`: bits of the channels of each segment, 2 for each block.
 template <int kSegments, int kBlocks>
 __device__ __forceinline__ void store_sums(float* sums, const unsigned (&tiles)[kSegments], unsigned end,
                                            int first_channel, int channels,
@@ -211,6 +210,12 @@ __device__ __forceinline__ uint32_t finite_or_zero(uint32_t pair) {
 }
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// What LaneEpilogue does, for one sum.
+__device__ __forceinline__ float finish(int act, float sum, Affine bn) {
+  if (act == kSilu) return silu_of_quarter(fmaf(sum, 0.25f * bn.scale, 0.25f * bn.shift));
+  return activate<false>(act, fmaf(sum, bn.scale, bn.shift));
+}
 
 // The bits that any of the lanes has who share channels.
 __device__ __forceinline__ unsigned of_segment(unsigned bits) {

@@ -68,17 +68,19 @@ __device__ __forceinline__ Exact by_taps(const ExpandDepthwiseParams& p, int64_t
   for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
     const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
     const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
-    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) continue;
+    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) {
+      exact.value = fmaf(0.0f, to_float(weight[tap]), exact.value);
+      continue;
+    }
     const T* const x = map + (static_cast<int64_t>(x_row) * p.w + x_column) * p.c_in;
     float sum = 0;
 #pragma unroll 1
     for (int c = 0; c < p.c_in; ++c) sum = fmaf(to_float(x[c]), to_float(expand_weight[c]), sum);
-    sum = activate<false>(p.act, fmaf(sum, expand_bn.scale, expand_bn.shift));
-    const float expanded = to_float(from_float<T>(sum));
+    const float expanded = to_float(from_float<T>(finish(p.act, sum, expand_bn)));
     exact.value = fmaf(expanded, to_float(weight[tap]), exact.value);
     exact.spoils |= !is_finite(expanded);
   }
-  exact.value = activate<false>(p.act, fmaf(exact.value, bn.scale, bn.shift));
+  exact.value = finish(p.act, exact.value, bn);
   return exact;
 }
 
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 #pragma unroll
         for (int i = 0; i < kBlocks * 2; ++i)
           total[0][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[0][i / 2][i % 2]);
-        T* const to = y + 8 * h * p.c_mid;
+        T* const to = y + int64_t{8 * h} * p.c_mid;
         if (launch.vector_out) {
           const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
           if (there && channel < p.c_mid) four.store(to);
@@ -364,6 +366,8 @@ Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return {error, nullptr};
+  if (p.n * plan.tiles > INT32_MAX)
+    return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
   // Long columns expand fewer rows twice, short ones make more blocks: two rounds of them, if there can be.
   const int64_t across = p.n * l.strips * l.slices;
   while (l.rows > kSumRows && across * ceil_div(p.oh, l.rows) < int64_t{6} * multiprocessors) l.rows /= 2;

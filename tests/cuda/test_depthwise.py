@@ -14,8 +14,8 @@ from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, Depthwise, drawn, fits, hostile, real
 from tests.ops.device import native, on_device
-from tests.ops.inputs import build
-from tests.ops.special_values import check_depthwise_mean, check_value, each_value
+from tests.ops.inputs import build, cast
+from tests.ops.special_values import check_depthwise_mean, check_value, each_value, unit_bn
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,6 +140,45 @@ def test_a_block_that_sums_more_than_once(kernel, dtype, emulation):
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
     check_value(native(build(case, dtype)), value, "cuda")
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("stride", [1, 2])
+@each_dtype
+@torch.no_grad()
+def test_a_weight_that_is_not_finite(dtype, stride, value):
+    """It makes NaN of the padding, too; beside it a pixel that is not finite, under it and elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 24, 9, 11), (24, 1, 3, 3)))
+    weight[5, 0, 0, 0] = value
+    x[0, 5, 1, 0] = x[1, 2, 8, 8] = -torch.inf
+    exact = F.depthwise_conv_bn_act(*cast((x, weight, unit_bn(24)), torch.float64), stride=stride, padding=1)
+    arguments = on_device((x.to(dtype), weight.to(dtype), unit_bn(24)))
+    found = F.depthwise_conv_bn_act(*arguments, stride=stride, padding=1, backend="cuda")
+    for got, expected in zip(found, exact, strict=True):
+        assert torch.equal(got.cpu().isnan(), expected.isnan())
+        assert torch.equal(got.cpu().isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("c", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_extremes_of_silu_have_the_same_bits_in_unaligned_memory(c, dtype):
+    bn = F.BatchNorm(torch.full((c,), 0.3), torch.full((c,), -88.0), torch.zeros(c), torch.ones(c))
+    huge = F.BatchNorm(torch.full((c,), 2.0), torch.zeros(c), torch.zeros(c), torch.ones(c))
+    x = torch.randn(1, c, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[0, 0, 3, 3] = -torch.finfo(dtype).max
+    shifted = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    weight = torch.zeros(c, 1, 3, 3, dtype=dtype)
+    weight[:, :, 1, 1] = 1
+    for norm in (bn, huge):
+        expected, moved = (
+            F.depthwise_conv_bn_act(*on_device((map_, weight, norm)), padding=1, act="silu", backend="cuda")
+            for map_ in (x, shifted)
+        )
+        for a, b in zip(expected, moved, strict=True):
+            assert torch.equal(a.cpu().nan_to_num(7.0), b.cpu().nan_to_num(7.0))
 
 
 @torch.no_grad()

@@ -102,6 +102,22 @@ def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(stride, act, val
     check_value(native(build(case, dtype)), value, "cuda")
 
 
+@pytest.mark.parametrize("backend", ["cuda", "mixed"])
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_a_weight_that_is_not_finite(stride, backend):
+    """It makes NaN of the padding, too; beside it a pixel that is not finite."""
+    available, reason = backends()[backend] if backend == "mixed" else (True, "")
+    if not available:
+        pytest.skip(reason)
+    case = MBConv(2, (15, 14), cin=16, mid=48, cout=16, kernel=(3, 3), stride=(stride, stride), reduced=None, act="relu")
+    problem = build(case, torch.bfloat16)
+    problem.args[2][0][5, 0, 0, 0] = torch.inf  # of the depthwise convolution
+    problem.x[1, 3, 9, 9] = torch.nan
+    (expected,), (got,) = problem.call("reference", torch.float64), native(problem).call(backend)
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize(
     ("case", "launches"),
     [

@@ -1,4 +1,4 @@
-"""``depthwise_conv_bn_act`` in CUDA C++: csrc/cuda/depthwise_conv_bn_act.cu."""
+"""``depthwise_conv_bn_act`` in CUDA C++: csrc/cuda/depthwise_conv_bn_act.cu, in 16 bits depthwise_mma.cu."""
 
 from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 from effnet_kernels.ops.native_cuda import bind

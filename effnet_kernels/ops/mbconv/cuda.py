@@ -1,4 +1,4 @@
-"""``mbconv`` in CUDA C++: csrc/cuda/expand_depthwise.cu and the kernels of the other ops."""
+"""``mbconv`` in CUDA C++: csrc/cuda/expand_depthwise*.cu and the kernels of the other ops."""
 
 from effnet_kernels.ops.mbconv.op import fake
 from effnet_kernels.ops.native_cuda import bind

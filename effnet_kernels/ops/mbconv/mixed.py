@@ -1,7 +1,7 @@
 """``mbconv`` of two backends, each for what it was measured to be faster at: docs/performance.md, "On an H100".
 
-The depthwise convolution, alone or behind its expansion, is CUDA C++'s, but for 3x3 windows on small maps; other
-expansions, gate and projection are Triton's.
+The depthwise convolution, alone or behind its expansion, is CUDA C++'s, but for 3x3 windows at stride 1 on maps of up
+to ``SMALL`` pixels; other expansions, gate and projection are Triton's.
 """
 
 import functools
