@@ -110,7 +110,9 @@ def test_a_weight_that_is_not_finite(stride, backend):
     available, reason = backends()[backend] if backend == "mixed" else (True, "")
     if not available:
         pytest.skip(reason)
-    case = MBConv(2, (15, 14), cin=16, mid=48, cout=16, kernel=(3, 3), stride=(stride, stride), reduced=None, act="relu")
+    case = MBConv(
+        2, (15, 14), cin=16, mid=48, cout=16, kernel=(3, 3), stride=(stride, stride), reduced=None, act="relu"
+    )
     problem = build(case, torch.bfloat16)
     problem.args[2][0][5, 0, 0, 0] = torch.inf  # of the depthwise convolution
     problem.x[1, 3, 9, 9] = torch.nan
