@@ -2,6 +2,7 @@
 
 import pytest
 
+from effnet_kernels.backends import backends
 from tests import whole_models
 
 
@@ -9,3 +10,12 @@ from tests import whole_models
 @pytest.mark.usefixtures("poison")
 def test_models(model, dtype):
     assert whole_models.agrees(model(), "cuda", dtype)
+
+
+@pytest.mark.parametrize(("model", "dtype"), [case for case in whole_models.CASES if case.values[1].itemsize == 2])
+@pytest.mark.usefixtures("poison")
+def test_models_of_two_backends(model, dtype):
+    available, reason = backends()["mixed"]
+    if not available:
+        pytest.skip(reason)
+    assert whole_models.agrees(model(), "mixed", dtype)
