@@ -193,6 +193,8 @@ def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):
         "efficientnet_b0 pointwise 40-240 @28 k1 s1, batch 8": contender(cuda=1.0, triton=2.0),
         "efficientnet_b0 squeeze_excite 40-10 @28 k1 s1, batch 8": contender(cuda=2.0, triton=1.0),
         "efficientnet_b0 fused 24-96-24 @28 k3 s1, batch 8": contender(triton=1.0),
+        "efficientnet_b0 blocks.1.0 mbconv 16-24 @112 k3 s2, batch 8": contender(triton=1.0, mixed=2.0, cuda=3.0),
+        "efficientnet_b0 blocks.2.0 mbconv 24-40 @56 k5 s2, batch 8": contender(triton=1.0, cuda=0.1),
     }
     results, table = tmp_path / "op.json", tmp_path / "dispatch.json"
     results.write_text(json.dumps({"environment": environment, "levels": {"op": cases}}))
@@ -203,6 +205,7 @@ def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):
     assert "a GPU" in after["measured"]
     assert after["order"] == before["order"] | {
         "depthwise_conv_bn_act": ["cuda", "triton"],  # 3 against 4
+        "mbconv": ["triton", "mixed", "cuda"],  # by the one case that all three ran
         "pointwise_conv_bn_act": ["cuda", "triton"],
         "squeeze_excite": ["triton", "cuda"],
         "squeeze_excite_gate": ["triton", "cuda"],
@@ -219,7 +222,8 @@ def test_the_shipped_order_names_every_op_and_is_as_the_script_writes_it():
 
     table = json.loads(dispatch.TABLE.read_text())
     assert set(table["order"]) == {op for ops in dispatch.OPS.values() for op in ops}
-    assert all(sorted(order) == sorted(dispatch.BACKENDS) for order in table["order"].values())
+    for op, order in table["order"].items():
+        assert sorted(order) == sorted(dispatch.OF_BLOCKS.get(op, dispatch.BACKENDS))
 
 
 def test_report_draws_a_sweep(tmp_path):
