@@ -286,6 +286,14 @@ auto with_window(DType dtype, const Window& window, F&& f) {
   });
 }
 
+// Those of the current device.
+inline cudaError_t count_multiprocessors(int& multiprocessors) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+}
+
 // Allows blocks of a kernel, which has no static shared memory, all that the current device has: always the
 // same value, so that no other thread's launch is in the way.
 template <auto kKernel>

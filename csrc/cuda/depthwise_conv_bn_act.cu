@@ -308,11 +308,8 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
 
   // Long columns re-read fewer rows, short ones make more blocks: at least 16 per multiprocessor, if there
   // can be.
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   const int64_t blocks_across = p.n * g.tiles_w * g.chunks;
   g.rows = 4 * kSumRows;

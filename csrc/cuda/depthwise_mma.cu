@@ -74,26 +74,18 @@ __device__ __forceinline__ unsigned first_tile(const Launch& launch, int image, 
   return (image * ceil_div(launch.p.oh, kSumRows) + row / kSumRows) * launch.segments;
 }
 
-// One element of y in fp32, tap by tap.
+// One element of y.
 template <class Tr>
-__device__ __forceinline__ Exact by_taps(const DepthwiseParams& p, int64_t image, int row, int column,
-                                         int channel) {
+__device__ __forceinline__ Exact exact_output(const DepthwiseParams& p, int64_t image, int row, int column,
+                                              int channel) {
   using T = typename Tr::T;
-  const T* weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
-  const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
-  const Affine bn = bn_affine<T>(p.bn, channel);
-  Exact exact = {0.0f, false};
-#pragma unroll 1
-  for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
-    const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
-    const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
-    const bool there = x_row >= 0 && x_row < p.h && x_column >= 0 && x_column < p.w;
-    const float x = there ? to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]) : 0.0f;
-    exact.value = fmaf(x, to_float(weight[tap]), exact.value);
-    exact.spoils |= !is_finite(x);
-  }
-  exact.value = finish(p.act, exact.value, bn);
-  return exact;
+  const T* const weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
+  const T* const map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c + channel;
+  const auto value = [&](int x_row, int x_column) {
+    return to_float(map[(static_cast<int64_t>(x_row) * p.w + x_column) * p.c]);
+  };
+  return by_taps<Tr::kKernel, Tr::kStride>(p.window, p.h, p.w, row, column, weight, p.act,
+                                           bn_affine<T>(p.bn, channel), value);
 }
 
 template <class Tr>
@@ -296,7 +288,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
           for (int j = 0; j < 2 * kBlocks; ++j) {
             const int c = first_channel() + 8 * (j / 2) + lane % 4 * 2 + j % 2;
             if (c >= p.c) continue;
-            const Exact exact = by_taps<Tr>(p, image, row, column, c);
+            const Exact exact = exact_output<Tr>(p, image, row, column, c);
             sums[0][j / 2][j % 2] += exact.value;
             if (!exact.spoils) continue;
             spoilt |= 1u << j;
@@ -323,11 +315,8 @@ template <class Tr>
 Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
   Launch launch_params{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0, 1, 0};
   Launch& l = launch_params;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be. Where
   // there are more, a warp takes several places.

@@ -217,6 +217,25 @@ __device__ __forceinline__ float finish(int act, float sum, Affine bn) {
   return activate<false>(act, fmaf(sum, bn.scale, bn.shift));
 }
 
+// One output of a depthwise window in fp32, tap by tap. `weight`: of its channel; value(row, column): of the
+// map, there.
+template <int kKernel, int kStride, class T, class Value>
+__device__ __forceinline__ Exact by_taps(const Window& window, int h, int w, int row, int column,
+                                         const T* weight, int act, Affine bn, Value value) {
+  Exact exact = {0.0f, false};
+#pragma unroll 1
+  for (int tap = 0; tap < kKernel * kKernel; ++tap) {
+    const int x_row = row * kStride - window.top + tap / kKernel;
+    const int x_column = column * kStride - window.left + tap % kKernel;
+    const bool there = x_row >= 0 && x_row < h && x_column >= 0 && x_column < w;
+    const float x = there ? value(x_row, x_column) : 0.0f;
+    exact.value = fmaf(x, to_float(weight[tap]), exact.value);
+    exact.spoils |= !is_finite(x);
+  }
+  exact.value = finish(act, exact.value, bn);
+  return exact;
+}
+
 // The bits that any of the lanes has who share channels.
 __device__ __forceinline__ unsigned of_segment(unsigned bits) {
 #pragma unroll

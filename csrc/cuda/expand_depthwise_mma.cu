@@ -54,34 +54,24 @@ struct Traits {
   static constexpr int kMap = (kOdd + kColumns / 2) * kPixel;  // elements
 };
 
-// One element of y in fp32, tap by tap.
+// One element of y.
 template <class Tr>
-__device__ __forceinline__ Exact by_taps(const ExpandDepthwiseParams& p, int64_t image, int row, int column,
-                                         int channel) {
+__device__ __forceinline__ Exact exact_output(const ExpandDepthwiseParams& p, int64_t image, int row,
+                                              int column, int channel) {
   using T = typename Tr::T;
-  const T* weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
-  const T* expand_weight = static_cast<const T*>(p.expand_weight) + int64_t{channel} * p.c_in;
-  const T* map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c_in;
-  const Affine expand_bn = bn_affine<T>(p.expand_bn, channel), bn = bn_affine<T>(p.bn, channel);
-  Exact exact = {0.0f, false};
-#pragma unroll 1
-  for (int tap = 0; tap < Tr::kKernel * Tr::kKernel; ++tap) {
-    const int x_row = row * Tr::kStride - p.window.top + tap / Tr::kKernel;
-    const int x_column = column * Tr::kStride - p.window.left + tap % Tr::kKernel;
-    if (x_row < 0 || x_row >= p.h || x_column < 0 || x_column >= p.w) {
-      exact.value = fmaf(0.0f, to_float(weight[tap]), exact.value);
-      continue;
-    }
+  const T* const weight = static_cast<const T*>(p.weight) + int64_t{channel} * Tr::kKernel * Tr::kKernel;
+  const T* const expand_weight = static_cast<const T*>(p.expand_weight) + int64_t{channel} * p.c_in;
+  const T* const map = static_cast<const T*>(p.x) + image * p.h * p.w * p.c_in;
+  const Affine expand_bn = bn_affine<T>(p.expand_bn, channel);
+  const auto value = [&](int x_row, int x_column) {
     const T* const x = map + (static_cast<int64_t>(x_row) * p.w + x_column) * p.c_in;
     float sum = 0;
 #pragma unroll 1
     for (int c = 0; c < p.c_in; ++c) sum = fmaf(to_float(x[c]), to_float(expand_weight[c]), sum);
-    const float expanded = to_float(from_float<T>(finish(p.act, sum, expand_bn)));
-    exact.value = fmaf(expanded, to_float(weight[tap]), exact.value);
-    exact.spoils |= !is_finite(expanded);
-  }
-  exact.value = finish(p.act, exact.value, bn);
-  return exact;
+    return to_float(from_float<T>(finish(p.act, sum, expand_bn)));
+  };
+  return by_taps<Tr::kKernel, Tr::kStride>(p.window, p.h, p.w, row, column, weight, p.act,
+                                           bn_affine<T>(p.bn, channel), value);
 }
 
 template <class Tr>
@@ -311,7 +301,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
         for (int j = 0; j < 2 * kBlocks; ++j) {
           const int c = c0 + 8 * (j / 2) + 2 * t + j % 2;
           if (c >= p.c_mid) continue;
-          const Exact exact = by_taps<Tr>(p, image, row, first_column + column, c);
+          const Exact exact = exact_output<Tr>(p, image, row, first_column + column, c);
           sums[0][j / 2][j % 2] += exact.value;
           if (!exact.spoils) continue;
           of_channels |= 1u << j;
@@ -360,11 +350,8 @@ Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& p
   Launch l = launch_of<Tr>(p);
   l.vector_in = rows_of_16_bytes<typename Tr::T>(p.c_in, {p.x});
   l.vector_out = p.c_mid % 8 == 0 && is_aligned(p.y, 8);
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   if (p.n * plan.tiles > INT32_MAX)
     return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
