@@ -134,6 +134,7 @@ FusedMBConvParams fused_mbconv(Constants& constants, Tensor out, Tensor x, Tenso
   const int64_t mid = w.size(0);
   p.weight = constants.weight("weight", w, p.x, {mid, p.x.size[1], w.size(2), w.size(3)});
   p.window = window(stride, padding, p.x, p.weight, p.y);
+  p.winograd = constants.winograd(w, p.window);
   p.bn = constants.batch_norm("bn", bn, eps, mid);
   p.act = act_code("act", act);
   int64_t channels = mid;

@@ -40,6 +40,16 @@ class Constants {
     return {packed, source.is_bf16, {wanted[0], wanted[1], wanted[2], wanted[3]}};
   }
 
+  // A weight that has been through weight(), for Winograd's algorithm; or null where that is not for it.
+  const float* winograd(const Tensor& t, const Window& window) {
+    const Tensor4 source = tensor4("weight", t);
+    const int64_t floats = kernels_.winograd_floats(source, window);
+    if (floats == 0) return nullptr;
+    float* packed = take(floats);
+    if (make_) kernels_.pack_winograd(source, packed, pool_);
+    return packed;
+  }
+
   Affine batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) {
     STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
                     " tensors");

@@ -126,7 +126,8 @@ struct SqueezeExciteParams {
 struct FusedMBConvParams {
   Tensor4 x, y;  // x: any strides
   Weight weight;
-  Weight project;  // optional
+  const float* winograd = nullptr;  // the weight once more, made by Kernels::pack_winograd; optional
+  Weight project;                   // optional
   Affine bn, project_bn;
   Window window;
   int act = kIdentity;
@@ -148,6 +149,8 @@ struct MBConvParams {
 struct Kernels {
   int64_t (*packed_floats)(const Tensor4& weight);
   void (*pack)(const Tensor4& weight, float* packed, const Pool&);
+  int64_t (*winograd_floats)(const Tensor4& weight, const Window&);  // none: not for this one
+  void (*pack_winograd)(const Tensor4& weight, float* packed, const Pool&);
   int64_t (*folded_floats)(int64_t channels);
   Affine (*fold)(const BatchNorm&, int64_t channels, float* folded);
   uint64_t (*digest)(const void* data, int64_t bytes);

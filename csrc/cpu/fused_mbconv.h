@@ -2,10 +2,11 @@
 //
 // Works on strips of output rows. The input rows of a strip are copied once, zero-padded and in fp32, from
 // any layout (so an NCHW image costs no extra pass); a window row is then one contiguous stretch of KW * C_in
-// floats, a "tap" of the GEMM. The expanded strip stays in cache between the two products.
+// floats, a "tap" of the GEMM; 3x3 windows at stride 1 have fewer products (winograd.h). The expanded strip
+// stays in cache between the two products.
 #pragma once
 
-#include "gemm.h"
+#include "winograd.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -14,6 +15,8 @@ constexpr int64_t kStripFloats = 1 << 14;  // expanded strip: 64 KiB, a small sh
 
 struct FusedMBConv {
   Packed expand, project;
+  Winograd winograd;
+  bool by_winograd;
 };
 
 // Rows [first, first + n) of the padded input, `width` pixels each, as words [n][width][words of C].
@@ -35,8 +38,12 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
     std::memset(static_cast<void*>(to), 0, left * pixel * sizeof(Out));
     std::memset(static_cast<void*>(end), 0, (width - left - copied) * pixel * sizeof(Out));
     if (x.stride[1] == 1 && x.stride[3] == channels && pixel == channels) {
-      for (int64_t i = 0; i < copied * channels; i += kWidth)
-        store_first(inside + i, load_first(row + i, copied * channels - i), copied * channels - i);
+      if constexpr (std::is_same_v<T, Out>) {
+        std::memcpy(static_cast<void*>(inside), row, copied * channels * sizeof(Out));
+      } else {
+        for (int64_t i = 0; i < copied * channels; i += kWidth)
+          store_first(inside + i, load_first(row + i, copied * channels - i), copied * channels - i);
+      }
       continue;
     }
     if (pixel > channels) std::memset(static_cast<void*>(inside), 0, copied * pixel * sizeof(Out));
@@ -59,10 +66,14 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   const int64_t in = words<T>(p.x.size[1]), ow = p.y.size[3], kh = p.weight.size[2], kw = p.weight.size[3];
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
-  const int64_t width = max64((ow - 1) * sw + kw, p.window.left), row_words = width * in;
+  // Of outputs, with those that fill the last tiles up.
+  const int64_t whole_rows = f.by_winograd ? round_up(rows, 2) : rows,
+                whole_ow = f.by_winograd ? round_up(ow, 2) : ow;
+  const int64_t width = max64((whole_ow - 1) * sw + kw, p.window.left), row_words = width * in;
+  const int64_t window_rows = (whole_rows - 1) * sh + kh;
   Scratch scratch;
-  float* window = scratch.take(((rows - 1) * sh + kh) * row_words);
-  copy_window_rows<T>(p.x, image, oy * sh - p.window.top, (rows - 1) * sh + kh, p.window.left, width, window);
+  float* window = scratch.take(window_rows * row_words);
+  copy_window_rows<T>(p.x, image, oy * sh - p.window.top, window_rows, p.window.left, width, window);
 
   const Taps taps{kh, row_words, kw * in, kw * in};
   const bool project = p.project.packed != nullptr;
@@ -70,25 +81,48 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   T* y = at<T>(p.y, image);
   const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
   const int64_t first_pixel = oy * ow;
+  const Store<T> conv_out{y, residual, mid_channels, p.act};
+
+  WinogradStrip strip{window, width, in, rows, ow, whole_rows / 2, whole_ow / 2, nullptr, nullptr};
+  float* line = nullptr;  // sums of the strip without a projection
+  if (f.by_winograd) {
+    strip.operands = scratch.take(kPoints * strip.tiles() * in);
+    strip.products = scratch.take(kPoints * strip.tiles() * kSlice);
+    if (!project) line = scratch.take(pixels * kSlice);
+    strip.transform();
+  }
+
   for (int64_t slice = 0; slice < slices; ++slice) {
     const float* panel = f.expand.panel(slice);
-    const int64_t cols = f.expand.cols(slice);
-    TileSetup<T> setup(taps);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* a = window + r * sh * row_words;
+    const int64_t cols = f.expand.cols(slice), channel = slice * kSlice,
+                  n = min64(kSlice, mid_channels - channel);
+    float* const of_slice = project ? mid + slice * pixels * kSlice : line;
+    if (f.by_winograd) {
+      const int64_t step = project ? kSlice : cols * kWidth;
+      strip.convolve(f.expand, f.winograd.weights, slice, p.bn, step,
+                     [&](int64_t r) { return of_slice + r * ow * step; });
       if (!project) {
-        const Store<T> store_to{y, residual, mid_channels, p.act};
-        multiply(a, sw * in, taps, ow, f.expand, panel, slice, p.bn, store_to, first_pixel + r * ow);
+        conv_out(line, pixels, first_pixel, channel, n);
         continue;
       }
-      float* to = mid + (slice * pixels + r * ow) * kSlice;
-      for_each_tile(ow, setup, [&](int64_t begin, int64_t n) {
-        run_tile<T>(n, cols, a + begin * sw * in, sw * in, taps, panel, p.bn.scale + slice * kSlice,
-                    p.bn.shift + slice * kSlice, to + begin * kSlice, kSlice);
-      });
-      activate_all(p.act, to, ow * cols, kSlice / cols);
-      if constexpr (kPairs<T>) to_operand<T>(to, ow, min64(kSlice, mid_channels - slice * kSlice), nullptr);
+    } else {
+      TileSetup<T> setup(taps);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* a = window + r * sh * row_words;
+        if (!project) {
+          multiply(a, sw * in, taps, ow, f.expand, panel, slice, p.bn, conv_out, first_pixel + r * ow);
+          continue;
+        }
+        float* to = of_slice + r * ow * kSlice;
+        for_each_tile(ow, setup, [&](int64_t begin, int64_t count) {
+          run_tile<T>(count, cols, a + begin * sw * in, sw * in, taps, panel, p.bn.scale + channel,
+                      p.bn.shift + channel, to + begin * kSlice, kSlice);
+        });
+      }
+      if (!project) continue;
     }
+    activate_all(p.act, of_slice, pixels * cols, kSlice / cols);
+    if constexpr (kPairs<T>) to_operand<T>(of_slice, pixels, n, nullptr);
   }
   if (!project) return;
   const Taps mid_taps{slices, pixels * kSlice, words<T>(kSlice),
@@ -100,14 +134,20 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
 }
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
-  const FusedMBConv f{packed_of(p.weight), packed_of(p.project)};
+  FusedMBConv f{packed_of(p.weight), packed_of(p.project), {}, false};
   const int64_t oh = p.y.size[2], ow = p.y.size[3];
-  // As many strips as fit the cache, and a whole number for each thread.
-  const int64_t fit = div_up(oh * ow * round_up(f.expand.n, kSlice), kStripFloats);
-  const int64_t strips = min64(oh, round_up(fit, pool.threads));
+  // As many strips as fit the cache, and a whole number for each thread; of whole tiles, whatever the
+  // threads.
+  int64_t unit = 1, fit = div_up(oh * ow * round_up(f.expand.n, kSlice), kStripFloats);
+  if (p.winograd != nullptr) {
+    f.winograd = winograd_as(p.weight.size, p.winograd);
+    f.by_winograd = f.winograd.usable() && meets_all_weights(p.window, p.x, p.y);
+    if (f.by_winograd) unit = 2, fit = div_up(div_up(oh, 2) * div_up(ow, 2), kWinogradTiles);
+  }
+  const int64_t units = div_up(oh, unit), strips = min64(units, round_up(fit, pool.threads));
   parallel(pool, p.x.size[0] * strips, [&](int64_t i) {
-    const int64_t image = i / strips, strip = i % strips, oy = oh * strip / strips;
-    const int64_t rows = oh * (strip + 1) / strips - oy;
+    const int64_t image = i / strips, strip = i % strips, oy = units * strip / strips * unit;
+    const int64_t rows = min64(oh, units * (strip + 1) / strips * unit) - oy;
     p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows)
                 : fused_mbconv_strip<float>(p, f, image, oy, rows);
   });

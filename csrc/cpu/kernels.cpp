@@ -15,6 +15,8 @@ const Kernels* EFFNET_JOIN(kernels_, EFFNET_ISA)() {
   static constexpr Kernels table{
       isa::packed_floats,
       isa::pack,
+      isa::winograd_floats,
+      isa::pack_winograd,
       isa::folded_floats,
       isa::fold,
       isa::digest,

@@ -104,7 +104,8 @@ def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[st
     keep, pack = (getattr(_native, f"{what}_{op}").default for what in ("keep", "pack"))
     if any(t.is_neg() or t.is_conj() for t in sources):
         return None
-    settings = (op, outs[0].dtype, native.instruction_set(), *(a for a in constants.values() if isinstance(a, float)))
+    fixed = (a for name, a in constants.items() if isinstance(a, float) or name == "stride")
+    settings = (op, outs[0].dtype, native.instruction_set(), *map(str, fixed))
     alike = settings, [*map(id, sources)]
     known = [call for call in into.known if (call.settings, [*map(id, call.sources)]) == alike]
     for call in known:

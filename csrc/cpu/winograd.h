@@ -1,0 +1,283 @@
+// Dense 3x3 convolutions at stride 1 by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, Fast
+// Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308): 16 products of channels
+// for 2x2 outputs instead of 36.
+//
+//   y = A' [sum over channels of (G g G') * (B' d B)] A        (' transposes, * is element by element)
+//
+// d are 4x4 pixels, g is the window, y are the 2x2 outputs of its places in d. B and A have entries 0, 1 and
+// -1, so the transforms of maps are additions; G g G' is made when weights are packed.
+//
+// Numbers (docs/numerics.md): an output uses the 3x3 pixels of its own window and no other, bit by bit. What
+// is large in a window costs accuracy even where the weight on it is small, so windows are only taken as they
+// come out of training (`evenly_weighted`). Where a sum is not finite it is taken again, tap by tap
+// (`repair`).
+#pragma once
+
+#include "gemm.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+constexpr int64_t kPoints = 16;  // products for a tile of 2x2 outputs
+constexpr int64_t kWinogradTiles =
+    64;  // of a strip, about: their operands share the L2 with a panel of weights
+constexpr int64_t kWinogradChannels = 24;  // fewer, and the transforms cost what is saved
+
+// Weights for one panel after the other, [point][C_in][width]; before them a line of flags, one for each
+// panel, which say whether it is evenly weighted.
+struct Winograd {
+  const float* flags;
+  Packed weights;  // k: all points
+
+  bool usable() const {
+    for (int64_t p = 0; p < weights.panels(); ++p)
+      if (flags[p] == 0) return false;
+    return true;
+  }
+};
+
+static inline Winograd winograd_as(const int64_t (&size)[4], const float* data) {
+  const int64_t flags = round_up(div_up(size[0], kSlice), kCacheLine);
+  return {data, {data + flags, size[0], kPoints * size[1]}};
+}
+
+// The floats that pack_winograd fills for a weight [O][I][KH][KW]; none where this algorithm is not for it.
+[[maybe_unused]] static int64_t winograd_floats(const Tensor4& weight, const Window& window) {
+  const bool fits =
+      weight.size[2] == 3 && weight.size[3] == 3 && window.stride_h == 1 && window.stride_w == 1;
+  if (!fits || min64(weight.size[0], weight.size[1]) < kWinogradChannels) return 0;
+  if (weight.is_bf16 && kPairs<bf16>) return 0;
+  const Winograd w = winograd_as(weight.size, nullptr);
+  return (w.weights.data - w.flags) + w.weights.floats();
+}
+
+typedef double vdouble __attribute__((vector_size(kWidth * 8)));
+
+// G g of three values.
+EFFNET_INLINE void transform_weights(const vdouble (&g)[3], vdouble (&out)[4]) {
+  out[0] = g[0];
+  out[1] = (g[0] + g[2] + g[1]) * 0.5;
+  out[2] = (g[0] + g[2] - g[1]) * 0.5;
+  out[3] = g[2];
+}
+
+// Whether a pixel anywhere in a map, its corners included, meets a weight that is not small beside the others
+// of its window: in lanes of one input channel. Otherwise a large pixel might meet only small ones, and the
+// error of the transforms, which goes with the largest, would be out of proportion to every output.
+EFFNET_INLINE vi evenly_weighted(const vf (&g)[3][3]) {
+  constexpr float kSmall = 1.0f / 256;
+  vf size[3][3], largest = {};
+  for (int y = 0; y < 3; ++y)
+    for (int x = 0; x < 3; ++x) {
+      size[y][x] = (vf)((vi)g[y][x] & 0x7fffffff);
+      largest = size[y][x] > largest ? size[y][x] : largest;
+    }
+  vi even = largest <= 1e30f;  // and finite, transformed too
+  for (int y = 0; y < 2; ++y)
+    for (int x = 0; x < 2; ++x) {
+      vf seen = {};  // from a corner
+      for (int i = 0; i < 4; ++i) {
+        const vf other = size[y + i / 2][x + i % 2];
+        even &= other == other;
+        seen = other > seen ? other : seen;
+      }
+      even &= seen >= largest * kSmall;
+    }
+  return even;
+}
+
+template <class T>
+static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_t p, float* flags,
+                                float* data) {
+  const int64_t in = weight.size[1], width = w.weights.width(p);
+  float* out = data + p * kSlice * w.weights.k;
+  vi even = {};
+  even = even == 0;
+  for (int64_t i = 0; i < in; ++i) {
+    for (int64_t j = 0; j < width; j += kWidth) {
+      const int64_t first = p * kSlice + j, valid = min64(kWidth, w.weights.n - first);
+      vf g[3][3];
+      for (int y = 0; y < 3; ++y)
+        for (int x = 0; x < 3; ++x) {
+          const T* from = static_cast<const T*>(weight.data) + i * weight.stride[1] + y * weight.stride[2] +
+                          x * weight.stride[3];
+          float lanes[kWidth] = {};
+          for (int64_t o = 0; o < valid; ++o) lanes[o] = to_float(from[(first + o) * weight.stride[0]]);
+          g[y][x] = load(lanes);
+        }
+      even &= evenly_weighted(g);
+      vdouble rows[4][3];  // G g
+      for (int x = 0; x < 3; ++x) {
+        vdouble column[3], turned[4];
+        for (int y = 0; y < 3; ++y) column[y] = __builtin_convertvector(g[y][x], vdouble);
+        transform_weights(column, turned);
+        for (int y = 0; y < 4; ++y) rows[y][x] = turned[y];
+      }
+      for (int y = 0; y < 4; ++y) {
+        vdouble points[4];
+        transform_weights(rows[y], points);
+        for (int x = 0; x < 4; ++x)
+          store(out + ((y * 4 + x) * in + i) * width + j, __builtin_convertvector(points[x], vf));
+      }
+    }
+  }
+  bool all = true;
+  for (int lane = 0; lane < kWidth; ++lane) all = all && even[lane] != 0;
+  flags[p] = all ? 1.0f : 0.0f;
+}
+
+[[maybe_unused]] static void pack_winograd(const Tensor4& weight, float* data, const Pool& pool) {
+  const Winograd w = winograd_as(weight.size, data);
+  parallel(pool, w.weights.panels(), [&](int64_t p) {
+    float* const panels = data + (w.weights.data - w.flags);
+    weight.is_bf16 ? pack_winograd_panel<bf16>(weight, w, p, data, panels)
+                   : pack_winograd_panel<float>(weight, w, p, data, panels);
+  });
+}
+
+// Whether a pixel anywhere in the map has windows on all sides of it, as evenly_weighted takes it.
+[[maybe_unused]] static bool meets_all_weights(const Window& window, const Tensor4& x, const Tensor4& y) {
+  const int64_t bottom = y.size[2] + 2 - window.top - x.size[2],
+                right = y.size[3] + 2 - window.left - x.size[3];
+  return min64(min64(window.top, window.left), min64(bottom, right)) >= 1 && min64(x.size[2], x.size[3]) >= 2;
+}
+
+// B' d of four values.
+EFFNET_INLINE void transform_pixels(const vf (&d)[4], vf (&out)[4]) {
+  out[0] = d[0] - d[2];
+  out[1] = d[1] + d[2];
+  out[2] = d[2] - d[1];
+  out[3] = d[1] - d[3];
+}
+
+// The operands of one tile and one vector of channels, at points `apart`, of 4x4 pixels whose rows are `row`
+// and whose columns are `column` apart: load(p) and store(p, v) for all or the last channels.
+template <class Load, class Store>
+EFFNET_INLINE void transform_tile(const float* pixels, int64_t row, int64_t column, float* to, int64_t apart,
+                                  const Load& load, const Store& store) {
+  vf columns[4][4];  // B' d, [x][y]
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; ++x) {
+    vf d[4];
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) d[y] = load(pixels + y * row + x * column);
+    transform_pixels(d, columns[x]);
+  }
+#pragma GCC unroll 4
+  for (int y = 0; y < 4; ++y) {
+    vf d[4], points[4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) d[x] = columns[x][y];
+    transform_pixels(d, points);
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) store(to + (y * 4 + x) * apart, points[x]);
+  }
+}
+
+// A' m A: the sums of 2x2 outputs, one vector of channels, from the products of the points.
+EFFNET_INLINE void transform_products(const float* products, int64_t apart, vf (&y)[2][2]) {
+  vf rows[2][4];
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; ++x) {
+    vf m[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) m[i] = load(products + (i * 4 + x) * apart);
+    rows[0][x] = m[0] + m[1] + m[2];
+    rows[1][x] = m[1] - m[2] - m[3];
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    y[i][0] = rows[i][0] + rows[i][1] + rows[i][2];
+    y[i][1] = rows[i][1] - rows[i][2] - rows[i][3];
+  }
+}
+
+// Strips of whole tiles, for one thread at a time.
+struct WinogradStrip {
+  const float* window;  // rows of pixels as the tiles of gemm.h take them, `width` to a row, for repairs
+  int64_t width, in;
+  int64_t rows, ow;  // of outputs
+  int64_t tiles_h, tiles_w;
+  float *operands, *products;
+
+  int64_t tiles() const { return tiles_h * tiles_w; }
+
+  void transform() const {
+    for (int64_t t = 0; t < tiles(); ++t) {
+      const float* from = window + (t / tiles_w * 2 * width + t % tiles_w * 2) * in;
+      float* to = operands + t * in;
+      int64_t c = 0;
+      for (; c + kWidth <= in; c += kWidth)
+        transform_tile(
+            from + c, width * in, in, to + c, tiles() * in, [](const float* p) { return load(p); },
+            [](float* p, vf v) { store(p, v); });
+      if (const int64_t left = in - c; left > 0)
+        transform_tile(
+            from + c, width * in, in, to + c, tiles() * in,
+            [&](const float* p) { return load_first(p, left); },
+            [&](float* p, vf v) { store_first(p, v, left); });
+    }
+  }
+
+  // The convolution and its norm for one panel, to row(r) + x * step for pixel x of output row r.
+  template <class Row>
+  void convolve(const Packed& direct, const Packed& weights, int64_t panel, const Affine& affine,
+                int64_t step, const Row& row) const {
+    const int64_t n = weights.width(panel), cols = weights.cols(panel), apart = tiles() * n;
+    const Taps taps{1, 0, in, in};
+    TileSetup<float> setup(taps);
+    alignas(64) float ones[kSlice], zeros[kSlice] = {};
+    for (float& one : ones) one = 1.0f;
+    for (int64_t point = 0; point < kPoints; ++point) {
+      const float* a = operands + point * tiles() * in;
+      for_each_tile(tiles(), setup, [&](int64_t begin, int64_t count) {
+        run_tile<float>(count, cols, a + begin * in, in, taps, weights.panel(panel) + point * in * n, ones,
+                        zeros, products + point * apart + begin * n, n);
+      });
+    }
+    const float *scale = affine.scale + panel * kSlice, *shift = affine.shift + panel * kSlice;
+    vf spoilt = {};  // NaN where a sum is not finite
+    each_output(n, [&](int64_t r, int64_t x, int64_t j, vf sum) {
+      spoilt += sum * 0.0f;
+      store(row(r) + x * step + j, sum * load(scale + j) + load(shift + j));
+    });
+    if (sum_lanes(spoilt) != 0) repair(direct, panel, scale, shift, n, step, row);
+  }
+
+ private:
+  template <class Body>
+  void each_output(int64_t n, const Body& body) const {
+    const int64_t apart = tiles() * n;
+    for (int64_t t = 0; t < tiles(); ++t) {
+      const int64_t r = t / tiles_w * 2, x = t % tiles_w * 2;
+      for (int64_t j = 0; j < n; j += kWidth) {
+        vf y[2][2];
+        transform_products(products + t * n + j, apart, y);
+        body(r, x, j, y[0][0]);
+        if (x + 1 < ow) body(r, x + 1, j, y[0][1]);
+        if (r + 1 == rows) continue;
+        body(r + 1, x, j, y[1][0]);
+        if (x + 1 < ow) body(r + 1, x + 1, j, y[1][1]);
+      }
+    }
+  }
+
+  // Sums that are not finite, tap by tap: one infinity in a window gives an infinity there, and here a
+  // difference of two.
+  template <class Row>
+  void repair(const Packed& direct, int64_t panel, const float* scale, const float* shift, int64_t n,
+              int64_t step, const Row& row) const {
+    const Taps taps{3, width * in, 3 * in, 3 * in};
+    each_output(n, [&](int64_t r, int64_t x, int64_t j, vf sum) {
+      const vi finite = sum * 0.0f == 0.0f;
+      alignas(64) float c[kSlice];
+      run_tile<float>(1, direct.cols(panel), window + (r * width + x) * in, in, taps, direct.panel(panel),
+                      scale, shift, c, n);
+      float* to = row(r) + x * step + j;
+      store(to, finite ? load(to) : load(c + j));
+    });
+  }
+};
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet
