@@ -131,12 +131,8 @@ EFFNET_INLINE vf clamp(vf x, float low, float high) {
 #endif
 }
 
-// step(i) for i in [0, kN), unrolled.
-template <int kN, class Step>
-EFFNET_INLINE void each(const Step& step) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kN; ++i) step(i);
-}
+// A loop over few vectors, unrolled, which stay in registers. (A lambda for each step may become a call.)
+#define EFFNET_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
 
 #if defined(__AVX512F__)
 // The bits of 2^(i/16), less i in the last four bits that the exponent is given; and what rounding left of
@@ -163,47 +159,46 @@ EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
   const vf minus_log2e = splat(-1.44269504088896341f), one = splat(1.0f);
   vu t[kN];
   vf power[kN], r[kN], series[kN];
-  each<kN>([&](int i) { x[i] = clamp(x[i], -88.7284f, 87.0f); });
-  each<kN>([&](int i) {
+  EFFNET_EACH(i, kN) x[i] = clamp(x[i], -88.7284f, 87.0f);
+  EFFNET_EACH(i, kN) {
     t[i] = (vu)_mm512_fmadd_round_ps(x[i], minus_log2e, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  });
-  each<kN>(
-      [&](int i) { r[i] = _mm512_fmsub_ps(x[i], minus_log2e, (vf)t[i] - magic); });  // the product unrounded
-  each<kN>([&](int i) {
+  }
+  EFFNET_EACH(i, kN) r[i] = _mm512_fmsub_ps(x[i], minus_log2e, (vf)t[i] - magic);  // the product unrounded
+  EFFNET_EACH(i, kN) {
     power[i] = (vf)((vu)_mm512_permutexvar_epi32((__m512i)t[i], _mm512_load_si512(kExp2)) + (t[i] << 19));
-  });
-  each<kN>([&](int i) { r[i] += x[i] * -1.925963033500e-8f; });
-  each<kN>([&](int i) { series[i] = r[i] * 5.6669876e-2f + 2.40184247e-1f; });
-  each<kN>([&](int i) { series[i] = series[i] * r[i] + 6.931476e-1f; });
-  each<kN>([&](int i) { r[i] = r[i] * series[i] + _mm512_permutexvar_ps((__m512i)t[i], load(kExp2Low)); });
+  }
+  EFFNET_EACH(i, kN) r[i] += x[i] * -1.925963033500e-8f;
+  EFFNET_EACH(i, kN) series[i] = r[i] * 5.6669876e-2f + 2.40184247e-1f;
+  EFFNET_EACH(i, kN) series[i] = series[i] * r[i] + 6.931476e-1f;
+  EFFNET_EACH(i, kN) r[i] = r[i] * series[i] + _mm512_permutexvar_ps((__m512i)t[i], load(kExp2Low));
   // exp(-x) = power + power * r. The lesser of 1 and power takes the product first.
-  each<kN>([&](int i) { r[i] = power[i] * r[i] + _mm512_min_ps(power[i], one); });
-  each<kN>([&](int i) { x[i] = _mm512_max_ps(power[i], one) + r[i]; });
+  EFFNET_EACH(i, kN) r[i] = power[i] * r[i] + _mm512_min_ps(power[i], one);
+  EFFNET_EACH(i, kN) x[i] = _mm512_max_ps(power[i], one) + r[i];
 #else
   // Cody-Waite reduction, polynomial of Cephes' expf on [-ln2/2, ln2/2].
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf t[kN], r[kN], series[kN];
-  each<kN>([&](int i) { x[i] = clamp(x[i], -89.0f, 89.0f); });
-  each<kN>([&](int i) { t[i] = x[i] * -1.44269504088896341f + magic; });
-  each<kN>([&](int i) {
+  EFFNET_EACH(i, kN) x[i] = clamp(x[i], -89.0f, 89.0f);
+  EFFNET_EACH(i, kN) t[i] = x[i] * -1.44269504088896341f + magic;
+  EFFNET_EACH(i, kN) {
     const vf n = t[i] - magic;
     r[i] = -x[i] - n * 0.693359375f;
     r[i] = r[i] + n * 2.12194440e-4f;
-  });
-  each<kN>([&](int i) {
+  }
+  EFFNET_EACH(i, kN) {
     const vf r2 = r[i] * r[i];
     const vf p0 = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
     const vf p1 = r[i] * 8.3334519073e-3f + 4.1665795894e-2f;
     const vf p2 = r[i] * 1.6666665459e-1f + 5.0000001201e-1f;
     series[i] = ((p0 * r2 + p1) * r2 + p2) * r2 + r[i];  // exp(r) - 1
-  });
-  each<kN>([&](int i) {
+  }
+  EFFNET_EACH(i, kN) {
     // Half of 2^n, which is finite as long as half the result is.
     const vi bits = ((vi)t[i] - (vi)magic + 126) << 23;
     const vf power = (vf)(bits & (bits > 0));
     const vf half = power + (power * series[i] + 0.5f);
     x[i] = half + half;
-  });
+  }
 #endif
 }
 
@@ -212,27 +207,27 @@ EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
 template <int kN>
 EFFNET_INLINE void sigmoid(vf (&x)[kN]) {
   one_plus_exp_negated(x);
-  each<kN>([&](int i) { x[i] = 1.0f / x[i]; });
+  EFFNET_EACH(i, kN) x[i] = 1.0f / x[i];
 }
 
 template <int kN>
 EFFNET_INLINE void silu(vf (&x)[kN]) {
   vf divisor[kN];
-  each<kN>([&](int i) { divisor[i] = x[i]; });
+  EFFNET_EACH(i, kN) divisor[i] = x[i];
   one_plus_exp_negated(divisor);
-  each<kN>([&](int i) { x[i] = x[i] / divisor[i]; });
+  EFFNET_EACH(i, kN) x[i] = x[i] / divisor[i];
 }
 
 template <int kAct, int kN>
 EFFNET_INLINE void activate(vf (&x)[kN]) {
   if constexpr (kAct == kSilu) return silu(x);
   if constexpr (kAct == kSigmoid) return sigmoid(x);
-  each<kN>([&](int i) {
+  EFFNET_EACH(i, kN) {
     if constexpr (kAct == kRelu) x[i] = x[i] < 0.0f ? vf{} : x[i];
     if constexpr (kAct == kRelu6) x[i] = clamp(x[i], 0.0f, 6.0f);
     if constexpr (kAct == kHardswish) x[i] = x[i] * clamp(x[i] + 3.0f, 0.0f, 6.0f) / 6.0f;
     if constexpr (kAct == kHardsigmoid) x[i] = clamp(x[i] + 3.0f, 0.0f, 6.0f) / 6.0f;
-  });
+  }
 }
 
 template <int kAct>
@@ -278,9 +273,9 @@ EFFNET_INLINE void activate_each(int64_t n, const Get& get, const Put& put) {
     constexpr int kN = decltype(together)::value;
     for (; i + kN <= n; i += kN) {
       vf x[kN];
-      each<kN>([&](int j) { x[j] = get(i + j); });
+      EFFNET_EACH(j, kN) x[j] = get(i + j);
       activate<kAct>(x);
-      each<kN>([&](int j) { put(i + j, j, x[j]); });
+      EFFNET_EACH(j, kN) put(i + j, j, x[j]);
     }
   };
   run(Constant<kTogether>());
