@@ -36,7 +36,8 @@ std::string set_instruction_set(int64_t code) {
 float* fp32_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows,
                   ", ", cols, "]");
-  STD_TORCH_CHECK(t.is_contiguous() && !is_bf16(name, t), name, " must be contiguous float32");
+  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
+                  " must be contiguous float32");
   return static_cast<float*>(t.data_ptr());
 }
 
@@ -47,7 +48,7 @@ void check_residual(bool residual, const Tensor4& x, const Tensor4& y) {
 }
 
 void check_out(const Tensor4& y, const Tensor4& x, int64_t channels) {
-  STD_TORCH_CHECK(y.is_bf16 == x.is_bf16, "out must have the dtype of x");
+  STD_TORCH_CHECK(y.type == x.type, "out must have the dtype of x");
   STD_TORCH_CHECK(y.size[0] == x.size[0] && y.size[1] == channels, "out must have shape [", x.size[0], ", ",
                   channels, ", ...]");
 }
@@ -76,7 +77,7 @@ PointwiseParams pointwise_conv_bn_act(Constants& constants, Tensor out, Tensor x
   if (residual) {
     p.residual = map("residual", *residual);
     check_size("residual", p.residual, {n, channels, p.x.size[2], p.x.size[3]});
-    STD_TORCH_CHECK(p.residual.is_bf16 == p.x.is_bf16, "residual must have the dtype of x");
+    STD_TORCH_CHECK(p.residual.type == p.x.type, "residual must have the dtype of x");
   }
   return p;
 }

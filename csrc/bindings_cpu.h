@@ -59,12 +59,12 @@ inline int act_code(const char* name, const std::string& act) {
   return kIdentity;
 }
 
-inline bool is_bf16(const char* name, const Tensor& t) {
+inline Type type_of(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   const auto type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
                   " must be float32 or bfloat16");
-  return type == ScalarType::BFloat16;
+  return type == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kFloat32;
 }
 
 inline void* memory(const char* name, const Tensor& t) {
@@ -75,7 +75,7 @@ inline void* memory(const char* name, const Tensor& t) {
 
 inline Tensor4 tensor4(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-  Tensor4 out{memory(name, t), is_bf16(name, t), {}, {}};
+  Tensor4 out{memory(name, t), type_of(name, t), {}, {}};
   for (int i = 0; i < 4; ++i) {
     out.size[i] = t.size(i);
     out.stride[i] = t.stride(i);
@@ -103,7 +103,7 @@ inline Tensor4 map(const char* name, const Tensor& t) {
 
 inline Vector vector(const char* name, const Tensor& t, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
-  return {memory(name, t), is_bf16(name, t), t.stride(0)};
+  return {memory(name, t), type_of(name, t), t.stride(0)};
 }
 
 template <class AnyWeight>  // a tensor, or one that is packed

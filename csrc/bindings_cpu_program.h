@@ -34,10 +34,10 @@ class Constants {
   Weight weight(const char* name, const Tensor& t, const Tensor4& x, const int64_t (&wanted)[4]) {
     const Tensor4 source = tensor4(name, t);
     check_size(name, source, wanted);
-    STD_TORCH_CHECK(source.is_bf16 == x.is_bf16, name, " must have the dtype of x");
+    STD_TORCH_CHECK(source.type == x.type, name, " must have the dtype of x");
     float* packed = take(kernels_.packed_floats(source));
     if (make_ && !empty(source)) kernels_.pack(source, packed, pool_);
-    return {packed, source.is_bf16, {wanted[0], wanted[1], wanted[2], wanted[3]}};
+    return {packed, source.type, {wanted[0], wanted[1], wanted[2], wanted[3]}};
   }
 
   // A weight that has been through weight(), for Winograd's algorithm; or null where that is not for it.
@@ -91,27 +91,31 @@ class Constants {
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
     const Tensor4 w = tensor4(name, t);
     check_size(name, w, {rows, cols, 1, 1});
-    return w.is_bf16 ? dense<bf16>(w.data, w.stride[0], w.stride[1], rows, cols)
-                     : dense<float>(w.data, w.stride[0], w.stride[1], rows, cols);
+    return dense(w.type, w.data, w.stride[0], w.stride[1], rows, cols);
   }
 
-  Matrix copy(const Vector& v, int64_t n) {
-    return v.is_bf16 ? dense<bf16>(v.data, 0, v.stride, 1, n) : dense<float>(v.data, 0, v.stride, 1, n);
+  Matrix copy(const Vector& v, int64_t n) { return dense(v.type, v.data, 0, v.stride, 1, n); }
+
+  Matrix dense(Type type, const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    float* to = take(rows * cols);
+    if (type == Type::kFloat32) {
+      copy_dense(static_cast<const float*>(data), row, col, rows, cols, to);
+    } else {  // the values do not matter
+      copy_dense(static_cast<const uint16_t*>(data), row, col, rows, cols, reinterpret_cast<uint16_t*>(to));
+    }
+    return {to, type};
   }
 
   template <class T>
-  Matrix dense(const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-    constexpr bool kIsBf16 = sizeof(T) == sizeof(bf16);
-    auto* to = reinterpret_cast<T*>(take(rows * cols));
+  void copy_dense(const T* data, int64_t row, int64_t col, int64_t rows, int64_t cols, T* to) {
     for (int64_t r = 0; make_ && r < rows; ++r) {
-      const T* from = static_cast<const T*>(data) + r * row;
+      const T* from = data + r * row;
       if (col == 1) {
-        std::memcpy(static_cast<void*>(to + r * cols), from, cols * sizeof(T));
+        std::memcpy(to + r * cols, from, cols * sizeof(T));
       } else {
         for (int64_t c = 0; c < cols; ++c) to[r * cols + c] = from[c * col];
       }
     }
-    return {to, kIsBf16};
   }
 
   const Kernels& kernels_;
@@ -192,13 +196,13 @@ struct Op<kMake> {
 };
 
 inline bool same_form(const Tensor4& a, const Tensor4& b) {
-  return a.is_bf16 == b.is_bf16 && std::equal(a.size, a.size + 4, b.size) &&
+  return a.type == b.type && std::equal(a.size, a.size + 4, b.size) &&
          std::equal(a.stride, a.stride + 4, b.stride);
 }
 
 inline Tensor4 output(const Tensor& t) {  // a map, or [N, C] as the kernels that pool have it
   if (t.dim() != 2) return tensor4("out", t);
-  return {t.data_ptr(), is_bf16("out", t), {t.size(0), t.size(1), 1, 1}, {t.size(1), 1, 1, 1}};
+  return {t.data_ptr(), type_of("out", t), {t.size(0), t.size(1), 1, 1}, {t.size(1), 1, 1, 1}};
 }
 
 // ---- sources ---------------------------------------------------------------------------------------------

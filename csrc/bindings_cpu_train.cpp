@@ -22,14 +22,15 @@ float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> 
   int64_t i = 0;
   for (int64_t size : shape)
     STD_TORCH_CHECK(t.size(i++) == size, name, " must have size ", size, " in dimension ", i - 1);
-  STD_TORCH_CHECK(t.is_contiguous() && !is_bf16(name, t), name, " must be contiguous float32");
+  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
+                  " must be contiguous float32");
   return static_cast<float*>(t.data_ptr());
 }
 
 Tensor4 same_map(const char* name, const Tensor& t, const Tensor4& like) {
   const Tensor4 out = map(name, t);
   check_size(name, out, {like.size[0], like.size[1], like.size[2], like.size[3]});
-  STD_TORCH_CHECK(out.is_bf16 == like.is_bf16, name, " must have the dtype of the other maps");
+  STD_TORCH_CHECK(out.type == like.type, name, " must have the dtype of the other maps");
   return out;
 }
 
@@ -125,12 +126,12 @@ void raw_gradient(Tensor out, OptionalTensor grad, OptionalTensor raw, Tensor no
 Tensor4 depthwise_weight(const Tensor& weight, const Tensor4& x) {
   const Tensor4 w = tensor4("weight", weight);
   check_size("weight", w, {x.size[1], 1, w.size[2], w.size[3]});
-  STD_TORCH_CHECK(w.is_bf16 == x.is_bf16, "weight must have the dtype of the maps");
+  STD_TORCH_CHECK(w.type == x.type, "weight must have the dtype of the maps");
   return w;
 }
 
 void check_window(const Tensor4& x, const Tensor4& y) {
-  STD_TORCH_CHECK(x.size[0] == y.size[0] && x.size[1] == y.size[1] && x.is_bf16 == y.is_bf16,
+  STD_TORCH_CHECK(x.size[0] == y.size[0] && x.size[1] == y.size[1] && x.type == y.type,
                   "input and output of a depthwise convolution must agree in N, C and dtype");
 }
 

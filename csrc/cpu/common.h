@@ -9,6 +9,9 @@ namespace effnet {
 // The codes of effnet_kernels/ops/activations.py.
 enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
 
+// What maps, weights and vectors are made of. Sums are float32.
+enum class Type : int { kFloat32, kBFloat16 };
+
 struct bf16 {
   uint16_t bits;
 };
@@ -17,7 +20,7 @@ struct bf16 {
 // strides are in elements. data == nullptr: not given.
 struct Tensor4 {
   void* data = nullptr;
-  bool is_bf16 = false;
+  Type type = Type::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};
   int64_t stride[4] = {0, 0, 0, 0};
 };
@@ -26,14 +29,14 @@ struct Tensor4 {
 // given.
 struct Weight {
   const float* packed = nullptr;
-  bool is_bf16 = false;
+  Type type = Type::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};  // [o][i][kh][kw]
 };
 
-// A vector of one value per channel, fp32 or bf16.
+// A vector of one value per channel.
 struct Vector {
   const void* data = nullptr;
-  bool is_bf16 = false;
+  Type type = Type::kFloat32;
   int64_t stride = 1;
 };
 
@@ -49,10 +52,10 @@ struct Affine {
   const float* shift = nullptr;
 };
 
-// Dense, fp32 or bf16.
+// Dense.
 struct Matrix {
   const void* data = nullptr;
-  bool is_bf16 = false;
+  Type type = Type::kFloat32;
 };
 
 struct SqueezeExcite {
@@ -145,7 +148,7 @@ struct MBConvParams {
   bool residual = false;
 };
 
-// One build of the kernels. x.is_bf16 selects the element type of the maps.
+// One build of the kernels. x.type selects the element type of the maps.
 struct Kernels {
   int64_t (*packed_floats)(const Tensor4& weight);
   void (*pack)(const Tensor4& weight, float* packed, const Pool&);

@@ -258,7 +258,7 @@ template <class T>
 }
 
 [[maybe_unused]] static void depthwise_conv_bn_act(const DepthwiseParams& p, const Pool& pool) {
-  p.x.is_bf16 ? depthwise_conv_bn_act<bf16>(p, pool) : depthwise_conv_bn_act<float>(p, pool);
+  with_type(p.x.type, [&](auto of) { depthwise_conv_bn_act<decltype(of)>(p, pool); });
 }
 
 }  // namespace EFFNET_ISA

@@ -148,8 +148,7 @@ static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
   parallel(pool, p.x.size[0] * strips, [&](int64_t i) {
     const int64_t image = i / strips, strip = i % strips, oy = units * strip / strips * unit;
     const int64_t rows = min64(oh, units * (strip + 1) / strips * unit) - oy;
-    p.x.is_bf16 ? fused_mbconv_strip<bf16>(p, f, image, oy, rows)
-                : fused_mbconv_strip<float>(p, f, image, oy, rows);
+    with_type(p.x.type, [&](auto of) { fused_mbconv_strip<decltype(of)>(p, f, image, oy, rows); });
   });
 }
 

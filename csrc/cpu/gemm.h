@@ -191,24 +191,23 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p, f
   }
 }
 
-static inline Packed packed_as(const int64_t (&size)[4], bool is_bf16, const float* data) {
-  const int64_t in = is_bf16 ? words<bf16>(size[1]) : size[1];
+static inline Packed packed_as(const int64_t (&size)[4], Type type, const float* data) {
+  const int64_t in = with_type(type, [&](auto of) { return words<decltype(of)>(size[1]); });
   return {data, size[0], in * size[2] * size[3]};
 }
 
 static inline Packed packed_of(const Weight& weight) {
-  return packed_as(weight.size, weight.is_bf16, weight.packed);
+  return packed_as(weight.size, weight.type, weight.packed);
 }
 
 [[maybe_unused]] static int64_t packed_floats(const Tensor4& weight) {
-  return packed_as(weight.size, weight.is_bf16, nullptr).floats();
+  return packed_as(weight.size, weight.type, nullptr).floats();
 }
 
 [[maybe_unused]] static void pack(const Tensor4& weight, float* data, const Pool& pool) {
-  const Packed packed = packed_as(weight.size, weight.is_bf16, data);
+  const Packed packed = packed_as(weight.size, weight.type, data);
   parallel(pool, packed.panels(), [&](int64_t panel) {
-    weight.is_bf16 ? pack_panel<bf16>(weight, packed, panel, data)
-                   : pack_panel<float>(weight, packed, panel, data);
+    with_type(weight.type, [&](auto of) { pack_panel<decltype(of)>(weight, packed, panel, data); });
   });
 }
 

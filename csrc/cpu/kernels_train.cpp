@@ -6,7 +6,7 @@
 #define EFFNET_JOIN(a, b) EFFNET_JOIN_(a, b)
 // The instance for the element type of a map.
 #define EFFNET_OF_TYPE(map, kernel, ...) \
-  ((map).is_bf16 ? isa::kernel<bf16>(__VA_ARGS__) : isa::kernel<float>(__VA_ARGS__))
+  ((map).type == Type::kBFloat16 ? isa::kernel<bf16>(__VA_ARGS__) : isa::kernel<float>(__VA_ARGS__))
 
 namespace effnet {
 

@@ -158,7 +158,7 @@ static void mbconv(const MBConvParams& p, const Pool& pool) {
   const MBConv m{make_depthwise(p.weight, p.bn, p.window, p.act, p.x, p.y), packed_of(p.expand),
                  packed_of(p.project)};
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
-    p.x.is_bf16 ? mbconv_image<bf16>(p, m, image, inner) : mbconv_image<float>(p, m, image, inner);
+    with_type(p.x.type, [&](auto of) { mbconv_image<decltype(of)>(p, m, image, inner); });
   });
 }
 

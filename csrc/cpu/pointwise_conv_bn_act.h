@@ -93,7 +93,7 @@ static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
 }
 
 static void pointwise_conv_bn_act(const PointwiseParams& p, const Pool& pool) {
-  p.x.is_bf16 ? pointwise_conv_bn_act<bf16>(p, pool) : pointwise_conv_bn_act<float>(p, pool);
+  with_type(p.x.type, [&](auto of) { pointwise_conv_bn_act<decltype(of)>(p, pool); });
 }
 
 }  // namespace EFFNET_ISA

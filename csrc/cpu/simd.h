@@ -307,6 +307,17 @@ static inline void activate_rows(int act, const float* from, int64_t n, int64_t 
   });
 }
 
+// body(T()): compiled once per type of elements.
+template <class Body>
+static inline auto with_type(Type type, const Body& body) {
+  switch (type) {
+    case Type::kBFloat16:
+      return body(bf16());
+    default:
+      return body(float());
+  }
+}
+
 template <class T>
 static inline T* at(const Tensor4& t, int64_t n) {
   return static_cast<T*>(t.data) + n * t.stride[0];
@@ -321,14 +332,15 @@ static inline float to_float(bf16 value) {
 }
 
 static inline float element(const Vector& v, int64_t i) {
-  return v.is_bf16 ? to_float(static_cast<const bf16*>(v.data)[i * v.stride])
-                   : static_cast<const float*>(v.data)[i * v.stride];
+  return with_type(v.type,
+                   [&](auto of) { return to_float(static_cast<const decltype(of)*>(v.data)[i * v.stride]); });
 }
 
 // The n values from `first` on, zero beyond them; none where n <= 0.
 static inline vf load_vector(const Vector& v, int64_t first, int64_t n) {
   if (n <= 0) return vf{};
-  if (!v.is_bf16 && v.stride == 1) return load_first(static_cast<const float*>(v.data) + first, n);
+  if (v.type == Type::kFloat32 && v.stride == 1)
+    return load_first(static_cast<const float*>(v.data) + first, n);
   float lanes[kWidth] = {};
   for (int64_t i = 0; i < min64(n, kWidth); ++i) lanes[i] = element(v, first + i);
   return load(lanes);

@@ -19,11 +19,10 @@ static inline float dot(const T* w, const float* x, int64_t n) {
 }
 
 static inline float element(const Matrix& m, int64_t i) {
-  return m.is_bf16 ? to_float(static_cast<const bf16*>(m.data)[i]) : static_cast<const float*>(m.data)[i];
+  return with_type(m.type, [&](auto of) { return to_float(static_cast<const decltype(of)*>(m.data)[i]); });
 }
 
 // out = act(W @ x + b), W: [outputs][inputs].
-template <class T>
 static inline void fully_connected(const Matrix& w, const Matrix& b, int64_t outputs, int64_t inputs,
                                    const float* x, int act, float* out, const Pool& pool) {
   constexpr int64_t kChunk = 16;
@@ -32,8 +31,10 @@ static inline void fully_connected(const Matrix& w, const Matrix& b, int64_t out
   parallel(outputs * inputs < (1 << 14) ? alone : pool, div_up(outputs, kChunk), [&](int64_t chunk) {
     const int64_t begin = chunk * kChunk, n = min64(kChunk, outputs - begin);
     alignas(64) float row[kChunk] = {};
-    for (int64_t o = 0; o < n; ++o)
-      row[o] = element(b, begin + o) + dot(static_cast<const T*>(w.data) + (begin + o) * inputs, x, inputs);
+    with_type(w.type, [&](auto of) {
+      const auto* rows = static_cast<const decltype(of)*>(w.data) + begin * inputs;
+      for (int64_t o = 0; o < n; ++o) row[o] = element(b, begin + o) + dot(rows + o * inputs, x, inputs);
+    });
     activate_all(act, row, kChunk / kWidth);
     std::memcpy(out + begin, row, n * sizeof(float));
   });
@@ -43,10 +44,8 @@ static inline void fully_connected(const Matrix& w, const Matrix& b, int64_t out
 static inline void gate_of_image(const SqueezeExcite& se, const float* mean, float* gate, const Pool& pool) {
   Scratch scratch;
   float* hidden = scratch.take(se.reduced);
-  const auto reduce = se.w_reduce.is_bf16 ? fully_connected<bf16> : fully_connected<float>;
-  const auto expand = se.w_expand.is_bf16 ? fully_connected<bf16> : fully_connected<float>;
-  reduce(se.w_reduce, se.b_reduce, se.reduced, se.channels, mean, se.act, hidden, pool);
-  expand(se.w_expand, se.b_expand, se.channels, se.reduced, hidden, se.gate, gate, pool);
+  fully_connected(se.w_reduce, se.b_reduce, se.reduced, se.channels, mean, se.act, hidden, pool);
+  fully_connected(se.w_expand, se.b_expand, se.channels, se.reduced, hidden, se.gate, gate, pool);
 }
 
 static void squeeze_excite_gate(const GateParams& p, const Pool& pool) {
@@ -96,7 +95,7 @@ static void squeeze_excite_image(const SqueezeExciteParams& p, int64_t image, co
 
 static void squeeze_excite(const SqueezeExciteParams& p, const Pool& pool) {
   parallel_images(pool, p.x.size[0], [&](int64_t image, const Pool& inner) {
-    p.x.is_bf16 ? squeeze_excite_image<bf16>(p, image, inner) : squeeze_excite_image<float>(p, image, inner);
+    with_type(p.x.type, [&](auto of) { squeeze_excite_image<decltype(of)>(p, image, inner); });
   });
 }
 

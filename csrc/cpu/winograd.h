@@ -46,7 +46,7 @@ static inline Winograd winograd_as(const int64_t (&size)[4], const float* data) 
   const bool fits =
       weight.size[2] == 3 && weight.size[3] == 3 && window.stride_h == 1 && window.stride_w == 1;
   if (!fits || min64(weight.size[0], weight.size[1]) < kWinogradChannels) return 0;
-  if (weight.is_bf16 && kPairs<bf16>) return 0;
+  if (with_type(weight.type, [](auto of) { return kPairs<decltype(of)>; })) return 0;
   const Winograd w = winograd_as(weight.size, nullptr);
   return (w.weights.data - w.flags) + w.weights.floats();
 }
@@ -130,8 +130,7 @@ static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_
   const Winograd w = winograd_as(weight.size, data);
   parallel(pool, w.weights.panels(), [&](int64_t p) {
     float* const panels = data + (w.weights.data - w.flags);
-    weight.is_bf16 ? pack_winograd_panel<bf16>(weight, w, p, data, panels)
-                   : pack_winograd_panel<float>(weight, w, p, data, panels);
+    with_type(weight.type, [&](auto of) { pack_winograd_panel<decltype(of)>(weight, w, p, data, panels); });
   });
 }
 
