@@ -27,8 +27,16 @@ float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> 
   return static_cast<float*>(t.data_ptr());
 }
 
-Tensor4 same_map(const char* name, const Tensor& t, const Tensor4& like) {
+// A map of a type that there are training kernels for.
+Tensor4 trained_map(const char* name, const Tensor& t) {
   const Tensor4 out = map(name, t);
+  STD_TORCH_CHECK(out.type != Type::kFloat16, name,
+                  " must be float32 or bfloat16: no kernel trains in float16");
+  return out;
+}
+
+Tensor4 same_map(const char* name, const Tensor& t, const Tensor4& like) {
+  const Tensor4 out = trained_map(name, t);
   check_size(name, out, {like.size[0], like.size[1], like.size[2], like.size[3]});
   STD_TORCH_CHECK(out.type == like.type, name, " must have the dtype of the other maps");
   return out;
@@ -45,7 +53,7 @@ TrainNorm norm_of(const OptionalTensor& vectors, const std::string& act, int64_t
 TrainSource source_of(const Tensor& raw, const OptionalTensor& norm, const std::string& act,
                       const OptionalTensor& gate) {
   TrainSource x;
-  x.raw = map("raw", raw);
+  x.raw = trained_map("raw", raw);
   x.norm = norm_of(norm, act, x.raw.size[1]);
   if (gate) x.gate = floats("gate", *gate, {x.raw.size[0], x.raw.size[1]});
   return x;
@@ -55,8 +63,8 @@ TrainGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& raw,
                           const std::string& act, const OptionalTensor& gate, const OptionalTensor& bias) {
   TrainGradient g;
   STD_TORCH_CHECK(grad || raw, "grad or raw must be given");
-  if (raw) g.raw = map("raw", *raw);
-  if (grad) g.grad = raw ? same_map("grad", *grad, g.raw) : map("grad", *grad);
+  if (raw) g.raw = trained_map("raw", *raw);
+  if (grad) g.grad = raw ? same_map("grad", *grad, g.raw) : trained_map("grad", *grad);
   const auto& size = g.shape().size;
   g.norm = norm_of(norm, act, size[1]);
   STD_TORCH_CHECK(raw || g.norm.act == kIdentity, "raw must be given: the activation's derivative needs it");
@@ -66,7 +74,7 @@ TrainGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& raw,
 }
 
 void statistics(Tensor out, Tensor raw) {
-  const Tensor4 y = map("raw", raw);
+  const Tensor4 y = trained_map("raw", raw);
   float* to = floats("out", out, {2, y.size[1]});
   if (!empty(y)) kernels().statistics(y, to, pool());
 }
@@ -139,7 +147,7 @@ void depthwise(Tensor out, OptionalTensor measured, Tensor raw, OptionalTensor n
                Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding) {
   TrainDepthwise p;
   p.x = source_of(raw, norm, act, std::nullopt);
-  p.y = map("out", out);
+  p.y = trained_map("out", out);
   check_window(p.x.raw, p.y);
   p.weight = depthwise_weight(weight, p.y);
   p.window = window(stride, padding, p.x.raw, p.weight, p.y);
@@ -160,7 +168,7 @@ void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTenso
   STD_TORCH_CHECK(x || dx, "x or dx must be given");
   STD_TORCH_CHECK(x || !(dweight || x_norm), "x must be given: dweight and x_norm need it");
   if (x) p.x = source_of(*x, x_norm, x_act, std::nullopt);
-  if (dx) p.dx = x ? same_map("dx", *dx, p.x.raw) : map("dx", *dx);
+  if (dx) p.dx = x ? same_map("dx", *dx, p.x.raw) : trained_map("dx", *dx);
   const Tensor4& in = x ? p.x.raw : p.dx;
   check_window(in, y);
   p.window = window(stride, padding, in, p.weight, y);

@@ -62,11 +62,17 @@ def test_auto_prefers_the_kernel_where_there_is_one():
         pytest.skip(backends()["cpu"][1])
     assert implementation(PROBLEM) is not reference.run
     assert accelerates("auto", *PROBLEM)
-    half = PROBLEM._replace(dtype=torch.float16)
-    assert implementation(half) is reference.run
-    assert not accelerates("auto", *half)
-    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cpu in torch.float16: only float32"):
-        implementation(half, "cpu")
+    for dtype in (torch.float16, torch.bfloat16):
+        assert accelerates("auto", *PROBLEM._replace(dtype=dtype))
+    for wide_or_training in (
+        PROBLEM._replace(dtype=torch.float64),
+        Problem("conv_block_train", "cpu", torch.float16),
+    ):
+        _, _, dtype, *_ = wide_or_training
+        assert not accelerates("auto", *wide_or_training)
+        with pytest.raises(RuntimeError, match=rf"'cpu' cannot serve \w+ on cpu in {dtype}: only float32"):
+            implementation(wide_or_training, "cpu")
+    assert implementation(PROBLEM._replace(dtype=torch.float64)) is reference.run
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cuda.*the tensors are on cuda"):
         implementation(PROBLEM._replace(device="cuda"), "cpu")
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and its exit status."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import effnet_kernels
 from effnet_kernels import cli
 from effnet_kernels.backends import automatic
 from effnet_kernels.benchmarking import contenders
+from effnet_kernels.ops import native_cpu
 
 pytest.importorskip("timm")
+backends = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
 
 MODEL = ("--model", "efficientnet_b0", "--size", "64")
 
@@ -45,19 +48,24 @@ def test_runs_as_a_module():
 
 
 def test_verify_agrees(capsys):
-    assert cli.main(["verify", *MODEL, "--dtype", "float32", "bfloat16"]) == 0
+    assert cli.main(["verify", *MODEL, "--dtype", "float32", "bfloat16", "float16"]) == 0
     printed = capsys.readouterr().out
     table = effnet_kernels.backends()
     available = [name for name in automatic("cuda" if torch.cuda.is_available() else "cpu") if table[name][0]]
-    assert printed.count(" ok") == 2 * len(available)
+    assert printed.count(" ok") == 3 * len(available)
     assert "patched and stock agree" in printed
 
 
-def test_verify_says_why_a_backend_does_not_serve_a_dtype(capsys):
+def test_verify_says_why_a_backend_does_not_serve_a_dtype(monkeypatch, capsys):
     if not effnet_kernels.backends()["cpu"][0]:
         pytest.skip("the native CPU library is not built")
-    assert cli.main(["verify", *MODEL, "--device", "cpu", "--dtype", "float16", "--backend", "cpu"]) == 0
-    assert "not served: only float32 and bfloat16" in capsys.readouterr().out
+    monkeypatch.setattr(native_cpu, "DTYPES", (torch.float32,))
+    backends._resolve.cache_clear()
+    try:
+        assert cli.main(["verify", *MODEL, "--device", "cpu", "--dtype", "float16", "--backend", "cpu"]) == 0
+    finally:
+        backends._resolve.cache_clear()
+    assert "not served: only float32, float16 and bfloat16" in capsys.readouterr().out
 
 
 def test_verify_fails_on_a_wrong_result(wrong_result, capsys):

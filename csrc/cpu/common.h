@@ -10,9 +10,13 @@ namespace effnet {
 enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
 
 // What maps, weights and vectors are made of. Sums are float32.
-enum class Type : int { kFloat32, kBFloat16 };
+enum class Type : int { kFloat32, kBFloat16, kFloat16 };
 
 struct bf16 {
+  uint16_t bits;
+};
+
+struct fp16 {
   uint16_t bits;
 };
 

@@ -1,6 +1,10 @@
 // What the compiler has built, the processor can run and the operating system allows.
 #include "common.h"
 
+#if defined(EFFNET_X86)
+#include <cpuid.h>
+#endif
+
 #if defined(EFFNET_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -8,6 +12,13 @@
 
 namespace effnet {
 namespace {
+
+#if defined(EFFNET_X86)
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 #if defined(EFFNET_AMX)
 // Linux saves the tile registers of a process, 8 KiB a thread, only once the process has asked for it.
@@ -34,9 +45,9 @@ const char* refusal(int64_t instruction_set) {
     case kGeneric:
       return nullptr;
     case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()
                  ? nullptr
-                 : "the processor lacks avx2 or fma";
+                 : "the processor lacks one of avx2, fma, f16c";
     case kAvx512:
       return avx512 ? nullptr : "the processor lacks one of avx512f, avx512bw, avx512vl, avx512dq";
     case kAvx512Bf16:

@@ -63,9 +63,11 @@ EFFNET_INLINE vf splat(float value) { return value - vf{}; }
 EFFNET_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 EFFNET_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 
-EFFNET_INLINE vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+// 16-bit numbers as float32, and float32 as 16-bit numbers: to nearest even, NaN stays NaN.
 
-EFFNET_INLINE vh narrow(vf v) {  // to nearest even; NaN stays NaN
+EFFNET_INLINE vf widen_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+EFFNET_INLINE vh narrow_bf16(vf v) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh(v);  // subnormals become zero
 #else
@@ -75,14 +77,60 @@ EFFNET_INLINE vh narrow(vf v) {  // to nearest even; NaN stays NaN
 #endif
 }
 
+EFFNET_INLINE vf widen_fp16(vh h) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps((__m128i)h);
+#else
+  const vu bits = __builtin_convertvector(h, vu), sign = (bits & 0x8000u) << 16;
+  const vi magnitude = (vi)((bits & 0x7fffu) << 13);  // exponent and fraction in their places
+  const vi rebiased = magnitude + ((127 - 15) << 23), least = vi{} + (113 << 23);  // least: 2^-14, as bits
+  // Infinity and NaN have the highest exponent there is; a subnormal is what its fraction adds to 2^-14.
+  const vi special = rebiased + ((128 - 16) << 23);
+  const vi subnormal = (vi)((vf)(magnitude + least) - (vf)least);
+  const vi widened = magnitude < (1 << 23) ? subnormal : magnitude >= (31 << 23) ? special : rebiased;
+  return (vf)((vu)widened | sign);
+#endif
+}
+
+EFFNET_INLINE vh narrow_fp16(vf v) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vh)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vu sign = (vu)v & 0x80000000u;
+  const vi magnitude = (vi)((vu)v ^ sign), half = vi{} + (126 << 23);  // half: 0.5, as bits
+  // What rounds up to 65536 or beyond has the bits of infinity. Next to 0.5 a float32 has the last place of a
+  // subnormal float16, so that adding it rounds.
+  const vi normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const vi subnormal = (vi)((vf)magnitude + (vf)half) - half;
+  const vi large = magnitude > (255 << 23) ? vi{} + 0x7e00 : vi{} + 0x7c00;
+  const vi narrowed = magnitude < (113 << 23) ? subnormal : magnitude >= (143 << 23) ? large : normal;
+  return __builtin_convertvector((vu)narrowed | sign >> 16, vh);
+#endif
+}
+
 EFFNET_INLINE vf load(const bf16* p) {
   vh h;
   std::memcpy(&h, p, sizeof(h));
-  return widen(h);
+  return widen_bf16(h);
+}
+
+EFFNET_INLINE vf load(const fp16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof(h));
+  return widen_fp16(h);
 }
 
 EFFNET_INLINE void store(bf16* p, vf v) {
-  const vh h = narrow(v);
+  const vh h = narrow_bf16(v);
+  std::memcpy(static_cast<void*>(p), &h, sizeof(h));
+}
+
+EFFNET_INLINE void store(fp16* p, vf v) {
+  const vh h = narrow_fp16(v);
   std::memcpy(static_cast<void*>(p), &h, sizeof(h));
 }
 
@@ -313,6 +361,8 @@ static inline auto with_type(Type type, const Body& body) {
   switch (type) {
     case Type::kBFloat16:
       return body(bf16());
+    case Type::kFloat16:
+      return body(fp16());
     default:
       return body(float());
   }
@@ -330,6 +380,7 @@ static inline float to_float(bf16 value) {
   std::memcpy(&widened, &bits, sizeof(widened));
   return widened;
 }
+static inline float to_float(fp16 value) { return widen_fp16(vh{value.bits})[0]; }
 
 static inline float element(const Vector& v, int64_t i) {
   return with_type(v.type,

@@ -14,7 +14,7 @@ from effnet_kernels.backends import Problem
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.recording import Call, Recording, converted, current
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _native = torch.ops.effnet_kernels_cpu
 
 
@@ -22,7 +22,7 @@ def supports(problem: Problem) -> tuple[bool, str]:
     if problem.device != "cpu":
         return False, f"the tensors are on {problem.device}"
     if problem.dtype not in DTYPES:
-        return False, "only float32 and bfloat16 have CPU kernels"
+        return False, "only float32, float16 and bfloat16 have CPU kernels"
     return True, "any shape"
 
 

@@ -368,9 +368,33 @@ def test_function_transforms(patched, fused):
 
 
 def test_nothing_to_gain(patched, fused):
-    """Without a kernel for it, as in float16 on a CPU, automatic choice leaves the block alone."""
+    """Without a kernel for it, as in float64 on a CPU, automatic choice leaves the block alone."""
     ek.patch(patched)
     assert_stock(patched.double(), fused, sample(patched).double())
+
+
+@pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
+def test_float16_is_fused_on_a_cpu_but_not_where_gradients_are_wanted(patched, fused):
+    """There no kernel trains in it: the stock forward runs, and nobody is told."""
+    ek.patch(patched).half()
+    stock = ek.unpatch(copy.deepcopy(patched))
+    with torch.no_grad():
+        patched(sample(patched).half())
+    assert len(fused) == 1
+    results = []
+    for module in (patched, stock):
+        for mode in (module.eval, module.train):
+            mode()
+            module.zero_grad()
+            x = sample(patched).half().requires_grad_()
+            y = module(x)
+            y.float().square().mean().backward()
+            results += [
+                [y, x.grad.clone(), *(p.grad.clone() for p in module.parameters()), *map(torch.clone, module.buffers())]
+            ]
+    for got, expected in zip(results[:2], results[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert {*fused[1:]} <= {"train"}
 
 
 def test_autocast_keeps_the_dtype_of_a_wide_shortcut(patched):

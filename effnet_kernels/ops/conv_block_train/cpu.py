@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_kernels.backends import Problem
+from effnet_kernels.ops import native_cpu
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through
 from effnet_kernels.ops.conv_block_train.products import Products
-from effnet_kernels.ops.native_cpu import supports
 
-__all__ = ["run", "supports"]
+DTYPES = (torch.float32, torch.bfloat16)
 
 _native = torch.ops.effnet_kernels_cpu
 _train_statistics = _native.train_statistics.default
@@ -24,6 +25,13 @@ _train_gate_moments = _native.train_gate_moments.default
 _train_raw_gradient = _native.train_raw_gradient.default
 _train_depthwise = _native.train_depthwise.default
 _train_depthwise_backward = _native.train_depthwise_backward.default
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    served, reason = native_cpu.supports(problem)
+    if served and problem.dtype not in DTYPES:
+        return False, "only float32 and bfloat16 train on the CPU: small gradients are zero in float16"
+    return served, reason
 
 
 class Native(Products):
