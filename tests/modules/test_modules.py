@@ -80,7 +80,7 @@ def test_state_dict_is_timms(ours, theirs, kwargs, se):
 
 @pytest.mark.parametrize(("ours", "theirs", "kwargs", "se"), CASES, ids=IDS)
 @pytest.mark.parametrize("size", [(9, 12), (8, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_eval_equals_timm(ours, theirs, kwargs, se, size, dtype, backend):
     mine, stock = (module.eval().to(dtype) for module in pair(ours, theirs, kwargs, se))
     x = images(2, 12, kwargs["in_chs"])[:, :, : size[0], : size[1]].to(dtype)

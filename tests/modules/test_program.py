@@ -120,7 +120,7 @@ def test_training_mode_is_noticed(block, x):
     assert not torch.equal(block.bn1.running_mean, make().bn1.running_mean)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_dtype_is_noticed(dtype, block, x):
     warm(block, x)
     block.to(dtype)
@@ -191,16 +191,17 @@ def test_gradients_take_the_long_way(block, x, replayed):
     assert not replayed
 
 
-def test_autocast_has_programs_of_its_own(x, replayed):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_has_programs_of_its_own(dtype, x, replayed):
     """What is packed is the cast weight; what is watched is the weight."""
     block = randomize(ek.MBConv(8, 16, exp_ratio=4.0, se_layer=ek.SqueezeExcite, act_layer=nn.SiLU)).eval()
     plain = warm(block, x)[1]
     replayed.clear()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", dtype):
         first = block(x)
         assert not replayed
         assert torch.equal(block(x), first)
-        assert first.dtype == torch.bfloat16
+        assert first.dtype == dtype
         assert len(replayed) == 1
         block.conv_pw.weight.data[0, 0] += 1
         assert torch.equal(block(x), copy.deepcopy(block)(x))
@@ -210,7 +211,7 @@ def test_autocast_has_programs_of_its_own(x, replayed):
         torch.testing.assert_close(block(x), plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_an_instruction_set_is_noticed(dtype, block, x, replayed):
     block, x = block.to(dtype), x.to(dtype)
     warm(block, x[:1])
@@ -401,7 +402,7 @@ def test_what_is_kept_is_never_written_to(x, monkeypatch):
     assert death([("calls", calls)]) == "SIGSEGV in replayed"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_digests_of_writes_with_a_structure(dtype):
     """Elements swapped, doubled and halved, negated at all distances: what a sum of turned words would not see."""

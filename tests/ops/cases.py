@@ -211,9 +211,9 @@ def fits(case: Case, dtype: torch.dtype) -> bool:
 
 
 def grid(kind: type[Case]) -> list[Any]:
-    """(case, dtype) test parameters: real and hostile cases; float16 is left to the hostile ones."""
-    cells = [(case, dtype) for dtype in DTYPES[:2] for case in (*real(kind), *hostile(kind))]
-    cells += [(case, torch.float16) for case in hostile(kind) if fits(case, torch.float16)]
+    """(case, dtype) test parameters: real and hostile cases."""
+    cases = (*real(kind), *hostile(kind))
+    cells = [(case, dtype) for dtype in DTYPES for case in cases if fits(case, dtype)]
     return [pytest.param(case, dtype, id=f"{str(dtype)[6:]}-{case}") for case, dtype in cells]
 
 

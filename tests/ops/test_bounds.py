@@ -21,7 +21,7 @@ def assert_within(case: Case, dtype: torch.dtype, backend: str, at_end: bool) ->
 
 
 @pytest.mark.parametrize("kind", [Pointwise, Depthwise, Squeeze, Fused, MBConv])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_side
 @torch.inference_mode()
 def test_grid(kind, dtype, at_end, cpu_backend):

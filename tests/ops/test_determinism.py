@@ -23,7 +23,7 @@ CASES: dict[str, Case] = {
 }
 
 each_case = pytest.mark.parametrize("name", CASES)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 def large(name: str, dtype: torch.dtype, backend: str, **changes: int) -> Problem:

@@ -47,7 +47,7 @@ def test_against_stock_layers(name):
 
 
 @each_sample
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_backend_has_the_gradients_of_the_reference(name, dtype, backend_name):
     problem, leaves = fresh(sample(name, torch.float32 if "gate" in name else dtype), dtype)
     if "gate" in name and dtype != torch.float32:

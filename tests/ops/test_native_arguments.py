@@ -28,10 +28,10 @@ class Record(TorchDispatchMode):
 def native_call(monkeypatch):
     """The native op and the good arguments that a sample leads to."""
 
-    def record(name: str) -> tuple[torch._ops.OpOverload, list]:
+    def record(name: str, dtype: torch.dtype) -> tuple[torch._ops.OpOverload, list]:
         with monkeypatch.context() as patch, torch.no_grad(), Record() as record:
             patch.setattr(Op, "__call__", Op.run)
-            sample(name).call("cpu")
+            sample(name, dtype).call("cpu")
         ((op, args),) = record.calls
         return op, list(args)
 
@@ -55,10 +55,19 @@ def spoiled(value: object) -> list[object]:
     return []
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_bad_arguments_are_refused(name, native_call):
+CALLS = [
+    pytest.param(name, dtype, id=f"{name}-{dtype}")
+    for name in SAMPLES
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if dtype == torch.float32 or "gate" not in name  # means are float32
+]
+each_call = pytest.mark.parametrize(("name", "dtype"), CALLS)
+
+
+@each_call
+def test_bad_arguments_are_refused(name, dtype, native_call):
     """An exception, never a crash, whatever is wrong with whichever argument; and the good ones still work."""
-    op, good = native_call(name)
+    op, good = native_call(name, dtype)
     taken = []
     for position, value in enumerate(good):
         argument = op._schema.arguments[position].name
@@ -82,3 +91,40 @@ def _describe(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_describe, value)) + "]"
     return repr(value)
+
+
+@each_call
+def test_maps_and_weights_are_of_one_type(name, dtype, native_call):
+    """There is one kernel for all of them; vectors and the matrices of SE may be of another."""
+    op, good = native_call(name, dtype)
+    of_its_own = {"bn", "expand_bn", "project_bn", "se"}
+    others = [other for other in (torch.float32, torch.bfloat16, torch.float16) if other != dtype]
+    for position, value in enumerate(good):
+        argument = op._schema.arguments[position].name
+        tensors = value if isinstance(value, list) else [value]
+        if not all(isinstance(t, torch.Tensor) for t in tensors) or not tensors:
+            continue
+        for other in others:
+            if other == tensors[0].dtype:  # gates and means are float32 beside any map
+                continue
+            cast = [t.to(other) for t in tensors]
+            arguments = [*good[:position], cast if isinstance(value, list) else cast[0], *good[position + 1 :]]
+            if argument in of_its_own:
+                op(*arguments)
+                assert torch.isfinite(good[0]).all()
+            else:
+                with pytest.raises(RuntimeError, match=r"must (have the dtype of x|be contiguous float32)"):
+                    op(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16], ids=str)
+def test_another_type_is_named_with_those_there_are(dtype, native_call):
+    op, good = native_call("squeeze_excite", torch.float32)
+    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
+        op(good[0], good[1].to(dtype), *good[2:])
+
+
+def test_no_kernel_trains_in_float16():
+    raw = torch.ones(1, 8, 4, 4, dtype=torch.float16).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="raw must be float32 or bfloat16: no kernel trains in float16"):
+        torch.ops.effnet_kernels_cpu.train_statistics(torch.empty(2, 8), raw)

@@ -30,17 +30,17 @@ def test_references_compute_what_stock_layers_compute(kind: type[Case]):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_a_wrong_element_is_rejected(name, dtype):
-    """One element of the last channel is off by one part in 16 (bfloat16) or 2^15 (float32) of the channel."""
+    """One element of the last channel is off by one part in 16 (bfloat16), 64 (float16), 2^15 (float32) of it."""
     if "gate" in name:
         dtype = torch.float32
     problem = sample(name, dtype)
     for expected, got in zip(problem.expected, problem.call("reference"), strict=True):
         oracle.assert_close("y", got, expected.exact, expected.allowed)
         wrong = got.clone()
-        step = 2.0**-4 if dtype == torch.bfloat16 else 2.0**-15
+        step = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-6, torch.float32: 2.0**-15}[dtype]
         index = (-1,) * got.dim()
         wrong[index] += 2 * step * oracle.per_channel(expected.exact)[-1]
         with pytest.raises(AssertionError, match="is allowed, in channel"):

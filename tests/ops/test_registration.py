@@ -48,7 +48,7 @@ def test_opcheck(name, monkeypatch):
 
 
 @each_sample
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_fake_tensors_have_the_metadata_of_real_ones(name, dtype, backend_name):
     problem = sample(name, torch.float32 if "gate" in name else dtype)
     with FakeTensorMode() as mode:

@@ -17,7 +17,7 @@ from tests.ops.special_values import (
     each_value,
 )
 
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 @each_value
@@ -68,7 +68,7 @@ def test_the_mean_of_float16_maps_does_not_overflow(backend):
 @each_dtype
 @torch.no_grad()
 def test_batch_norm_is_applied_in_float32(dtype, backend):
-    """gamma and beta below bfloat16's resolution at 1 survive where they are given in float32."""
+    """gamma and beta below the resolution of 16 bits at 1 survive where they are given in float32."""
     bn = BatchNorm(torch.tensor([1 + 2.0**-12]), torch.tensor([-1.0]), torch.zeros(1), torch.ones(1), 1e-30)
     x = torch.ones(1, 1, 4, 4, dtype=dtype)
     y = F.pointwise_conv_bn_act(x, torch.ones(1, 1, 1, 1, dtype=dtype), bn, "identity", backend=backend)

@@ -66,7 +66,7 @@ CHANGES = (
 
 @each_sample
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_changes(name, change, dtype, backend):
     problem = sample(name, dtype)

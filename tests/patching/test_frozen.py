@@ -88,10 +88,11 @@ def test_loading_and_moving_begin_anew(load, model, x):
     assert torch.equal(run(model, x), before)
 
 
-def test_channels_last_and_bfloat16_behind_patch(model, x):
-    model.to(memory_format=torch.channels_last).to(torch.bfloat16)
-    y = run(model, x.bfloat16())
-    assert torch.equal(y, run(ek.patch(copy.deepcopy(model)), x.bfloat16()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_channels_last_and_16_bits_behind_patch(dtype, model, x):
+    model.to(memory_format=torch.channels_last).to(dtype)
+    y = run(model, x.to(dtype))
+    assert torch.equal(y, run(ek.patch(copy.deepcopy(model)), x.to(dtype)))
     assert is_frozen(model)
 
 

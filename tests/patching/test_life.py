@@ -212,13 +212,14 @@ def test_conversions_after_patching(model, x, change):
     assert_as_accurate(y, stock, exact)
 
 
-def test_autocast(model, x, backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(model, x, dtype, backend):
     exact = in_double(model, x)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", dtype):
         with measuring():
             stock = model(x)
         y = ek.patch(model, backend=backend)(x)
-    assert y.dtype == stock.dtype == torch.bfloat16
+    assert y.dtype == stock.dtype == dtype
     assert_as_accurate(y, stock, exact)
 
 

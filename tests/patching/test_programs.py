@@ -24,7 +24,7 @@ def patched():
     return ek.patch(build("test_efficientnet"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_the_second_call_is_one(name, dtype, replayed):
