@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "bf16"
 # As setup.py, but fast to compile: what is asked here is not speed.
 FLAGS = ["-O1", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-fexpensive-optimizations"]  # without it GCC contracts nothing
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-I{ROOT / 'csrc'}"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 EMULATED = [*AVX512, "-include", str(HERE / "instructions.h")]
