@@ -5,6 +5,10 @@ namespace effnet {
 
 const Kernels* kernels_of(int64_t instruction_set) {
   switch (instruction_set) {
+#if defined(EMULATED_AVX512)
+    case kAvx512:
+      return kernels_avx512();
+#endif
 #if defined(EMULATED_AVX512_BF16)
     case kAvx512Bf16:
       return kernels_avx512_bf16();

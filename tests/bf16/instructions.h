@@ -1,6 +1,6 @@
-// AVX-512 BF16 and AMX in plain AVX-512, for a processor that has neither: included ahead of csrc/cpu, it
-// takes the place of the intrinsics used there. Semantics are those of Intel's Software Developer's Manual,
-// volume 2, operation by operation; the bits of a NaN are not promised.
+// AVX-512 BF16 and AMX in plain AVX-512, and where there is none that, too (avx512.h): included ahead of
+// csrc/cpu, it takes the place of the intrinsics used there. Semantics are those of Intel's Software
+// Developer's Manual, volume 2, operation by operation; the bits of a NaN are not promised.
 #pragma once
 
 #include <immintrin.h>
@@ -10,23 +10,38 @@
 #include <cstdlib>
 #include <cstring>
 
-#define __AVX512BF16__ 1
+#if defined(__AVX512F__)
+namespace avx512_emulation {
+
+// As in avx512.h, in one instruction.
+inline __m512 multiply_add(__m512 sum, __m512 a, __m512 b, uint32_t mxcsr) {
+  uint32_t before;
+  asm("stmxcsr %1\n\tldmxcsr %4\n\tvfmadd231ps %3, %2, %0\n\tldmxcsr %1"
+      : "+v"(sum), "=m"(before)
+      : "v"(a), "v"(b), "m"(mxcsr));
+  return sum;
+}
+
+}  // namespace avx512_emulation
+#else
+#include "avx512.h"
+#endif
+
 #if defined(EMULATE_AMX)
+#define EMULATE_AVX512_BF16
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
+#endif
+#if defined(EMULATE_AVX512_BF16)
+#define __AVX512BF16__ 1
 #endif
 
 namespace bf16_emulation {
 
-// sum + a * b, rounded once and to nearest even; subnormal operands and results count as zero. One statement,
-// for the compiler would move arithmetic across a change of MXCSR.
+// sum + a * b, rounded once and to nearest even; subnormal operands and results count as zero.
 inline __m512 multiply_add(__m512 sum, __m512 a, __m512 b) {
   const uint32_t flushing = 0x9fc0;  // no exceptions, to nearest even, subnormals are zero both ways
-  uint32_t before;
-  asm("stmxcsr %1\n\tldmxcsr %4\n\tvfmadd231ps %3, %2, %0\n\tldmxcsr %1"
-      : "+v"(sum), "=m"(before)
-      : "v"(a), "v"(b), "m"(flushing));
-  return sum;
+  return avx512_emulation::multiply_add(sum, a, b, flushing);
 }
 
 inline __m512 low(__m512i pairs) { return (__m512)_mm512_slli_epi32(pairs, 16); }

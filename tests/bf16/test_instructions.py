@@ -1,10 +1,9 @@
-"""The emulated instructions against exact arithmetic: a model in integers, rounded by the rules of the manual.
+"""Emulated AVX-512 BF16 and AMX against exact arithmetic: a model in integers, rounded by the rules of the manual.
 
 Where the processor has AVX-512 BF16 its own instructions are held against the same model.
 """
 
 import ctypes
-import functools
 import signal
 import subprocess
 import sys
@@ -23,14 +22,17 @@ UNIT = 300
 SMALLEST_NORMAL = 1 << UNIT - 126
 
 
-@functools.cache
-def library(emulated: bool = True) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build.single_instructions(emulated)))
+EMULATED = ["of AVX2"] if build.lacks(build.AVX512) else ["of AVX2", "of AVX-512"]
 
 
-@pytest.fixture(params=["emulated", *(["the processor's"] if "avx512_bf16" in NATIVE else [])])
+@pytest.fixture(params=EMULATED)
+def emulated(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return build.single_instructions(request.param)
+
+
+@pytest.fixture(params=[*EMULATED, *(["the processor's"] if "avx512_bf16" in NATIVE else [])])
 def instructions(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    return library(request.param == "emulated")
+    return build.single_instructions(request.param)
 
 
 def rounded(exact: int) -> int:
@@ -110,7 +112,7 @@ def test_vcvtneps2bf16(instructions):
 
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (5, 3, 7), (1, 1, 1), (16, 1, 4), (2, 16, 16)])
 @pytest.mark.parametrize(("exponents", "shift"), SCALES.values(), ids=SCALES)
-def test_tdpbf16ps(rows, depth, columns, exponents, shift):
+def test_tdpbf16ps(rows, depth, columns, exponents, shift, emulated):
     generator = torch.Generator().manual_seed(rows)
     a, b = (words(generator, exponents, shift, 16 * 16) for _ in range(2))
     total = numbers(generator, exponents, 2 * shift, 16 * 16).view(16, 16)
@@ -125,7 +127,7 @@ def test_tdpbf16ps(rows, depth, columns, exponents, shift):
                 upper = multiply_add(upper, a_high[m][k], b_high[k][n])
             expected[m, n] = value(rounded(number(total[m, n].item()) + rounded(lower + upper)))
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (total, a, b))
-    library().tdpbf16ps(*pointers, rows, depth, columns, columns)
+    emulated.tdpbf16ps(*pointers, rows, depth, columns, columns)
     assert torch.equal(total, expected)
 
 
@@ -137,7 +139,7 @@ def test_tdpbf16ps(rows, depth, columns, exponents, shift):
         ("tdpbf16ps(buffer, buffer, buffer, 17, 4, 4, 4)", "the shape of a tile"),
     ],
 )
-def test_what_the_processor_refuses_ends_the_process(call, fault):
-    code = f"import ctypes; buffer = ctypes.create_string_buffer(1024); ctypes.CDLL({library()._name!r}).{call}"
+def test_what_the_processor_refuses_ends_the_process(call, fault, emulated):
+    code = f"import ctypes; buffer = ctypes.create_string_buffer(1024); ctypes.CDLL({emulated._name!r}).{call}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, fault in result.stderr) == (-signal.SIGABRT, True), result.stderr
