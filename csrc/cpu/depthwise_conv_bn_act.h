@@ -39,8 +39,10 @@ struct Depthwise {
 static inline Depthwise make_depthwise(const Weight& weight, const Affine& bn, const Window& window, int act,
                                        const Tensor4& x, const Tensor4& y) {
   const auto& size = weight.size;
-  return {size[0], x.size[2], x.size[3], y.size[2],         y.size[3], size[2],
-          size[3], window,    act,       packed_of(weight), bn};
+  return {size[0],           x.size[2], x.size[3],
+          y.size[2],         y.size[3], size[2],
+          size[3],           window,    act_for(x.type, act),
+          packed_of(weight), bn};
 }
 
 // kOut neighbouring output pixels of one vector of channels. Every input column is loaded once and feeds all
@@ -178,7 +180,7 @@ static void depthwise_strips(const Depthwise& d, int64_t slice, int64_t begin, i
                    load(shift + j * kWidth), line + j * kWidth);
       }
       vf sum[kTogether] = {};
-      with_act(d.act, [&](auto tag) {
+      with_act<true>(d.act, [&](auto tag) {
         activate_each<decltype(tag)::value>(
             d.ow * cols, [&](int64_t i) { return load(line + i * step); },
             [&](int64_t i, int member, vf value) {

@@ -81,7 +81,8 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   T* y = at<T>(p.y, image);
   const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
   const int64_t first_pixel = oy * ow;
-  const Store<T> conv_out{y, residual, mid_channels, p.act};
+  const int act = act_for(p.x.type, p.act);
+  const Store<T> conv_out{y, residual, mid_channels, act};
 
   WinogradStrip strip{window, width, in, rows, ow, whole_rows / 2, whole_ow / 2, nullptr, nullptr};
   float* line = nullptr;  // sums of the strip without a projection
@@ -121,7 +122,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
       }
       if (!project) continue;
     }
-    activate_all(p.act, of_slice, pixels * cols, kSlice / cols);
+    activate_all(act, of_slice, pixels * cols, kSlice / cols);
     if constexpr (kPairs<T>) to_operand<T>(of_slice, pixels, n, nullptr);
   }
   if (!project) return;

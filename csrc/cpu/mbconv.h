@@ -51,7 +51,7 @@ static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, con
       run_tile<T>(count, cols, a + begin * k, k, taps, panel, scale, shift, line + begin * width, width,
                   iy == 0 ? ahead_of(ahead, number++, k) : nullptr);
     });
-    activate_rows(p.act, line, n, w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
+    activate_rows(m.depthwise.act, line, n, w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
   };
   run(fill, target, finish);
 }
@@ -101,7 +101,7 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   const Depthwise& d = m.depthwise;
   const int64_t in = p.x.size[1], out = m.project.n, pixels = d.oh * d.ow, slices = d.slices();
   const T* x = at<const T>(p.x, image);
-  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, p.project_act};
+  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, act_for(p.x.type, p.project_act)};
   const Pool alone;
   Scratch scratch;
 

@@ -37,7 +37,7 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, int6
   const Taps taps{1, 0, k, k};
   const T* x = at<const T>(p.x, image);
   const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out,
-                          p.act};
+                          act_for(p.x.type, p.act)};
   const int64_t blocks = div_up(pixels, kPixelBlock);
   parallel(pool, blocks, [&](int64_t block) {
     const int64_t first = pixels * block / blocks, n = pixels * (block + 1) / blocks - first;
@@ -67,7 +67,7 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
       alignas(64) float c[kTileRows<T> * kSlice];
       run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), p.bn.scale + channel,
                   p.bn.shift + channel, c, cols * kWidth);
-      activate_all(p.act, c, rows * cols);
+      activate_all(act_for(p.x.type, p.act), c, rows * cols);
       for (int64_t j = 0; j < cols; ++j) {
         vf sum = {};
         for (int64_t i = 0; i < rows; ++i) {

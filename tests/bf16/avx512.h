@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -106,6 +107,23 @@ inline __m512 rcp14_ps(__m512 a) {
   return (__m512)((bits & 0x7f800000u) == 0 ? bits : bits & ~0x1ffu);
 }
 
+// What rounding down leaves, in [0, 1); of infinities 0.
+template <int kRounding>
+inline __m512 reduce_ps(__m512 a) {
+  static_assert(kRounding == (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  for (int i = 0; i < 16; ++i) a[i] = std::isinf(a[i]) ? 0.0f : a[i] - std::floor(a[i]);
+  return a;
+}
+
+// a * 2^floor(b), rounded once.
+inline __m512 scalef_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) {
+    const float limited = b[i] < -1000 ? -1000 : b[i] > 1000 ? 1000 : b[i];
+    a[i] = b[i] != b[i] ? b[i] : std::ldexp(a[i], static_cast<int>(std::floor(limited)));
+  }
+  return a;
+}
+
 inline __m512i cvtps_epi32(__m512 a) {
   return (__m512i)by_halves([](__m256 x) { return (__m256)_mm256_cvtps_epi32(x); }, a);
 }
@@ -148,6 +166,7 @@ inline __m512 maskz_mov_ps(__mmask16 mask, __m512 a) { return maskz_loadu_ps(mas
 
 #undef _mm512_cvtps_ph
 #undef _mm512_fmadd_round_ps
+#undef _mm512_reduce_ps
 #define _mm512_and_si512 avx512_emulation::and_si512
 #define _mm512_cvtph_ps avx512_emulation::cvtph_ps
 #define _mm512_cvtps_epi32 avx512_emulation::cvtps_epi32
@@ -168,6 +187,8 @@ inline __m512 maskz_mov_ps(__mmask16 mask, __m512 a) { return maskz_loadu_ps(mas
 #define _mm512_permutexvar_epi32 avx512_emulation::permutexvar_epi32
 #define _mm512_permutexvar_ps avx512_emulation::permutexvar_ps
 #define _mm512_rcp14_ps avx512_emulation::rcp14_ps
+#define _mm512_reduce_ps(values, rounding) avx512_emulation::reduce_ps<(rounding)>(values)
+#define _mm512_scalef_ps avx512_emulation::scalef_ps
 #define _mm512_set1_epi32 avx512_emulation::set1_epi32
 #define _mm512_set1_ps avx512_emulation::set1_ps
 #define _mm512_setzero_ps avx512_emulation::setzero_ps

@@ -31,6 +31,14 @@ void vmaxps(const float* a, const float* b, float* to) {
 
 void vrcp14ps(const float* from, float* to) { _mm512_storeu_ps(to, _mm512_rcp14_ps(_mm512_loadu_ps(from))); }
 
+void vreduceps_down(const float* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_reduce_ps(_mm512_loadu_ps(from), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
+
+void vscalefps(const float* a, const float* b, float* to) {
+  _mm512_storeu_ps(to, _mm512_scalef_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
+}
+
 void vcvtps2dq(const float* from, int32_t* to) {
   _mm512_storeu_si512(to, _mm512_cvtps_epi32(_mm512_loadu_ps(from)));
 }

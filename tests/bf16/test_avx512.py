@@ -137,6 +137,31 @@ def test_approximate_reciprocal(instructions):
     assert str(got.tolist()) == str(expected)
 
 
+def test_what_rounding_down_leaves(instructions):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.ldexp(torch.randn(2**12, generator=generator), torch.arange(2**12) % 40 - 8)
+    got = in_sixteens(instructions.vreduceps_down, torch.empty_like(x), x)
+    assert torch.equal(got, (x.double() - x.double().floor()).float())
+    x = filled([INF, -INF, NAN, 3.0, -1.25])
+    got = in_sixteens(instructions.vreduceps_down, torch.empty_like(x), x)[:5]
+    assert str(got.tolist()) == str([0.0, 0.0, NAN, 0.0, 0.75])
+
+
+def test_powers_of_two(instructions):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2**12, generator=generator)
+    b = 100 * torch.randn(2**12, generator=generator)
+    got = in_sixteens(instructions.vscalefps, torch.empty_like(a), a, b)
+    expected = [
+        to_float32(Fraction(x) * Fraction(2) ** math.floor(y), down=False)
+        for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
+    assert got.tolist() == expected
+    a, b = filled([1.0, 1.0, 1.0, NAN]), filled([INF, -INF, NAN, 1.0])
+    got = in_sixteens(instructions.vscalefps, torch.empty_like(a), a, b)[:4]
+    assert str(got.tolist()) == str([INF, 0.0, NAN, NAN])
+
+
 def test_conversion_to_integers(instructions):
     generator = torch.Generator().manual_seed(0)
     x = torch.ldexp(torch.randn(2**12, generator=generator), torch.arange(2**12) % 30)
