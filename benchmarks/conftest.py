@@ -16,7 +16,7 @@ from benchmarks.cases import Case, put
 from benchmarks.files import file_name
 from benchmarks.shapes import DEFAULT_MODELS, MODELS
 from effnet_kernels.benchmarking import contenders, timing
-from effnet_kernels.benchmarking.environment import environment
+from effnet_kernels.benchmarking.environment import cpu_flags, environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).with_name("results")
@@ -26,13 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("effnet_kernels")
     group.addoption("--models", default=",".join(DEFAULT_MODELS), help=f"comma-separated, of {', '.join(MODELS)}")
     group.addoption("--batches", default=None, help="comma-separated; default 1,8 for models, 1 below (GPU: 128)")
-    group.addoption("--dtypes", default="float16" if DEVICE == "cuda" else "float32", help="comma-separated")
+    group.addoption("--dtypes", default=default_dtypes(), help="comma-separated; default: %(default)s")
     group.addoption("--size", type=int, default=None, help="side of the image instead of each model's own")
     group.addoption("--limit", type=int, default=3, help="op and block level: so many of each kind; 0: all")
     group.addoption("--seconds", type=float, default=2.0, help="time for each contender of each case")
     group.addoption("--threads", type=int, default=None, help="CPU threads; default: torch's")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
     group.addoption("--results", type=Path, default=RESULTS, help="where the JSON goes")
+
+
+def default_dtypes() -> str:
+    """float16 on a GPU; float32 on a CPU, and bfloat16 if it has instructions for it."""
+    if DEVICE == "cuda":
+        return "float16"
+    return "float32,bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & {*cpu_flags()} else "float32"
 
 
 def pytest_configure(config: pytest.Config) -> None:

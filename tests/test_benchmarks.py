@@ -8,6 +8,7 @@ from torch import nn
 
 from effnet_kernels.benchmarking import contenders, tables, timing
 from effnet_kernels.benchmarking.agreement import agreement
+from effnet_kernels.benchmarking.models import create_model, noise
 
 pytest.importorskip("timm")
 shapes = pytest.importorskip("benchmarks.shapes")
@@ -25,6 +26,36 @@ class Scale(nn.Module):
 @pytest.mark.parametrize(("model", "count"), [("efficientnet_b0", 16), ("tf_efficientnetv2_s", 40)])
 def test_blocks_are_those_of_the_network(model, count):
     assert sum(shapes.blocks(model).values()) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["avx2", "fma"], "float32"),
+        (["avx2", "avx512_bf16"], "float32,bfloat16"),
+        (["asimd", "bf16"], "float32,bfloat16"),
+    ],
+)
+def test_default_dtypes_on_a_cpu(flags, expected, monkeypatch):
+    conftest = pytest.importorskip("benchmarks.conftest")
+    monkeypatch.setattr(conftest, "DEVICE", "cpu")
+    monkeypatch.setattr(conftest, "cpu_flags", lambda: flags)
+    assert conftest.default_dtypes() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_contender_under_autocast(dtype):
+    """It agrees with stock layers in 16 bits, and says that there is nothing to do in 32."""
+    if not contenders.effnet_kernels.backends()["cpu"][0]:
+        pytest.skip("no CPU backend")
+    name = contenders.ours("cpu autocast")
+    assert name in contenders.contender_names("cpu", models=True)
+    model, x = create_model("efficientnet_lite0").to(dtype), noise(1, 64, dtype=dtype)
+    result = contenders.compare(model, x, [name], seconds=0.01)[name]
+    if dtype == torch.float32:
+        assert result == {"failed": "autocast is to 16 bits"}
+    else:
+        assert result["median"] > 0
 
 
 def test_ops_of_v2_begin_with_dense_convolutions_alone():

@@ -266,10 +266,10 @@ EFFNET_INLINE void silu(vf (&x)[kN]) {
   EFFNET_EACH(i, kN) x[i] = x[i] / divisor[i];
 }
 
-// SiLU for a bfloat16 result, at most a quarter of whose rounding this is off by: 2^-11.1 of the result
-// (AVX2), 2^-12.8 (AVX-512). exp(-x) is 2^n times a cubic, off by 2^-13.7; the quotient is a product with the
-// processor's estimate of a reciprocal (2^-11.4, 2^-14). That is taken of a sixteenth of 1 + exp(-x), for
-// estimates of large numbers are zero.
+// SiLU for a bfloat16 result, which is rounded to 8 bits: off by 2^-11.1 of it at most (AVX2) or 2^-12.8
+// (AVX-512). exp(-x) is 2^n times a cubic, off by 2^-13.7; the quotient is a product with the processor's
+// estimate of a reciprocal (2^-11.4, 2^-14), of a sixteenth of 1 + exp(-x), for estimates may be zero where
+// they are subnormal.
 #if defined(__AVX2__)
 constexpr bool kHasShortSilu = true;
 template <int kN>

@@ -42,7 +42,8 @@ def contender_names(
 ) -> list[str]:
     """The contenders that this environment can field on ``device``; peers run on a CPU.
 
-    Of whole models one more of ours is frozen, as the weights of peers are; on a GPU all are, in a captured graph.
+    Of whole models two more of ours: frozen, as the weights of peers are (on a GPU all are, in a captured graph), and
+    for 16-bit dtypes the float32 model under autocast.
     """
     names = [STOCK, CHANNELS_LAST]
     if compiled:
@@ -51,14 +52,31 @@ def contender_names(
         names += [name for name in PEERS if importlib.util.find_spec(name)]
     available = effnet_kernels.backends()
     fielded = [backend for backend in automatic(device) if available[backend][0]]
-    frozen = ["cpu frozen"] if models and device == "cpu" and "cpu" in fielded else []
-    return names + [ours(backend) for backend in (*frozen, *fielded)]
+    of_models = ["cpu frozen", "cpu autocast"] if models and device == "cpu" and "cpu" in fielded else []
+    return names + [ours(backend) for backend in (*of_models, *fielded)]
 
 
 def patched(model: nn.Module, backend: str) -> nn.Module:
-    """A patched copy of a stock model; ``backend`` may be followed by " frozen"."""
-    name, _, frozen = backend.partition(" ")
-    return effnet_kernels.patch(copy.deepcopy(model), backend=name, frozen=bool(frozen))
+    """A patched copy of a stock model; ``backend`` may be followed by " frozen" or " autocast"."""
+    name, _, how = backend.partition(" ")
+    if how == "autocast":
+        return _Autocast(model, name)
+    return effnet_kernels.patch(copy.deepcopy(model), backend=name, frozen=how == "frozen")
+
+
+class _Autocast(nn.Module):
+    """A 16-bit model's weights in float32, patched and under autocast to its dtype."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.dtype = next(model.parameters()).dtype
+        if self.dtype == torch.float32:
+            raise UserError("autocast is to 16 bits")
+        self.model = effnet_kernels.patch(copy.deepcopy(model).float(), backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            return self.model(x.float()).to(self.dtype)
 
 
 def build(

@@ -37,6 +37,21 @@ def test_silu(backend):
 
 
 @torch.no_grad()
+def test_silu_of_every_bfloat16(backend):
+    """Off by 2^-11 of it at most, before it is rounded to 8 bits."""
+    x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    x = x[(x > -87) | (x < -104)]
+    x = x[: len(x) // 16 * 16].view(1, 16, 1, -1)
+    y, _ = F.depthwise_conv_bn_act(x, torch.ones(16, 1, 1, 1, dtype=x.dtype), unit_bn(16), "silu", backend=backend)
+    exact, tiny = x.double() * x.double().sigmoid(), torch.finfo(x.dtype).tiny
+    unit = 2.0 ** (exact.abs().clamp(tiny).log2().floor() - 7)
+    error = (y.double() - exact).abs().where((exact.abs() >= tiny) | (y.abs() > 2 * tiny), 0)
+    excess = error - (unit / 2 + exact.abs() * 2.0**-11)
+    assert excess.max() <= 0, f"{(error / unit).flatten()[excess.argmax()]:.3f} units at {x.flatten()[excess.argmax()]}"
+
+
+@torch.no_grad()
 def test_sigmoid(backend):
     mean = numbers()
     mean = mean[(mean > -87) | (mean < -104)][:, None]

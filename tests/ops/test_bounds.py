@@ -7,7 +7,11 @@ from tests.guarded import Copies, death, guarded
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
 from tests.ops.inputs import build, sample
 
-BANDS = MBConv(1, (40, 39), cin=17, mid=65, cout=33, reduced=None)  # larger than one band of rows
+# Larger than one band of rows; and windows for Winograd's algorithm.
+MORE: dict[type[Case], list[Case]] = {
+    MBConv: [MBConv(1, (40, 39), cin=17, mid=65, cout=33, reduced=None)],
+    Fused: [Fused(1, (5, 9), cin=25, mid=33, cout=17), Fused(1, (6, 4), cin=24, mid=24, cout=None, residual=True)],
+}
 each_side = pytest.mark.parametrize("at_end", [False, True], ids=["front", "back"])
 
 
@@ -25,7 +29,7 @@ def assert_within(case: Case, dtype: torch.dtype, backend: str, at_end: bool) ->
 @each_side
 @torch.inference_mode()
 def test_grid(kind, dtype, at_end, cpu_backend):
-    cases = (*hostile(kind), BANDS) if kind is MBConv else hostile(kind)
+    cases = [*hostile(kind), *MORE.get(kind, [])]
     jobs = ((str(case), lambda case=case: assert_within(case, dtype, cpu_backend, at_end)) for case in cases)
     assert death(jobs) is None
 

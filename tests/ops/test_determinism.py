@@ -16,6 +16,7 @@ CASES: dict[str, Case] = {
     "depthwise_conv_bn_act": Depthwise(3, (56, 55), c=97, kernel=(5, 5)),
     "squeeze_excite": Squeeze(3, (28, 28), c=240, reduced=10),
     "fused_mbconv": Fused(3, (56, 56), cin=24, mid=96, cout=24, residual=True),
+    "fused_mbconv-odd": Fused(3, (37, 51), cin=32, mid=48, cout=None),
     "fused_mbconv-stem": Fused(3, (112, 112), cin=3, mid=32, cout=None, stride=(2, 2), padding="tf"),
     "mbconv": MBConv(3, (28, 28), cin=40, mid=240, cout=40, kernel=(5, 5), reduced=10, residual=True),
     "mbconv-bands": MBConv(3, (56, 55), cin=24, mid=144, cout=24, kernel=(5, 5), reduced=None, residual=True),

@@ -33,6 +33,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
         Fused(2, (7, 9), cin=17, mid=19, cout=18),
         Fused(2, (7, 9), cin=18, mid=34, cout=18),
         Fused(2, (7, 9), cin=3, mid=19, cout=None, act="relu"),
+        Fused(2, (7, 9), cin=25, mid=37, cout=18, act="relu6"),
+        Fused(2, (8, 6), cin=24, mid=24, cout=None, residual=True),
         MBConv(2, (7, 9), cin=17, mid=35, cout=18, reduced=None),
         MBConv(2, (7, 9), cin=17, mid=35, cout=18),
         MBConv(2, (7, 9), cin=18, mid=34, cout=18),
