@@ -38,7 +38,7 @@ constexpr int kTogether = 4;  // vectors that are activated together
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
 constexpr int kMaxRows = 6;  // 6 x 2 of 16 registers
-constexpr int kTogether = 2;
+constexpr int kTogether = 4;
 #else
 constexpr int kWidth = 4;
 constexpr int kMaxRows = 6;
