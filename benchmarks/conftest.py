@@ -52,7 +52,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         compiled = not metafunc.config.getoption("--no-compile")
         models = metafunc.function.__name__ == "test_model"
-        names = contenders.contender_names(DEVICE, compiled=compiled, models=models)
+        names = contenders.contender_names(
+            DEVICE, compiled=compiled, models=models, autocast=in_16_bits(metafunc.config)
+        )
         metafunc.parametrize("contender", names)
 
 
@@ -84,6 +86,11 @@ def batches(config: pytest.Config, on_cpu: str, on_gpu: str) -> list[int]:
 def dtypes(config: pytest.Config) -> list[str]:
     """The dtypes asked for, by name."""
     return config.getoption("--dtypes").split(",")
+
+
+def in_16_bits(config: pytest.Config) -> bool:
+    """Whether a dtype is asked for that there is autocast to."""
+    return any(dtype != "float32" for dtype in dtypes(config))
 
 
 class ReplayClock:
@@ -121,7 +128,11 @@ class Suite:
         if case.title not in cases:
             compiled = not self.config.getoption("--no-compile")
             names = names or contenders.contender_names(
-                DEVICE, compiled=compiled, with_peers=not case.trains, models=case.level == "model"
+                DEVICE,
+                compiled=compiled,
+                with_peers=not case.trains,
+                models=case.level == "model",
+                autocast=in_16_bits(self.config),
             )
             results = case.measure(names, self.config.getoption("--seconds"))
             self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}

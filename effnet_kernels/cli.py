@@ -109,7 +109,9 @@ def bench(options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype]
     stock = create_model(options.model, options.library).to(device, dtype)
     x = noise(options.batch, size, dtype=dtype, device=device)
-    names = contenders.contender_names(device, compiled=options.compile, with_peers=options.peers, models=True)
+    names = contenders.contender_names(
+        device, compiled=options.compile, with_peers=options.peers, models=True, autocast=dtype != torch.float32
+    )
     if options.peers:  # one that is not installed says how to
         names += [name for name in contenders.PEERS if name not in names]
     case = f"{options.library} {options.model} @{size}, batch {options.batch}, {options.dtype}"

@@ -38,12 +38,17 @@ def ours(backend: str) -> str:
 
 
 def contender_names(
-    device: str = "cpu", *, compiled: bool = True, with_peers: bool = True, models: bool = False
+    device: str = "cpu",
+    *,
+    compiled: bool = True,
+    with_peers: bool = True,
+    models: bool = False,
+    autocast: bool = False,
 ) -> list[str]:
     """The contenders that this environment can field on ``device``; peers run on a CPU.
 
-    Of whole models two more of ours: frozen, as the weights of peers are (on a GPU all are, in a captured graph), and
-    for 16-bit dtypes the float32 model under autocast.
+    Of whole models one more of ours is frozen, as the weights of peers are; on a GPU all are, in a captured graph. With
+    ``autocast`` one more has weights in float32 and runs under autocast to a 16-bit dtype.
     """
     names = [STOCK, CHANNELS_LAST]
     if compiled:
@@ -52,7 +57,7 @@ def contender_names(
         names += [name for name in PEERS if importlib.util.find_spec(name)]
     available = effnet_kernels.backends()
     fielded = [backend for backend in automatic(device) if available[backend][0]]
-    of_models = ["cpu frozen", "cpu autocast"] if models and device == "cpu" and "cpu" in fielded else []
+    of_models = ["cpu frozen", *["cpu autocast"] * autocast] if models and device == "cpu" and "cpu" in fielded else []
     return names + [ours(backend) for backend in (*of_models, *fielded)]
 
 

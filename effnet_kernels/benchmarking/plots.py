@@ -10,7 +10,7 @@ from effnet_kernels.benchmarking.environment import describe, machine
 from effnet_kernels.benchmarking.models import require
 
 _GREYS = ("#4d4d4d", "#7f7f7f", "#a6a6a6", "#c4a484", "#8fa8c8")
-_OURS = ("#c0392b", "#e59866", "#f2c9a1")
+_OURS = ("#c0392b", "#e59866", "#f2c9a1", "#f8e3cc")
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito), and a marker of its own for each.
 _LINES = {
@@ -31,7 +31,7 @@ def pyplot() -> Any:
 
 def draw_cases(axis: Any, cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Horizontal bars of the medians with their quartiles, one group per case, in ms."""
-    names = list(dict.fromkeys(name for results in cases.values() for name in results))
+    names = list(dict.fromkeys(name for results in cases.values() for name in results if "median" in results[name]))
     ours = [name for name in names if name.startswith(OURS)]
     others = [name for name in names if name not in ours]
     colours = dict(zip(others, _GREYS, strict=False)) | dict(zip(ours, _OURS, strict=False))
