@@ -16,7 +16,7 @@ constexpr int64_t kStripFloats = 1 << 14;  // expanded strip: 64 KiB, a small sh
 struct FusedMBConv {
   Packed expand, project;
   Winograd winograd;
-  bool by_winograd;
+  const Usual* usual;  // for each image, where the 3x3 windows go by Winograd's algorithm; or null
 };
 
 // Rows [first, first + n) of the padded input, `width` pixels each, as words [n][width][words of C].
@@ -67,8 +67,9 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   const int64_t sh = p.window.stride_h, sw = p.window.stride_w, mid_channels = f.expand.n;
   const int64_t slices = f.expand.panels(), pixels = rows * ow;
   // Of outputs, with those that fill the last tiles up.
-  const int64_t whole_rows = f.by_winograd ? round_up(rows, 2) : rows,
-                whole_ow = f.by_winograd ? round_up(ow, 2) : ow;
+  const bool by_winograd = f.usual != nullptr;
+  const int64_t whole_rows = by_winograd ? round_up(rows, 2) : rows,
+                whole_ow = by_winograd ? round_up(ow, 2) : ow;
   const int64_t width = max64((whole_ow - 1) * sw + kw, p.window.left), row_words = width * in;
   const int64_t window_rows = (whole_rows - 1) * sh + kh;
   Scratch scratch;
@@ -86,10 +87,11 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
 
   WinogradStrip strip{window, width, in, rows, ow, whole_rows / 2, whole_ow / 2, nullptr, nullptr};
   float* line = nullptr;  // sums of the strip without a projection
-  if (f.by_winograd) {
+  if (by_winograd) {
     strip.operands = scratch.take(kPoints * strip.tiles() * in);
     strip.products = scratch.take(kPoints * strip.tiles() * kSlice);
     if (!project) line = scratch.take(pixels * kSlice);
+    strip.mark(f.usual[image], oy - p.window.top, p.x.size[2], scratch);
     strip.transform();
   }
 
@@ -98,7 +100,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
     const int64_t cols = f.expand.cols(slice), channel = slice * kSlice,
                   n = min64(kSlice, mid_channels - channel);
     float* const of_slice = project ? mid + slice * pixels * kSlice : line;
-    if (f.by_winograd) {
+    if (by_winograd) {
       const int64_t step = project ? kSlice : cols * kWidth;
       strip.convolve(f.expand, f.winograd.weights, slice, p.bn, step,
                      [&](int64_t r) { return of_slice + r * ow * step; });
@@ -135,15 +137,19 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
 }
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {
-  FusedMBConv f{packed_of(p.weight), packed_of(p.project), {}, false};
+  FusedMBConv f{packed_of(p.weight), packed_of(p.project), {}, nullptr};
   const int64_t oh = p.y.size[2], ow = p.y.size[3];
+  Scratch scratch;
   // As many strips as fit the cache, and a whole number for each thread; of whole tiles, whatever the
   // threads.
   int64_t unit = 1, fit = div_up(oh * ow * round_up(f.expand.n, kSlice), kStripFloats);
-  if (p.winograd != nullptr) {
+  if (p.winograd != nullptr && p.x.size[2] * p.x.size[3] >= kWinogradPixels) {
     f.winograd = winograd_as(p.weight.size, p.winograd);
-    f.by_winograd = f.winograd.usable() && meets_all_weights(p.window, p.x, p.y);
-    if (f.by_winograd) unit = 2, fit = div_up(div_up(oh, 2) * div_up(ow, 2), kWinogradTiles);
+    if (f.winograd.usable()) {
+      f.usual = with_type(p.x.type, [&](auto of) { return measure<decltype(of)>(p.x, pool, scratch); });
+      unit = 2;
+      fit = div_up(div_up(oh, 2) * div_up(ow, 2), kWinogradTiles);
+    }
   }
   const int64_t units = div_up(oh, unit), strips = min64(units, round_up(fit, pool.threads));
   parallel(pool, p.x.size[0] * strips, [&](int64_t i) {

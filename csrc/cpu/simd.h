@@ -167,6 +167,12 @@ static inline float sum_lanes(vf v) {
   return total;
 }
 
+static inline bool any(vi lanes) {
+  int32_t all = 0;
+  for (int i = 0; i < kWidth; ++i) all |= lanes[i];
+  return all != 0;
+}
+
 // x limited to [low, high]; NaN stays NaN (the second operand of min and max wins there).
 EFFNET_INLINE vf clamp(vf x, float low, float high) {
 #if defined(__AVX512F__)
@@ -348,6 +354,7 @@ static inline void with_act(int act, const Body& body) {
     case kRelu6:
       return body(Constant<kRelu6>());
     case kSilu:
+    case kShortSilu:
       return body(Constant<kSilu>());
     case kHardswish:
       return body(Constant<kHardswish>());

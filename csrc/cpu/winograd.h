@@ -7,10 +7,11 @@
 // d are 4x4 pixels, g is the window, y are the 2x2 outputs of its places in d. B and A have entries 0, 1 and
 // -1, so the transforms of maps are additions; G g G' is made when weights are packed.
 //
-// Numbers (docs/numerics.md): an output uses the 3x3 pixels of its own window and no other, bit by bit. What
-// is large in a window costs accuracy even where the weight on it is small, so windows are only taken as they
-// come out of training (`evenly_weighted`). Where a sum is not finite it is taken again, tap by tap
-// (`repair`).
+// Numbers (docs/numerics.md): an output uses the 3x3 pixels of its own window and no other, bit by bit. Its
+// error goes with the largest pixel in the window and the largest weight on it, whether the two meet or not.
+// So weights must not grow by their transform (`grow_little`), and outputs that see a pixel far larger than
+// is usual in its channel
+// (`measure`), or whose sums are not finite, are taken tap by tap (`repair`).
 #pragma once
 
 #include "gemm.h"
@@ -24,7 +25,7 @@ constexpr int64_t kWinogradTiles =
 constexpr int64_t kWinogradChannels = 24;  // fewer, and the transforms cost what is saved
 
 // Weights for one panel after the other, [point][C_in][width]; before them a line of flags, one for each
-// panel, which say whether it is evenly weighted.
+// panel, which say whether its weights are fit for it.
 struct Winograd {
   const float* flags;
   Packed weights;  // k: all points
@@ -61,68 +62,62 @@ EFFNET_INLINE void transform_weights(const vdouble (&g)[3], vdouble (&out)[4]) {
   out[3] = g[2];
 }
 
-// Whether a pixel anywhere in a map, its corners included, meets a weight that is not small beside the others
-// of its window: in lanes of one input channel. Otherwise a large pixel might meet only small ones, and the
-// error of the transforms, which goes with the largest, would be out of proportion to every output.
-EFFNET_INLINE vi evenly_weighted(const vf (&g)[3][3]) {
-  constexpr float kSmall = 1.0f / 256;
-  vf size[3][3], largest = {};
-  for (int y = 0; y < 3; ++y)
-    for (int x = 0; x < 3; ++x) {
-      size[y][x] = (vf)((vi)g[y][x] & 0x7fffffff);
-      largest = size[y][x] > largest ? size[y][x] : largest;
-    }
-  vi even = largest <= 1e30f;  // and finite, transformed too
-  for (int y = 0; y < 2; ++y)
-    for (int x = 0; x < 2; ++x) {
-      vf seen = {};  // from a corner
-      for (int i = 0; i < 4; ++i) {
-        const vf other = size[y + i / 2][x + i % 2];
-        even &= other == other;
-        seen = other > seen ? other : seen;
-      }
-      even &= seen >= largest * kSmall;
-    }
-  return even;
-}
+// Squares of an output channel's weights, and of what they are in each of the 2x2 outputs.
+struct Squares {
+  vdouble weights = {}, outputs[2][2] = {};
+
+  // Whether the transform adds little to the rounding errors of the sums: with weights that do not depend on
+  // each other the ratio is 0.7, with all weight on a corner 2.25. And whether the weights are far from the
+  // ends of float32.
+  auto grow_little() const {
+    auto fit = (weights < 1e60) & ((weights == 0) | (weights > 1e-68));
+    for (int y = 0; y < 2; ++y)
+      for (int x = 0; x < 2; ++x) fit &= outputs[y][x] <= 1.25 * weights;
+    return fit;
+  }
+};
 
 template <class T>
 static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_t p, float* flags,
                                 float* data) {
   const int64_t in = weight.size[1], width = w.weights.width(p);
   float* out = data + p * kSlice * w.weights.k;
-  vi even = {};
-  even = even == 0;
+  Squares squares[kVectors];
   for (int64_t i = 0; i < in; ++i) {
     for (int64_t j = 0; j < width; j += kWidth) {
       const int64_t first = p * kSlice + j, valid = min64(kWidth, w.weights.n - first);
-      vf g[3][3];
-      for (int y = 0; y < 3; ++y)
-        for (int x = 0; x < 3; ++x) {
+      Squares& of = squares[j / kWidth];
+      vdouble rows[4][3];  // G g
+      for (int x = 0; x < 3; ++x) {
+        vdouble column[3], turned[4];
+        for (int y = 0; y < 3; ++y) {
           const T* from = static_cast<const T*>(weight.data) + i * weight.stride[1] + y * weight.stride[2] +
                           x * weight.stride[3];
           float lanes[kWidth] = {};
           for (int64_t o = 0; o < valid; ++o) lanes[o] = to_float(from[(first + o) * weight.stride[0]]);
-          g[y][x] = load(lanes);
+          column[y] = __builtin_convertvector(load(lanes), vdouble);
+          of.weights += column[y] * column[y];
         }
-      even &= evenly_weighted(g);
-      vdouble rows[4][3];  // G g
-      for (int x = 0; x < 3; ++x) {
-        vdouble column[3], turned[4];
-        for (int y = 0; y < 3; ++y) column[y] = __builtin_convertvector(g[y][x], vdouble);
         transform_weights(column, turned);
         for (int y = 0; y < 4; ++y) rows[y][x] = turned[y];
       }
       for (int y = 0; y < 4; ++y) {
         vdouble points[4];
         transform_weights(rows[y], points);
-        for (int x = 0; x < 4; ++x)
+        for (int x = 0; x < 4; ++x) {
           store(out + ((y * 4 + x) * in + i) * width + j, __builtin_convertvector(points[x], vf));
+          for (int at = 0; at < 4; ++at)  // the outputs that take this point
+            if (const int oy = at / 2, ox = at % 2; y >= oy && y < oy + 3 && x >= ox && x < ox + 3)
+              of.outputs[oy][ox] += points[x] * points[x];
+        }
       }
     }
   }
   bool all = true;
-  for (int lane = 0; lane < kWidth; ++lane) all = all && even[lane] != 0;
+  for (int64_t j = 0; j < width / kWidth; ++j) {
+    const auto fit = squares[j].grow_little();
+    for (int lane = 0; lane < kWidth; ++lane) all = all && fit[lane] != 0;
+  }
   flags[p] = all ? 1.0f : 0.0f;
 }
 
@@ -134,11 +129,75 @@ static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_
   });
 }
 
-// Whether a pixel anywhere in the map has windows on all sides of it, as evenly_weighted takes it.
-[[maybe_unused]] static bool meets_all_weights(const Window& window, const Tensor4& x, const Tensor4& y) {
-  const int64_t bottom = y.size[2] + 2 - window.top - x.size[2],
-                right = y.size[3] + 2 - window.left - x.size[3];
-  return min64(min64(window.top, window.left), min64(bottom, right)) >= 1 && min64(x.size[2], x.size[3]) >= 2;
+// ---- maps ------------------------------------------------------------------------------------------------
+
+constexpr int64_t kWinogradPixels = 256;  // of a map at least: of fewer one large pixel makes up the mean
+constexpr float kLarge = 12;              // times the root mean square of the channel
+
+// What is usual in an image: for each channel the size up to which pixels are, and for each row whether all
+// are.
+struct Usual {
+  const float* limits;
+  const float* rows;  // 0 where all are
+};
+
+static inline vi size_bits(vf v) { return (vi)v & 0x7fffffff; }  // ordered as sizes are, NaN above all
+
+// Sums of squares of a row's pixels and the bits of the largest, [C] each up to whole vectors.
+template <class T>
+static void measure_row(const Tensor4& x, int64_t image, int64_t y, float* squares, float* largest) {
+  const T* row = at<const T>(x, image) + y * x.stride[2];
+  const int64_t channels = x.size[1];
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t left = min64(kWidth, channels - c);
+    vf sum = {};
+    vi most = {};
+    for (int64_t i = 0; i < x.size[3]; ++i) {
+      const T* pixel = row + i * x.stride[3] + c * x.stride[1];
+      vf v;
+      if (x.stride[1] == 1) {
+        v = load_first(pixel, left);
+      } else {
+        float lanes[kWidth] = {};
+        for (int64_t j = 0; j < left; ++j) lanes[j] = to_float(pixel[j * x.stride[1]]);
+        v = load(lanes);
+      }
+      const vi size = size_bits(v);
+      most = size > most ? size : most;
+      sum += (vf)((vi)(v * v) & (v * v < 1e36f));  // what is too large to be squared is large in any case
+    }
+    store(squares + c, sum);
+    store(largest + c, (vf)most);
+  }
+}
+
+// The same for whole images, row by row and in one order; memory is the caller's.
+template <class T>
+static const Usual* measure(const Tensor4& x, const Pool& pool, Scratch& scratch) {
+  const int64_t images = x.size[0], h = x.size[2], padded = round_up(x.size[1], kWidth);
+  float* squares = scratch.take(images * h * padded);
+  float* largest = scratch.take(images * h * padded);
+  float* limits = scratch.take(images * padded);
+  float* rows = scratch.take(images * h);
+  auto* usual = reinterpret_cast<Usual*>(scratch.take(images * (sizeof(Usual) / sizeof(float))));
+  parallel(pool, images * h,
+           [&](int64_t i) { measure_row<T>(x, i / h, i % h, squares + i * padded, largest + i * padded); });
+  for (int64_t image = 0; image < images; ++image) {
+    float* limit = limits + image * padded;
+    for (int64_t c = 0; c < padded; ++c) {
+      float sum = 0;
+      for (int64_t y = 0; y < h; ++y) sum += squares[(image * h + y) * padded + c];
+      limit[c] = kLarge * std::sqrt(sum / static_cast<float>(h * x.size[3]));
+    }
+    for (int64_t y = 0; y < h; ++y) {
+      vi large = {};
+      for (int64_t c = 0; c < padded; c += kWidth)
+        large |= (vi)load(largest + (image * h + y) * padded + c) > (vi)load(limit + c);
+      rows[image * h + y] = any(large) ? 1.0f : 0.0f;
+    }
+    usual[image] = {limit, rows + image * h};
+  }
+  return usual;
 }
 
 // B' d of four values.
@@ -198,6 +257,7 @@ struct WinogradStrip {
   int64_t rows, ow;  // of outputs
   int64_t tiles_h, tiles_w;
   float *operands, *products;
+  uint8_t* large = nullptr;  // of each output, whether its window has a large pixel; null where none has
 
   int64_t tiles() const { return tiles_h * tiles_w; }
 
@@ -215,6 +275,28 @@ struct WinogradStrip {
             from + c, width * in, in, to + c, tiles() * in,
             [&](const float* p) { return load_first(p, left); },
             [&](float* p, vf v) { store_first(p, v, left); });
+    }
+  }
+
+  // Finds the outputs that see a large pixel; row `first` of the map is the first of the window.
+  void mark(const Usual& usual, int64_t first, int64_t h, Scratch& scratch) {
+    const int64_t window_rows = 2 * tiles_h + 2;
+    bool some = false;
+    for (int64_t y = max64(0, first); y < min64(h, first + window_rows); ++y) some |= usual.rows[y] != 0;
+    if (!some) return;
+    large = reinterpret_cast<uint8_t*>(scratch.take(div_up(rows * ow, 4)));
+    std::memset(large, 0, rows * ow);
+    for (int64_t y = max64(0, -first); y < min64(h - first, window_rows); ++y) {
+      if (usual.rows[first + y] == 0) continue;
+      for (int64_t x = 0; x < width; ++x) {
+        vi found = {};
+        for (int64_t c = 0; c < in; c += kWidth)
+          found |=
+              size_bits(load_first(window + (y * width + x) * in + c, in - c)) > (vi)load(usual.limits + c);
+        if (!any(found)) continue;
+        for (int64_t r = max64(0, y - 2); r <= min64(rows - 1, y); ++r)
+          for (int64_t o = max64(0, x - 2); o <= min64(ow - 1, x); ++o) large[r * ow + o] = 1;
+      }
     }
   }
 
@@ -240,7 +322,8 @@ struct WinogradStrip {
       spoilt += sum * 0.0f;
       store(row(r) + x * step + j, sum * load(scale + j) + load(shift + j));
     });
-    if (sum_lanes(spoilt) != 0) repair(direct, panel, scale, shift, n, step, row);
+    const bool finite = sum_lanes(spoilt) == 0;
+    if (large != nullptr || !finite) repair(direct, panel, scale, shift, n, step, row, finite);
   }
 
  private:
@@ -261,20 +344,31 @@ struct WinogradStrip {
     }
   }
 
-  // Sums that are not finite, tap by tap: one infinity in a window gives an infinity there, and here a
-  // difference of two.
+  // Outputs that see a large pixel, and those with a sum that is not finite (one infinity in a window gives
+  // an infinity there, and here a difference of two), tap by tap.
   template <class Row>
   void repair(const Packed& direct, int64_t panel, const float* scale, const float* shift, int64_t n,
-              int64_t step, const Row& row) const {
+              int64_t step, const Row& row, bool finite) const {
+    Scratch scratch;
+    auto* bad = reinterpret_cast<uint8_t*>(scratch.take(div_up(rows * ow, 4)));
+    if (large != nullptr)
+      std::memcpy(bad, large, rows * ow);
+    else
+      std::memset(bad, 0, rows * ow);
+    if (!finite)
+      each_output(n, [&](int64_t r, int64_t x, int64_t, vf sum) {
+        if (sum_lanes(sum * 0.0f) != 0) bad[r * ow + x] = 1;
+      });
     const Taps taps{3, width * in, 3 * in, 3 * in};
-    each_output(n, [&](int64_t r, int64_t x, int64_t j, vf sum) {
-      const vi finite = sum * 0.0f == 0.0f;
-      alignas(64) float c[kSlice];
-      run_tile<float>(1, direct.cols(panel), window + (r * width + x) * in, in, taps, direct.panel(panel),
-                      scale, shift, c, n);
-      float* to = row(r) + x * step + j;
-      store(to, finite ? load(to) : load(c + j));
-    });
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t x = 0; x < ow;) {
+        int64_t end = x;
+        while (end < min64(ow, x + kMaxRows) && bad[r * ow + end] != 0) ++end;
+        if (end > x)
+          run_tile<float>(end - x, direct.cols(panel), window + (r * width + x) * in, in, taps,
+                          direct.panel(panel), scale, shift, row(r) + x * step, step);
+        x = max64(end, x + 1);
+      }
   }
 };
 

@@ -10,7 +10,7 @@ from tests.ops.inputs import build, sample
 # Larger than one band of rows; and windows for Winograd's algorithm.
 MORE: dict[type[Case], list[Case]] = {
     MBConv: [MBConv(1, (40, 39), cin=17, mid=65, cout=33, reduced=None)],
-    Fused: [Fused(1, (5, 9), cin=25, mid=33, cout=17), Fused(1, (6, 4), cin=24, mid=24, cout=None, residual=True)],
+    Fused: [Fused(1, (16, 17), cin=25, mid=33, cout=17), Fused(1, (20, 13), cin=24, mid=24, cout=None)],
 }
 each_side = pytest.mark.parametrize("at_end", [False, True], ids=["front", "back"])
 
