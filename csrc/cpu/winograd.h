@@ -10,8 +10,7 @@
 // Numbers (docs/numerics.md): an output uses the 3x3 pixels of its own window and no other, bit by bit. Its
 // error goes with the largest pixel in the window and the largest weight on it, whether the two meet or not.
 // So weights must not grow by their transform (`grow_little`), and outputs that see a pixel far larger than
-// is usual in its channel
-// (`measure`), or whose sums are not finite, are taken tap by tap (`repair`).
+// is usual in its channel (`measure`), or whose sums are not finite, are taken tap by tap (`repair`).
 #pragma once
 
 #include "gemm.h"
@@ -19,9 +18,8 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
-constexpr int64_t kPoints = 16;  // products for a tile of 2x2 outputs
-constexpr int64_t kWinogradTiles =
-    64;  // of a strip, about: their operands share the L2 with a panel of weights
+constexpr int64_t kPoints = 16;            // products for a tile of 2x2 outputs
+constexpr int64_t kWinogradTiles = 64;     // of a strip, about: they share the L2 with a panel of weights
 constexpr int64_t kWinogradChannels = 24;  // fewer, and the transforms cost what is saved
 
 // Weights for one panel after the other, [point][C_in][width]; before them a line of flags, one for each
@@ -37,9 +35,10 @@ struct Winograd {
   }
 };
 
+static inline int64_t flags_of(int64_t channels) { return round_up(div_up(channels, kSlice), kCacheLine); }
+
 static inline Winograd winograd_as(const int64_t (&size)[4], const float* data) {
-  const int64_t flags = round_up(div_up(size[0], kSlice), kCacheLine);
-  return {data, {data + flags, size[0], kPoints * size[1]}};
+  return {data, {data + flags_of(size[0]), size[0], kPoints * size[1]}};
 }
 
 // The floats that pack_winograd fills for a weight [O][I][KH][KW]; none where this algorithm is not for it.
@@ -48,8 +47,7 @@ static inline Winograd winograd_as(const int64_t (&size)[4], const float* data) 
       weight.size[2] == 3 && weight.size[3] == 3 && window.stride_h == 1 && window.stride_w == 1;
   if (!fits || min64(weight.size[0], weight.size[1]) < kWinogradChannels) return 0;
   if (with_type(weight.type, [](auto of) { return kPairs<decltype(of)>; })) return 0;
-  const Winograd w = winograd_as(weight.size, nullptr);
-  return (w.weights.data - w.flags) + w.weights.floats();
+  return flags_of(weight.size[0]) + Packed{nullptr, weight.size[0], kPoints * weight.size[1]}.floats();
 }
 
 typedef double vdouble __attribute__((vector_size(kWidth * 8)));
@@ -124,7 +122,7 @@ static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_
 [[maybe_unused]] static void pack_winograd(const Tensor4& weight, float* data, const Pool& pool) {
   const Winograd w = winograd_as(weight.size, data);
   parallel(pool, w.weights.panels(), [&](int64_t p) {
-    float* const panels = data + (w.weights.data - w.flags);
+    float* const panels = data + flags_of(weight.size[0]);
     with_type(weight.type, [&](auto of) { pack_winograd_panel<decltype(of)>(weight, w, p, data, panels); });
   });
 }
@@ -134,8 +132,7 @@ static void pack_winograd_panel(const Tensor4& weight, const Winograd& w, int64_
 constexpr int64_t kWinogradPixels = 256;  // of a map at least: of fewer one large pixel makes up the mean
 constexpr float kLarge = 12;              // times the root mean square of the channel
 
-// What is usual in an image: for each channel the size up to which pixels are, and for each row whether all
-// are.
+// What is usual in an image: up to which size the pixels of each channel are, and in which rows all are.
 struct Usual {
   const float* limits;
   const float* rows;  // 0 where all are
