@@ -50,12 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
-        compiled = not metafunc.config.getoption("--no-compile")
         models = metafunc.function.__name__ == "test_model"
-        names = contenders.contender_names(
-            DEVICE, compiled=compiled, models=models, autocast=in_16_bits(metafunc.config)
-        )
-        metafunc.parametrize("contender", names)
+        metafunc.parametrize("contender", fielded(metafunc.config, models=models))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -88,9 +84,15 @@ def dtypes(config: pytest.Config) -> list[str]:
     return config.getoption("--dtypes").split(",")
 
 
-def in_16_bits(config: pytest.Config) -> bool:
-    """Whether a dtype is asked for that there is autocast to."""
-    return any(dtype != "float32" for dtype in dtypes(config))
+def fielded(config: pytest.Config, *, models: bool, with_peers: bool = True) -> list[str]:
+    """The contenders of cases of the dtypes asked for; of whole models there are more."""
+    return contenders.contender_names(
+        DEVICE,
+        compiled=not config.getoption("--no-compile"),
+        with_peers=with_peers,
+        models=models,
+        autocast=any(dtype != "float32" for dtype in dtypes(config)),
+    )
 
 
 class ReplayClock:
@@ -126,14 +128,7 @@ class Suite:
         """
         cases = self.levels.setdefault(case.level, {})
         if case.title not in cases:
-            compiled = not self.config.getoption("--no-compile")
-            names = names or contenders.contender_names(
-                DEVICE,
-                compiled=compiled,
-                with_peers=not case.trains,
-                models=case.level == "model",
-                autocast=in_16_bits(self.config),
-            )
+            names = names or fielded(self.config, models=case.level == "model", with_peers=not case.trains)
             results = case.measure(names, self.config.getoption("--seconds"))
             self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}
             if DEVICE == "cuda":
