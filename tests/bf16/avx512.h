@@ -1,6 +1,6 @@
-// AVX-512 in AVX2, FMA and F16C, for a processor that has no more: what csrc/cpu and instructions.h use of
-// it, and some that csrc/cpu may come to use; test_avx512.py holds it against exact arithmetic. The rest of a
-// build for AVX-512 is in vectors of 64 bytes, which GCC makes of two of 32 by itself.
+// AVX-512 in AVX2, FMA and F16C, for a processor that has no more: what csrc/cpu, instructions.h and
+// test_avx512.py use of it, which holds it against exact arithmetic. The rest of a build for AVX-512 is in
+// vectors of 64 bytes, which GCC makes of two of 32 by itself.
 #pragma once
 
 #include <immintrin.h>
@@ -124,10 +124,6 @@ inline __m512 scalef_ps(__m512 a, __m512 b) {
   return a;
 }
 
-inline __m512i cvtps_epi32(__m512 a) {
-  return (__m512i)by_halves([](__m256 x) { return (__m256)_mm256_cvtps_epi32(x); }, a);
-}
-
 inline __m512 cvtph_ps(__m256i a) {
   const __m128i half[2] = {_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)};
   Floats result;
@@ -169,7 +165,6 @@ inline __m512 maskz_mov_ps(__mmask16 mask, __m512 a) { return maskz_loadu_ps(mas
 #undef _mm512_reduce_ps
 #define _mm512_and_si512 avx512_emulation::and_si512
 #define _mm512_cvtph_ps avx512_emulation::cvtph_ps
-#define _mm512_cvtps_epi32 avx512_emulation::cvtps_epi32
 #define _mm512_cvtps_ph(values, rounding) avx512_emulation::cvtps_ph<(rounding)>(values)
 #define _mm512_fmadd_ps avx512_emulation::fmadd_ps
 #define _mm512_fmadd_round_ps avx512_emulation::fmadd_round_ps

@@ -39,10 +39,6 @@ void vscalefps(const float* a, const float* b, float* to) {
   _mm512_storeu_ps(to, _mm512_scalef_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
 }
 
-void vcvtps2dq(const float* from, int32_t* to) {
-  _mm512_storeu_si512(to, _mm512_cvtps_epi32(_mm512_loadu_ps(from)));
-}
-
 void vcvtph2ps(const uint16_t* from, float* to) {
   __m256i halves;
   std::memcpy(&halves, from, sizeof(halves));
