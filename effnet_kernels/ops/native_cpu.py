@@ -104,8 +104,9 @@ def _keep(into: Recording, op: str, outs: tuple[Tensor, ...], arguments: dict[st
     keep, pack = (getattr(_native, f"{what}_{op}").default for what in ("keep", "pack"))
     if any(t.is_neg() or t.is_conj() for t in sources):
         return None
-    fixed = (a for name, a in constants.items() if isinstance(a, float) or name == "stride")
-    settings = (op, outs[0].dtype, native.instruction_set(), *map(str, fixed))
+    # What constants depend on beside the sources: epsilons, and the stride, which decides about Winograd's algorithm.
+    epsilons = (a for a in constants.values() if isinstance(a, float))
+    settings = (op, outs[0].dtype, native.instruction_set(), *epsilons, *constants.get("stride", ()))
     alike = settings, [*map(id, sources)]
     known = [call for call in into.known if (call.settings, [*map(id, call.sources)]) == alike]
     for call in known:

@@ -12,7 +12,7 @@ from torch import Tensor
 class Call(NamedTuple):
     """A native call from one map to the next, in a form to be repeated: csrc/bindings_cpu_program.h."""
 
-    settings: tuple[Any, ...]  # what it was packed by: op, dtype of the maps, instruction set, epsilons
+    settings: tuple[Any, ...]  # what it was packed by: op, dtype of the maps, instruction set, epsilons, stride
     sources: list[Tensor]  # all tensors that it was made of, as the modules hold them
     memory: list[Tensor]  # where they were then, and how they lay there
     table: Tensor  # what was in it

@@ -108,6 +108,19 @@ def test_every_change_is_noticed(change, block, x):
     assert got.shape != before.shape or not torch.equal(got, before), "the change changed nothing"
 
 
+@torch.inference_mode()
+def test_what_decides_about_the_algorithm_is_noticed():
+    """Stride and weights do, for dense 3x3 windows; what was packed for one is of no use for the other."""
+    block = randomize(ek.FusedMBConv(24, 24, exp_ratio=2.0, noskip=True, act_layer=nn.SiLU)).eval()
+    x = images(2, 18, 24).to(memory_format=torch.channels_last)
+    weight = block.conv_exp.weight.clone()
+    for stride, taps in ((1, 3), (2, 3), (1, 3), (1, 1), (2, 1), (1, 1), (1, 3)):
+        block.conv_exp.stride = (stride, stride)
+        block.conv_exp.weight.zero_()[..., :taps, :taps] = weight[..., :taps, :taps]
+        for _ in range(2):
+            assert torch.equal(block(x), the_long_way(block, x)), (stride, taps)
+
+
 def test_training_mode_is_noticed(block, x):
     warm(block, x)
     reference = copy.deepcopy(block)
