@@ -20,6 +20,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Barrier `id`, 1 to 15, of `threads` threads of the block: whole warps, whichever come. (0 is __syncthreads.)
+__device__ __forceinline__ void bar_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Starts copying 16 bytes of global into shared memory, past the registers and the L1. Both addresses are
 // multiples of 16. Only the first `valid_bytes` (0 to 16) are read; the others arrive as zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid_bytes = 16) {

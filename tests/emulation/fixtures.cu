@@ -218,6 +218,38 @@ __global__ void double_buffer(const float* in, float* out, int n) {
   for (int i = 0; i < 4; ++i) out[neighbours + i] = sums[i];
 }
 
+// out[i] is three times what in has mirrored in its 64 elements: two warps exchange them, three times in the
+// same memory, while the other two of the block do the same on their own. kMissing: a barrier that is not
+// there; kWarps: what it is of.
+template <int kMissing, int kWarps>
+__global__ void teams(const float* in, float* out, int) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  float* values = reinterpret_cast<float*>(shared_memory) + threadIdx.x / 64 * 64;
+  const int i = threadIdx.x % 64, id = 1 + threadIdx.x / (32 * kWarps);
+  float sum = 0;
+  for (int step = 0; step < 3; ++step) {
+    values[i] = in[threadIdx.x];
+    if (kMissing != 1) bar_sync(id, 32 * kWarps);
+    sum += values[63 - i];
+    if (kMissing != 2) bar_sync(id, 32 * kWarps);
+  }
+  out[threadIdx.x] = sum;
+}
+
+// What the first warp wrote reaches the third by way of the second, which has met both.
+template <bool kSecond>
+__global__ void relay(const float* in, float* out, int) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  float* values = reinterpret_cast<float*>(shared_memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 0) values[lane] = in[lane];
+  if (warp <= 1) bar_sync(1, 64);
+  if (kSecond && (warp == 1 || warp == 2)) bar_sync(2, 64);
+  if (warp == 2) out[lane] = values[lane];
+}
+
+__global__ void team_of_two_sizes(const float*, float*, int) { bar_sync(1, threadIdx.x < 32 ? 64 : 96); }
+
 __global__ void approximations(const float* in, float* out, int n) {
   n /= 4;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -401,6 +433,13 @@ constexpr Fixture kFixtures[] = {
     {"double_buffer", double_buffer<1, true>},
     {"double_buffer_waits_for_too_little", double_buffer<2, true>},
     {"double_buffer_without_barrier", double_buffer<1, false>},
+    {"teams", teams<0, 2>},
+    {"teams_without_the_first_barrier", teams<1, 2>},
+    {"teams_without_the_second_barrier", teams<2, 2>},
+    {"teams_of_one_warp", teams<0, 1>},
+    {"relay", relay<true>},
+    {"relay_without_the_last", relay<false>},
+    {"team_of_two_sizes", team_of_two_sizes},
     {"approximations", approximations},
     {"copy", copy},
     {"write_outside_global", write_outside_global},

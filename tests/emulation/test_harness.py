@@ -108,6 +108,13 @@ def test_votes(emulation):
     assert wrong(emulation, "votes", np.full(256, -1), expected) == 0
 
 
+def test_barriers_of_some_warps(emulation):
+    values = integers(2, 64)
+    assert wrong(emulation, "teams", values, 3 * values[:, ::-1], threads=128, dynamic_shared=512) == 0
+    values = integers(32)
+    assert wrong(emulation, "relay", values, values, threads=128, dynamic_shared=128) == 0
+
+
 # ---- tensor cores, asynchronous copies, approximations ---------------------------------------------------------
 
 
@@ -184,6 +191,10 @@ def order(request, emulation):
             "warp_reverse_without_barrier",
             rf"{ACCESS}.* that thread .* (read|wrote) at .*, without a barrier in between",
         ),
+        ("teams_without_the_first_barrier", rf"{ACCESS}.* that .*threads? .* (read|wrote)"),
+        ("teams_without_the_second_barrier", rf"{ACCESS}.* that .*threads? .* (read|wrote)"),
+        ("teams_of_one_warp", rf"{ACCESS}.* that thread .* (read|wrote)"),
+        ("relay_without_the_last", rf"{ACCESS}.* that thread .* (read|wrote)"),
         ("double_buffer_waits_for_too_little", r"accesses shared memory at .* to which a cp.async is under way"),
         ("double_buffer_without_barrier", r"without a barrier in between|a cp.async is under way"),
         ("halves_twice", rf"{ACCESS}.* that thread .* wrote"),
@@ -194,7 +205,7 @@ def order(request, emulation):
     ],
 )
 def test_a_race_is_found_whatever_the_order(emulation, name, message, order):
-    threads = 32 if "double_buffer" in name or "lane" in name else 64
+    threads = 128 if "team" in name or "relay" in name else 32 if "double_buffer" in name or "lane" in name else 64
     with pytest.raises(RuntimeError, match=message):
         launch(emulation, name, np.ones(640), 128, seed=order, threads=threads, dynamic_shared=1024)
 
@@ -303,6 +314,7 @@ CALL = r"at \S*fixtures\.cu:\d+"
             rf"block \(0, 0, 0\): deadlock.*thread \(0, 0, 0\) waits in __syncthreads {CALL}",
         ),
         ("barrier_against_warp", rf"deadlock.*thread \(16, 0, 0\) waits in __syncwarp {CALL}, with 127 others"),
+        ("team_of_two_sizes", rf"{HERE} waits in bar_sync {CALL} with \d+ threads while thread .* waits with"),
         ("lane_returned", r"__shfl_xor_sync.*thread \(37, 0, 0\) has returned|\(37, 0, 0\) returned while thread"),
         ("mask_without_caller", r"calls __shfl_xor_sync .*whose mask 0x7fffffff lacks this lane, 31"),
         ("masks_differ", rf"{HERE} calls __shfl_xor_sync .*with the mask 0x\w+ while thread"),

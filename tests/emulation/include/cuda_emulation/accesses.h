@@ -41,6 +41,7 @@ class Accesses {
   void begin_thread(int thread) { thread_ = thread; }
   void barrier() { ++epoch_; }
   void warp_barrier(int warp, unsigned lanes);
+  void barrier_of_warps(unsigned warps);
 
   // ---- called by the kernel ----
 
@@ -61,14 +62,14 @@ class Accesses {
 
  private:
   // What has happened to some bytes. Epochs are numbered by the barriers of blocks, and times within them by
-  // those of a warp.
+  // those of warps: an access has the time of the last one that its warp has passed.
   struct Cell {
     std::uint32_t write_epoch = 0, write_time = 0, write_pc = 0;
     std::uint32_t read_epoch = 0, read_time = 0, read_pc = 0;
-    std::uint32_t lanes = 0;  // of read_warp, that have read without a barrier of the warp since
+    std::uint32_t readers = 0;  // the lanes of read_warp, or warps, that have read without a barrier since
     std::uint16_t writer = 0;
     std::uint8_t read_warp = 0;
-    bool several = false;  // warps have read
+    bool several = false;  // readers are warps
   };
   struct Shadow;
   struct Request {
@@ -84,6 +85,7 @@ class Accesses {
   void visit(const unsigned char* pointer, std::size_t bytes, bool write, const void* pc);
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);
   bool ordered(int lane, std::uint32_t time) const { return known_[thread_ / 32][thread_ % 32][lane] > time; }
+  bool warp_ordered(int warp, std::uint32_t time) const { return known_warps_[thread_ / 32][warp] > time; }
   void check(const Cell& cell, bool write, std::uint32_t pc);
   void record(Cell& cell, bool write, std::uint32_t pc);
   void check_copy(std::size_t word, std::uint32_t pc);
@@ -94,9 +96,10 @@ class Accesses {
 
   int thread_ = -1;  // that runs; -1: none
   pthread_t owner_{};
-  std::uint32_t epoch_ = 0, block_ = 0;
+  std::uint32_t epoch_ = 0, block_ = 0, time_ = 0;
   std::uint32_t times_of_warps_[32] = {};
-  std::uint32_t known_[32][32][32] = {};  // of a warp: up to when a lane has what another did behind it
+  std::uint32_t known_[32][32][32] = {};    // of a warp: up to when a lane has what another did behind it
+  std::uint32_t known_warps_[32][32] = {};  // up to when a warp has what another did behind it
   std::shared_ptr<Shadow> shadow_;
   const unsigned char *shared_begin_ = nullptr, *shared_end_ = nullptr;
 

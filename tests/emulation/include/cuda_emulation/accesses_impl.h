@@ -89,7 +89,7 @@ void Accesses::visit_shared(std::size_t offset, std::size_t bytes, bool write, s
 
 // Vector clocks: who meets knows of all what any of them knew.
 void Accesses::warp_barrier(int warp, unsigned lanes) {
-  const std::uint32_t time = ++times_of_warps_[warp];
+  const std::uint32_t time = times_of_warps_[warp] = ++time_;
   std::uint32_t joined[32] = {};
   for (int b = 0; b < 32; ++b) {
     for (int a = 0; a < 32; ++a)
@@ -100,17 +100,36 @@ void Accesses::warp_barrier(int warp, unsigned lanes) {
     if (lanes >> a & 1) std::copy(joined, joined + 32, known_[warp][a]);
 }
 
+void Accesses::barrier_of_warps(unsigned warps) {
+  std::uint32_t joined[32] = {};
+  for (int warp = 0; warp < 32; ++warp) {
+    if (!(warps >> warp & 1)) continue;
+    warp_barrier(warp, 0xffffffff);
+    for (int other = 0; other < 32; ++other)
+      joined[other] = std::max(joined[other], known_warps_[warp][other]);
+  }
+  for (int warp = 0; warp < 32; ++warp)
+    if (warps >> warp & 1) joined[warp] = times_of_warps_[warp];
+  for (int warp = 0; warp < 32; ++warp)
+    if (warps >> warp & 1) std::copy(joined, joined + 32, known_warps_[warp]);
+}
+
 void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {
-  const int warp = thread_ / 32;
+  const int warp = thread_ / 32, writers = cell.writer / 32;
   if (cell.write_epoch == epoch_ && cell.writer != thread_ &&
-      (cell.writer / 32 != warp || !ordered(cell.writer % 32, cell.write_time)))
+      !(writers == warp ? ordered(cell.writer % 32, cell.write_time)
+                        : warp_ordered(writers, cell.write_time)))
     race(write, pc, cell.writer, "", true, cell.write_pc);
   if (!write || cell.read_epoch != epoch_) return;
-  if (cell.several) race(write, pc, -1, "threads of several warps", false, cell.read_pc);
-  for (std::uint32_t rest = cell.lanes; rest != 0; rest &= rest - 1) {
-    const int lane = __builtin_ctz(rest);
-    if (cell.read_warp != warp || (lane != thread_ % 32 && !ordered(lane, cell.read_time)))
-      race(write, pc, 32 * cell.read_warp + lane, "", false, cell.read_pc);
+  for (std::uint32_t rest = cell.readers; rest != 0; rest &= rest - 1) {
+    const int reader = __builtin_ctz(rest);
+    if (cell.several) {
+      if (!warp_ordered(reader, cell.read_time))
+        race(write, pc, -1, "threads of several warps", false, cell.read_pc);
+    } else if (cell.read_warp != warp ? !warp_ordered(cell.read_warp, cell.read_time)
+                                      : reader != thread_ % 32 && !ordered(reader, cell.read_time)) {
+      race(write, pc, 32 * cell.read_warp + reader, "", false, cell.read_pc);
+    }
   }
 }
 
@@ -123,18 +142,27 @@ void Accesses::record(Cell& cell, bool write, std::uint32_t pc) {
     return;
   }
   if (cell.read_epoch != epoch_) {
-    cell.read_warp = static_cast<std::uint8_t>(warp);
-    cell.lanes = 0;
+    cell.readers = 0;
     cell.several = false;
-  } else if (cell.read_warp != warp) {
-    cell.several = true;
-    return;
+  } else if (cell.several || cell.read_warp != warp) {
+    // Who has read, forgetting the warps that this one has behind it: whoever comes after it comes after
+    // them.
+    std::uint32_t warps = cell.several ? cell.readers : 1u << cell.read_warp;
+    for (std::uint32_t rest = warps; rest != 0; rest &= rest - 1)
+      if (warp_ordered(__builtin_ctz(rest), cell.read_time)) warps &= ~(rest & -rest);
+    cell.several = warps != 0;
+    cell.readers = cell.several ? warps | 1u << warp : 0;
+    if (cell.several) {
+      cell.read_time = std::max(cell.read_time, time);
+      return;
+    }
   } else if (cell.read_time != time) {
-    for (std::uint32_t rest = cell.lanes; rest != 0; rest &= rest - 1)
-      if (ordered(__builtin_ctz(rest), cell.read_time)) cell.lanes &= ~(rest & -rest);
+    for (std::uint32_t rest = cell.readers; rest != 0; rest &= rest - 1)
+      if (ordered(__builtin_ctz(rest), cell.read_time)) cell.readers &= ~(rest & -rest);
   }
+  cell.read_warp = static_cast<std::uint8_t>(warp);
   cell.read_epoch = epoch_, cell.read_time = time, cell.read_pc = pc;
-  cell.lanes |= lane;
+  cell.readers |= lane;
 }
 
 void Accesses::start_copy(const void* shared, const void* global, int valid_bytes, const void* pc) {

@@ -106,6 +106,10 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block_memory.dynamic());
 }
 
+inline void bar_sync(int id, int threads, CUDA_EMULATION_CALLER) {
+  scheduler.barrier_of(id, threads, {"bar_sync", file, line});
+}
+
 // Until a wait the data are not there, and what was there is lost.
 CUDA_EMULATION_HOST_CODE inline void cp_async_16(void* shared, const void* global, int valid_bytes = 16) {
   check_shared(shared, 16, "cp.async");

@@ -119,6 +119,9 @@ class Scheduler {
   // Barrier of the whole block. Returns over how many threads the predicate holds.
   int barrier(bool predicate, const Site& site);
 
+  // Barrier `id`, 1 to 15, of so many threads: whole warps, whichever come.
+  void barrier_of(int id, int threads, const Site& site);
+
   // Waits for all lanes of the mask to make the same call; then `perform` is called once with all their
   // operands.
   void collective(unsigned mask, void* operands, void (*perform)(void* const* operands, unsigned mask),
@@ -205,6 +208,10 @@ class Scheduler {
     int arrived = 0, holds = 0, result = 0;
     const Thread* first = nullptr;
   } barrier_;
+  struct {
+    int threads = 0;
+    std::vector<Thread*> waiting;
+  } named_barriers_[16];
   ReadyQueue ready_;
   std::vector<AsyncCopies> copies_ = std::vector<AsyncCopies>(kMaxThreads);
   Thread* current_ = nullptr;

@@ -43,6 +43,37 @@ int Scheduler::barrier(bool predicate, const Site& site) {
   return barrier_.result;
 }
 
+void Scheduler::barrier_of(int id, int threads, const Site& site) {
+  if (forgotten(site)) return;
+  Thread& self = current();
+  self.state = State::kAtBarrier;
+  self.site = site;
+  if (id < 1 || id > 15 || threads < 32 || threads > count_ || threads % 32 != 0)
+    fail("calls %s as barrier %d of %d threads", site.text().c_str(), id, threads);
+  auto& barrier = named_barriers_[id];
+  if (barrier.waiting.empty()) barrier.threads = threads;
+  if (barrier.threads != threads)
+    fail("waits in %s with %d threads while %s waits with %d", site.text().c_str(), threads,
+         name(*barrier.waiting[0]).c_str(), barrier.threads);
+  for (const Thread* other : barrier.waiting)
+    if (!(other->site == site))
+      fail("waits in %s while %s waits in %s", site.text().c_str(), name(*other).c_str(),
+           other->site.text().c_str());
+  barrier.waiting.push_back(&self);
+  if (static_cast<int>(barrier.waiting.size()) < threads) return leave();
+
+  unsigned warps = 0;
+  for (const Thread* thread : barrier.waiting) warps |= 1u << thread->warp;
+  if (32 * __builtin_popcount(warps) != threads)
+    fail("waits in %s with a part of a warp", site.text().c_str());
+  accesses.barrier_of_warps(warps);
+  stalled_ = 0;
+  if (!natural_) random_.shuffle(barrier.waiting.begin(), static_cast<std::uint32_t>(barrier.waiting.size()));
+  for (Thread* thread : barrier.waiting) ready(*thread);
+  barrier.waiting.clear();
+  leave();
+}
+
 void Scheduler::collective(unsigned mask, void* operands, void (*perform)(void* const*, unsigned),
                            const Site& site) {
   if (perform == warp_barrier && forgotten(site)) return;
@@ -298,6 +329,7 @@ void Scheduler::run_block() {
   }
   finished_ = 0;
   barrier_ = {};
+  for (auto& barrier : named_barriers_) barrier.waiting.clear();
   accesses.begin_block();
   ready_all();
   Thread* first = next();
