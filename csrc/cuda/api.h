@@ -185,6 +185,9 @@ struct FusedMBConvParams {
 };
 // `shared_limit`: bytes of shared memory that a block may have.
 Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
+// The same for 16 bits and some channels, fused_mbconv_resident.cu: what it calls where that serves.
+bool fused_mbconv_resident_serves(const FusedMBConvParams& p, int shared_limit);
+Status launch_fused_mbconv_resident(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
 
 // ---- train_depthwise.cu, train_depthwise_backward.cu -----------------------------------------------------
 

@@ -292,6 +292,8 @@ Status launch_tile(const FusedMBConvParams& p, int shared_limit, cudaStream_t st
 
 Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream) {
   if (p.n * p.oh * p.ow == 0 || p.c_out == 0) return {};
+  if (fused_mbconv_resident_serves(p, shared_limit))
+    return launch_fused_mbconv_resident(p, shared_limit, stream);
   return with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (p.project == nullptr)

@@ -29,6 +29,20 @@ PARTS = [
     Fused(1, (11, 13), cin=200, mid=72, cout=70, stride=(2, 2)),
     Fused(1, (9, 9), cin=168, mid=24, cout=None, kernel=(5, 5), stride=(2, 2)),
 ]
+# Those whose weights stay in shared memory, or in registers; tiles are of 8 x 8.
+RESIDENT = [
+    Fused(3, (17, 9), cin=24, mid=24, cout=None, residual=True),
+    Fused(2, (9, 18), cin=32, mid=32, cout=None, residual=True, act="relu"),
+    Fused(2, (8, 25), cin=32, mid=16, cout=None, act="hardswish"),
+    Fused(2, (33, 18), cin=16, mid=64, cout=32, stride=(2, 2)),
+    Fused(3, (35, 17), cin=24, mid=96, cout=48, stride=(2, 2), padding="tf"),
+    Fused(2, (17, 10), cin=32, mid=128, cout=32, residual=True),
+    Fused(2, (31, 34), cin=32, mid=128, cout=48, stride=(2, 2), padding="tf"),
+    Fused(1, (34, 33), cin=32, mid=128, cout=64, stride=(2, 2), padding="none"),
+    Fused(3, (17, 15), cin=48, mid=192, cout=48, residual=True),
+    Fused(1, (13, 11), cin=48, mid=192, cout=48, padding=(0, 2, 2, 0), residual=True, act="relu6"),
+    Fused(2, (9, 9), cin=48, mid=192, cout=48, padding="none", layout="sliced"),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,6 +50,25 @@ PARTS = [
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
+    check(case, dtype, emulation)
+
+
+@pytest.fixture(params=[1, None])
+def multiprocessors(request, emulation):
+    """On one of them a team has several tiles."""
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    if request.param is not None:
+        emulation.set_device(90, multiprocessors=request.param)
+    yield
+    emulation.set_device(90)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", RESIDENT, ids=str)
+@pytest.mark.usefixtures("poison", "multiprocessors")
+@torch.no_grad()
+def test_resident_weights(case, dtype, emulation):
     check(case, dtype, emulation)
 
 

@@ -1,0 +1,506 @@
+// fused_mbconv in 16 bits with all weights in shared memory, or in registers where there is no projection:
+// 3x3 windows of the channels that EfficientNetV2 has, compiled for each.
+//
+// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e, and from the L2 for
+// e C_in (10 * 10 or 17 * 17) / 64 a pixel, the halo of a tile, and the weights once a block. Blocks are
+// persistent: as many as the GPU holds, each walks over tiles of 8 x 8 output pixels.
+//
+// A block's eight warps are teams that share nothing but the weights, so that while one activates another
+// multiplies: with a projection two teams of four warps, without four teams of two (of one pair of columns:
+// see below). A warp has 32 pixels of its team's tile and a half (kSplit) or all of the expanded channels.
+//
+// The window is a product over K = 9 C_in: shared memory has the tile's halo as [pixel, channel], a step of
+// 16 in K lies at an address that the compiler knows, relative to the lane's pixel. What comes out of the
+// tensor cores is laid out as their first operand is: the activated and rounded channels are multiplied by
+// the projection where they are, each warp with its half of them, and the two halves of the sum meet in
+// shared memory.
+//
+// 48-192-48 at stride 1: 213 of 227 KB of shared memory; 24 mma and 8 ldmatrix a step. A **prediction** for
+// an H100 from these counts: 96 x 96, batch 128, 430 us, of which the tensor cores are busy 394 if mma.sync
+// reaches six tenths of their peak; its bytes take 75.
+#include <algorithm>
+
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+
+namespace effnet::cuda {
+namespace {
+
+constexpr int kWindow = 3, kTaps = kWindow * kWindow;
+constexpr int kTile = 8, kPixels = kTile * kTile;  // output pixels of a team
+constexpr int kRows = 32;                          // output pixels of a warp: two fragments of 16
+
+struct Args {
+  FusedMBConvParams p;
+  int tiles_h, tiles_w, tiles;
+};
+
+// Elements from row to row so that the eight rows that ldmatrix reads at a time lie in different banks.
+constexpr int odd_vectors(int elements) { return elements / 8 % 2 == 1 ? elements : elements + 8; }
+
+// kOut_ is 0 without a projection: then y is the expanded map.
+template <class T_, int kIn_, int kMid_, int kOut_, int kStride_, int kTeams_, int kBlocks_>
+struct Shape {
+  using T = T_;
+  static constexpr int kIn = kIn_, kMid = kMid_, kOut = kOut_, kStride = kStride_;
+  static constexpr int kTeams = kTeams_;    // of a block
+  static constexpr int kBlocks = kBlocks_;  // for which a multiprocessor has registers
+  static constexpr bool kProject = kOut > 0;
+  static constexpr int kColumns = kProject ? kOut : kMid;  // of y
+  static constexpr int kDepth = kTaps * kIn;               // K
+  static constexpr int kHaloRows = (kTile - 1) * kStride + kWindow;
+  static constexpr int kOdd = (kHaloRows + 1) / 2;  // at stride 2 odd columns lie behind the even ones
+  static constexpr int kPixel = odd_vectors(kIn);   // elements from pixel to pixel
+  static constexpr int kHalo = kHaloRows * kHaloRows * kPixel;
+  static constexpr int kPieces = kHaloRows * kHaloRows * kIn / 8;  // of 16 bytes, of the halo
+  static constexpr int kTable = (kPieces + 1) / 2 * 2;
+  static constexpr int kWeightRow = odd_vectors(kDepth), kProjectRow = odd_vectors(kMid);
+
+  static constexpr int kSplit = kProject || kMid > 24 ? 2 : 1;  // warps that share pixels
+  static constexpr int kTeamWarps = kPixels / kRows * kSplit;
+  static constexpr int kTeamThreads = 32 * kTeamWarps;
+  static constexpr int kThreads = kTeams * kTeamThreads;
+  static constexpr int kBuffers = kProject ? 1 : 2;  // of a team's halo
+  static constexpr int kN = kMid / 8 / kSplit;       // fragments of 8 expanded channels of a warp
+  static constexpr int kOutN = kOut / 8;             // fragments of 8 outputs
+
+  // Shared memory, in elements: weights, projection, halos, what warps exchange; and affine maps.
+  static constexpr int kWeights = kProject ? kMid * kWeightRow : 0;
+  static constexpr int kProjects = kOut * kProjectRow;
+  static constexpr int kStageRow = odd_vectors(kProject ? kOut : 8 * kN);
+  static constexpr int kStage =  // of a warp: half of the sums of 16 pixels, or its part of y
+      std::max(16 * kOut / 2 * 2, (kProject ? 16 : kRows) * kStageRow);
+  static constexpr int kBytes = (kMid + kOut) * static_cast<int>(sizeof(Affine)) + kTable * 8 +
+                                (kWeights + kProjects + kTeams * (kBuffers * kHalo + kTeamWarps * kStage)) *
+                                    static_cast<int>(sizeof(T));
+  static_assert(kIn % 8 == 0 && kMid % (8 * kSplit) == 0 && kOut % 16 == 0 && (!kProject || kN % 2 == 0));
+
+  // Eight channels of K, from the lane's pixel, in the halo.
+  static constexpr int offset_of(int vector) {
+    const int tap = vector / (kIn / 8), row = tap / kWindow, column = tap % kWindow;
+    const int place = kStride == 1 ? column : column % 2 * kOdd + column / 2;
+    return (row * kHaloRows + place) * kPixel + vector % (kIn / 8) * 8;
+  }
+};
+
+// Where a team's tile lies.
+struct Place {
+  int image, oh, ow;
+
+  __device__ __forceinline__ Place(const Args& args, int tile) {
+    const int row = tile / args.tiles_w;
+    image = row / args.tiles_h;
+    oh = row % args.tiles_h * kTile;
+    ow = tile % args.tiles_w * kTile;
+  }
+};
+
+// Eight channels of a halo, from its first pixel on: where they are in x, in shared memory, their row and
+// column.
+struct __align__(8) Piece {
+  int from;
+  uint32_t to_row_column;  // 16, 8 and 8 bits
+};
+
+template <class S>
+__device__ __forceinline__ Piece piece_of(const FusedMBConvParams& p, int i) {
+  const int pixel = i / (S::kIn / 8), channel = i % (S::kIn / 8) * 8;
+  const int row = pixel / S::kHaloRows, column = pixel % S::kHaloRows;
+  const int place = S::kStride == 1 ? column : column % 2 * S::kOdd + column / 2;
+  const int to = (row * S::kHaloRows + place) * S::kPixel + channel;
+  return {static_cast<int>(row * p.x_stride[1] + column * p.x_stride[2]) + channel,
+          static_cast<uint32_t>(to | row << 16 | column << 24)};
+}
+
+// Starts copying the pixels of x under a tile, with zeros around the map.
+template <class S>
+__device__ __forceinline__ void load_halo(typename S::T* halo, const Args& args, const Piece* pieces,
+                                          const Place& place) {
+  using T = typename S::T;
+  const FusedMBConvParams& p = args.p;
+  const int h0 = place.oh * S::kStride - p.window.top, w0 = place.ow * S::kStride - p.window.left;
+  const bool inside = h0 >= 0 && w0 >= 0 && h0 + S::kHaloRows <= p.h && w0 + S::kHaloRows <= p.w;
+  const T* first =
+      static_cast<const T*>(p.x) + place.image * p.x_stride[0] + h0 * p.x_stride[1] + w0 * p.x_stride[2];
+  const auto load = [&](auto checked) {
+#pragma unroll
+    for (int j = 0; j < ceil_div(S::kPieces, S::kTeamThreads); ++j) {
+      const int i = j * S::kTeamThreads + threadIdx.x % S::kTeamThreads;
+      if (i >= S::kPieces) break;
+      const uint2 words = *reinterpret_cast<const uint2*>(pieces + i);
+      const Piece piece = {static_cast<int>(words.x), words.y};
+      const int h = h0 + static_cast<int>(piece.to_row_column >> 16 & 0xff);
+      const int w = w0 + static_cast<int>(piece.to_row_column >> 24);
+      const bool there = !decltype(checked)::value || (0 <= h && h < p.h && 0 <= w && w < p.w);
+      cp_async_16(halo + (piece.to_row_column & 0xffff),
+                  there ? first + piece.from : static_cast<const T*>(p.x), there ? 16 : 0);
+    }
+  };
+  inside ? load(std::false_type()) : load(std::true_type());
+  cp_async_commit();
+}
+
+// The weights of a warp's channels in shared memory: fragments of B for 16 values of K, and for the last 8 of
+// an odd number.
+template <class S>
+struct SharedWeights {
+  const typename S::T *steps, *last_step;
+
+  __device__ __forceinline__ SharedWeights(const typename S::T* weight, int first) {
+    const int lane = threadIdx.x % 32;
+    steps = weight + (first + lane / 16 * 8 + lane % 8) * S::kWeightRow + lane / 8 % 2 * 8;
+    last_step = weight + first * S::kWeightRow + S::kDepth - 8;
+  }
+
+  __device__ __forceinline__ void step(int k, uint32_t (&b)[S::kN][2]) const {
+#pragma unroll
+    for (int n = 0; n < S::kN; n += 2) {
+      uint32_t two[4];
+      ldmatrix_x4(two, steps + 8 * n * S::kWeightRow + 16 * k);
+      b[n][0] = two[0], b[n][1] = two[1], b[n + 1][0] = two[2], b[n + 1][1] = two[3];
+    }
+  }
+
+  __device__ __forceinline__ void last(uint32_t (&b)[S::kN]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < S::kN; n += 4) {
+      uint32_t four[4];
+      const int row = 8 * n + lane;
+      ldmatrix_x4(four, last_step + (row < 8 * S::kN ? row : 0) * S::kWeightRow);
+#pragma unroll
+      for (int i = 0; i < 4 && n + i < S::kN; ++i) b[n + i] = four[i];
+    }
+  }
+};
+
+// The same in registers, straight from memory.
+template <class S>
+struct RegisterWeights {
+  uint32_t pairs[S::kDepth / 8][S::kN];
+
+  __device__ __forceinline__ RegisterWeights(const void* weight, int first) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t* from =
+        static_cast<const uint32_t*>(weight) + ((first + lane / 4) * S::kDepth) / 2 + lane % 4;
+#pragma unroll
+    for (int k = 0; k < S::kDepth / 8; ++k)
+#pragma unroll
+      for (int n = 0; n < S::kN; ++n) pairs[k][n] = from[(8 * n * S::kDepth + 8 * k) / 2];
+  }
+
+  __device__ __forceinline__ void step(int k, uint32_t (&b)[S::kN][2]) const {
+#pragma unroll
+    for (int n = 0; n < S::kN; ++n) b[n][0] = pairs[2 * k][n], b[n][1] = pairs[2 * k + 1][n];
+  }
+
+  __device__ __forceinline__ void last(uint32_t (&b)[S::kN]) const {
+#pragma unroll
+    for (int n = 0; n < S::kN; ++n) b[n] = pairs[S::kDepth / 8 - 1][n];
+  }
+};
+
+// acc += the windows of this warp's pixels; `pixel` is where this lane reads the first of them in the halo:
+// rows of A as ldmatrix wants them, `lower` of 16 values of K for all lanes.
+template <class S, class Weights>
+__device__ __forceinline__ void add_windows(float (&acc)[2][S::kN][4], const typename S::T* pixel,
+                                            const Weights& weights) {
+  using T = typename S::T;
+  constexpr int kVectors = S::kDepth / 8, kSecond = 16 / kTile * S::kStride * S::kHaloRows * S::kPixel;
+  const int upper = threadIdx.x % 32 / 16;
+#pragma unroll
+  for (int k = 0; k < kVectors / 2; ++k) {
+    uint32_t a[2][4], b[S::kN][2];
+    constexpr auto beyond = [](int k) { return S::offset_of(2 * k + 1) - S::offset_of(2 * k) - 8; };
+    const T* const from = pixel + S::offset_of(2 * k) + (beyond(k) == 0 ? 0 : upper * beyond(k));
+#pragma unroll
+    for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from + m * kSecond);
+    weights.step(k, b);
+#pragma unroll
+    for (int n = 0; n < S::kN; ++n)
+#pragma unroll
+      for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(acc[m][n], a[m], b[n]);
+  }
+  if constexpr (kVectors % 2 == 1) {
+    uint32_t a[4], b[S::kN];
+    // Here they name the second fragment.
+    ldmatrix_x4(a, pixel + S::offset_of(kVectors - 1) + upper * (kSecond - 8));
+    weights.last(b);
+#pragma unroll
+    for (int n = 0; n < S::kN; ++n)
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const uint32_t rows[2] = {a[2 * m], a[2 * m + 1]};
+        mma_m16n8k8<T>(acc[m][n], rows, b[n], acc[m][n]);
+      }
+  }
+}
+
+// x * scale + shift for fragments of neighbouring columns, `affine` being those of the first.
+template <int kM, int kN>
+__device__ __forceinline__ void batch_norm(float (&x)[kM][kN][4], const Affine* affine) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const Affine left = affine[8 * n + threadIdx.x % 4 * 2], right = affine[8 * n + threadIdx.x % 4 * 2 + 1];
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Affine of = i % 2 == 0 ? left : right;
+        x[m][n][i] = fmaf(x[m][n][i], of.scale, of.shift);
+      }
+  }
+}
+
+// sums = the projection of a warp's activated channels, rounded. What the tensor cores have left in two
+// neighbouring fragments of acc is an operand of theirs. `projects`: from the warp's first channel on.
+template <class S>
+__device__ __forceinline__ void project(float (&sums)[2][S::kOutN][4], const float (&acc)[2][S::kN][4],
+                                        const typename S::T* projects) {
+  using T = typename S::T;
+  const int lane = threadIdx.x % 32;
+  projects += (lane / 16 * 8 + lane % 8) * S::kProjectRow + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int k = 0; k < S::kN; k += 2) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[m][i] = pack<T>(acc[m][k + i / 2][i % 2 * 2], acc[m][k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+    for (int n = 0; n < S::kOutN; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, projects + 8 * n * S::kProjectRow + 8 * k);
+      const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma_m16n8k16<T>(sums[m][n], a[m], left);
+        mma_m16n8k16<T>(sums[m][n + 1], a[m], right);
+      }
+    }
+  }
+}
+
+// y = the whole sums of one fragment of pixels, number `part`. The other warp of these pixels has the other
+// half of every sum: it is given the other fragment's, half of the columns at a time, through `stage`.
+template <class S>
+__device__ __forceinline__ void exchange(float (&y)[1][S::kOutN][4], const float (&sums)[2][S::kOutN][4],
+                                         typename S::T* stage, int part) {
+  constexpr int kHalf = S::kOutN / 2;
+  const int lane = threadIdx.x % 32, pair = 1 + static_cast<int>(threadIdx.x) / 64;
+  float* give = reinterpret_cast<float*>(stage) + lane;
+  const float* take =
+      reinterpret_cast<const float*>(part == 0 ? stage + S::kStage : stage - S::kStage) + lane;
+#pragma unroll
+  for (int first = 0; first < S::kOutN; first += kHalf) {
+#pragma unroll
+    for (int i = 0; i < 4 * kHalf; ++i) {
+      const int n = first + i / 4;
+      give[32 * i] = part == 0 ? sums[1][n][i % 4] : sums[0][n][i % 4];
+      y[0][n][i % 4] = part == 0 ? sums[0][n][i % 4] : sums[1][n][i % 4];
+    }
+    bar_sync(pair, 64);
+#pragma unroll
+    for (int i = 0; i < 4 * kHalf; ++i) y[0][first + i / 4][i % 4] += take[32 * i];
+    bar_sync(pair, 64);  // before it is written again
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    resident_kernel(const __grid_constant__ Args args) {
+  using T = typename S::T;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  Affine* affine = reinterpret_cast<Affine*>(shared_memory);
+  Affine* project_affine = affine + S::kMid;
+  Piece* pieces = reinterpret_cast<Piece*>(project_affine + S::kOut);
+  T* weights = reinterpret_cast<T*>(pieces + S::kTable);  // [kMid, kWeightRow]
+  T* projects = weights + S::kWeights;                    // [kOut, kProjectRow]
+  const FusedMBConvParams& p = args.p;
+
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int team = warp / S::kTeamWarps, part = warp % S::kSplit;  // part: which half of the channels
+  const int first = part * 8 * S::kN;                              // of the warp's channels
+  const int row0 = warp % S::kTeamWarps / S::kSplit * kRows;       // of the tile's pixels
+  T* halos = projects + S::kProjects + team * S::kBuffers * S::kHalo;
+  T* stage = projects + S::kProjects + S::kTeams * S::kBuffers * S::kHalo + warp * S::kStage;
+
+  // ---- what stays ----
+  if constexpr (S::kProject) {
+    const auto copy = [](T* to, const void* from, int rows, int vectors, int row_elements) {
+      for (int i = threadIdx.x; i < rows * vectors; i += S::kThreads)
+        cp_async_16(to + i / vectors * row_elements + i % vectors * 8, static_cast<const T*>(from) + i * 8);
+    };
+    copy(weights, p.weight, S::kMid, S::kDepth / 8, S::kWeightRow);
+    copy(projects, p.project, S::kOut, S::kMid / 8, S::kProjectRow);
+    cp_async_commit();
+  }
+  const bool silu = p.act == kSilu;  // computed from a quarter of its argument
+  for (int i = threadIdx.x; i < S::kMid + S::kOut; i += S::kThreads) {
+    const bool of_mid = i < S::kMid;
+    const Affine of = of_mid ? bn_affine<T>(p.bn, i) : bn_affine<T>(p.project_bn, i - S::kMid);
+    const float factor = of_mid && silu ? 0.25f : 1.0f;
+    affine[i] = {factor * of.scale, factor * of.shift};
+  }
+  for (int i = threadIdx.x; i < S::kPieces; i += S::kThreads) pieces[i] = piece_of<S>(p, i);
+  __syncthreads();
+
+  const int step = static_cast<int>(gridDim.x) * S::kTeams;
+  int tile = static_cast<int>(blockIdx.x + gridDim.x * team);
+  Place next(args, tile);
+  if (tile < args.tiles) load_halo<S>(halos, args, pieces, next);
+  const auto weight = [&] {
+    if constexpr (S::kProject) {
+      cp_async_wait<0>();
+      __syncthreads();
+      return SharedWeights<S>(weights, first);
+    } else {
+      return RegisterWeights<S>(p.weight, first);
+    }
+  }();
+
+  const int pixel = row0 + lane % 16;
+  const int lane_offset =
+      (pixel / kTile * S::kStride * S::kHaloRows + pixel % kTile) * S::kPixel + lane / 16 * 8;
+  // The warp's part of y: all of its pixels, or behind a projection one fragment of 16.
+  constexpr int kM = S::kProject ? 1 : 2, kN = S::kProject ? S::kOutN : S::kN;
+  const int y_row = row0 + (S::kProject ? 16 * part : 0), y_column = S::kProject ? 0 : first;
+
+  for (int buffer = 0; tile < args.tiles; tile += step) {
+    // ---- load ----
+    const Place place = next;
+    T* halo = halos + buffer * S::kHalo;
+    cp_async_wait<0>();
+    bar_sync(8 + team, S::kTeamThreads);  // the halo is there, and nobody reads the one before any more
+    const auto load_next = [&] {
+      if (S::kBuffers == 2) buffer ^= 1;
+      next = Place(args, tile + step);
+      if (tile + step < args.tiles) load_halo<S>(halos + buffer * S::kHalo, args, pieces, next);
+    };
+    if constexpr (S::kBuffers == 2) load_next();
+
+    // ---- loop ----
+    float acc[2][S::kN][4] = {};
+    add_windows<S>(acc, halo + lane_offset, weight);
+
+    constexpr bool kResidual = S::kStride == 1 && S::kIn == S::kColumns;
+    uint32_t residual[kM][kN][2];  // x in the middle of the halo
+    if (kResidual && p.residual) {
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i) {
+        const int row = y_row + 8 * i + g;
+        const int at = (row / kTile + p.window.top) * S::kHaloRows + row % kTile + p.window.left;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          residual[i / 2][n][i % 2] =
+              *reinterpret_cast<const uint32_t*>(halo + at * S::kPixel + y_column + 8 * n + 2 * t);
+      }
+    }
+    if constexpr (S::kBuffers == 1) {
+      bar_sync(8 + team, S::kTeamThreads);  // nobody reads the halo any more
+      load_next();
+    }
+
+    // ---- epilogue ----
+    batch_norm(acc, affine + first);
+    auto& values = reinterpret_cast<float (&)[2 * S::kN * 4]>(acc);
+    if (silu) {
+#pragma unroll
+      for (float& x : values) x = silu_of_quarter(x);
+    } else {
+      activate<false>(p.act, values);
+    }
+    float projected[1][kN][4];
+    if constexpr (S::kProject) {
+      float sums[2][S::kOutN][4] = {};
+      project<S>(sums, acc, projects + first);
+      exchange<S>(projected, sums, stage, part);
+      batch_norm(projected, project_affine);
+    }
+    // y is put together in shared memory and leaves in rows of 16 bytes a lane.
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i)
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float (&y)[4] = S::kProject ? projected[0][n] : acc[i / 2][n];
+        float2 pair = {y[i % 2 * 2], y[i % 2 * 2 + 1]};
+        if (kResidual && p.residual) {
+          const float2 x = unpack<T>(residual[i / 2][n][i % 2]);
+          pair = {pair.x + x.x, pair.y + x.y};
+        }
+        *reinterpret_cast<uint32_t*>(stage + (8 * i + g) * S::kStageRow + 8 * n + 2 * t) =
+            pack<T>(pair.x, pair.y);
+      }
+    __syncwarp();
+    T* out = static_cast<T*>(p.y) + int64_t{place.image} * p.oh * p.ow * S::kColumns + y_column;
+#pragma unroll
+    for (int i = lane; i < 16 * kM * kN; i += 32) {
+      const int row = i / kN, piece = i % kN;
+      const int oh = place.oh + (y_row + row) / kTile, ow = place.ow + (y_row + row) % kTile;
+      if (oh < p.oh && ow < p.ow)
+        Vec<T, 8>::load(stage + row * S::kStageRow + 8 * piece)
+            .store(out + (static_cast<int64_t>(oh) * p.ow + ow) * S::kColumns + 8 * piece);
+    }
+  }
+}
+
+// Calls f(shape) for the shape that serves the problem, if there is one.
+template <class T, class F>
+bool with_shape(const FusedMBConvParams& p, F&& f) {
+  const auto fits = [&](auto shape) {
+    using S = decltype(shape);
+    if (p.c_in != S::kIn || p.c_mid != S::kMid || p.c_out != S::kColumns) return false;
+    if ((p.project != nullptr) != S::kProject || p.window.stride_h != S::kStride) return false;
+    f(shape);
+    return true;
+  };
+  return fits(Shape<T, 24, 24, 0, 1, 2, 3>()) || fits(Shape<T, 32, 32, 0, 1, 1, 3>()) ||
+         fits(Shape<T, 32, 16, 0, 1, 2, 3>()) || fits(Shape<T, 16, 64, 32, 2, 2, 2>()) ||
+         fits(Shape<T, 24, 96, 48, 2, 3, 1>()) || fits(Shape<T, 32, 128, 32, 1, 2, 1>()) ||
+         fits(Shape<T, 32, 128, 48, 2, 2, 1>()) || fits(Shape<T, 32, 128, 64, 2, 2, 1>()) ||
+         fits(Shape<T, 48, 192, 48, 1, 2, 1>());
+}
+
+// Calls f(shape) for an element of 16 bits, as above.
+template <class F>
+bool with_shape(const FusedMBConvParams& p, F&& f) {
+  return p.dtype == DType::kFloat16 ? with_shape<half>(p, f) : with_shape<bf16>(p, f);
+}
+
+int64_t tiles_of(const FusedMBConvParams& p) { return p.n * ceil_div(p.oh, kTile) * ceil_div(p.ow, kTile); }
+
+}  // namespace
+
+bool fused_mbconv_resident_serves(const FusedMBConvParams& p, int shared_limit) {
+  if (p.dtype == DType::kFloat32 || tiles_of(p) > 1 << 30) return false;
+  const Window& window = p.window;
+  if (window.kh != kWindow || window.kw != kWindow || window.stride_h != window.stride_w) return false;
+  if (window.top >= kWindow || window.left >= kWindow) return false;
+  if (p.x_stride[3] != 1 || p.x_stride[1] > 1 << 25 || p.x_stride[2] > 1 << 25) return false;  // see Piece
+  for (int i = 0; i < 3; ++i)
+    if (p.x_stride[i] % 8 != 0) return false;
+  for (const void* pointer : {p.x, p.weight, p.project, static_cast<const void*>(p.y)})
+    if (!is_aligned(pointer, 16)) return false;
+  bool fits = false;
+  with_shape(p, [&](auto shape) { fits = decltype(shape)::kBytes <= shared_limit; });
+  return fits;
+}
+
+Status launch_fused_mbconv_resident(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream) {
+  int multiprocessors = 0;
+  const cudaError_t error = count_multiprocessors(multiprocessors);
+  if (error != cudaSuccess) return {error, nullptr};
+  Args args = {p, ceil_div(p.oh, kTile), ceil_div(p.ow, kTile), static_cast<int>(tiles_of(p))};
+  Status status;
+  with_shape(p, [&](auto shape) {
+    using S = decltype(shape);
+    // The system takes 1 KB for each block.
+    const int of_one = std::min(S::kBlocks, (shared_limit + 1024) / (S::kBytes + 1024));
+    const int64_t blocks = std::min<int64_t>(args.tiles, int64_t{multiprocessors} * of_one);
+    status = launch<resident_kernel<S>>(blocks, S::kThreads, S::kBytes, stream, args);
+  });
+  return status;
+}
+
+}  // namespace effnet::cuda
