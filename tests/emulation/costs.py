@@ -28,7 +28,10 @@ CASES = (
     Depthwise(1, (28, 28), c=144, kernel=(5, 5), stride=(2, 2)),
     Squeeze(1, (14, 14), c=480, reduced=20),
     Fused(1, (28, 28), cin=3, mid=32, cout=None, stride=(2, 2)),
+    Fused(1, (14, 14), cin=24, mid=24, cout=None, residual=True),
+    Fused(1, (28, 28), cin=24, mid=96, cout=48, stride=(2, 2)),
     Fused(1, (14, 14), cin=48, mid=192, cout=48, residual=True),
+    Fused(1, (14, 14), cin=64, mid=256, cout=64, residual=True),
     MBConv(1, (14, 14), cin=80, mid=480, cout=80, reduced=20, residual=True),
 )
 TRAINING = TrainingCase("d", (144, 144), 2, (28, 28), last_act="silu")
