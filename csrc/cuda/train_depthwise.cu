@@ -205,6 +205,38 @@ struct StatisticsParams {
   int c, oh, ow;
 };
 
+// How many pixels a part has, of part after part, kReduceGroups apart: counted on without a division.
+struct PartPixels {
+  const StatisticsParams& p;
+  int tile_w, tile_h, step_w, step_h;
+  int64_t images, step_images;
+
+  __device__ __forceinline__ PartPixels(const StatisticsParams& p_, int part) : p(p_) {
+    split(part, tile_w, tile_h, images);
+    split(kReduceGroups, step_w, step_h, step_images);
+  }
+
+  __device__ __forceinline__ void split(int part, int& w, int& h, int64_t& of_images) const {
+    w = part % p.g.tiles_w;
+    h = part / p.g.tiles_w % p.g.tiles_h;
+    of_images = part / p.g.tiles_w / p.g.tiles_h;
+  }
+
+  __device__ __forceinline__ double next() {
+    const int columns = min(p.width, p.ow - tile_w * p.width);
+    const int rows = min(p.g.rows, p.oh - tile_h * p.g.rows);
+    const int64_t count = min(int64_t{p.g.images}, p.n - images * p.g.images);
+    tile_w += step_w;
+    const bool over_w = tile_w >= p.g.tiles_w;
+    tile_w -= over_w ? p.g.tiles_w : 0;
+    tile_h += step_h + over_w;
+    const bool over_h = tile_h >= p.g.tiles_h;
+    tile_h -= over_h ? p.g.tiles_h : 0;
+    images += step_images + over_h;
+    return static_cast<double>(count * columns * rows);
+  }
+};
+
 __global__ void __launch_bounds__(32 * kReduceGroups)
     statistics_kernel(const __grid_constant__ StatisticsParams p) {
   __shared__ double sums[kReduceGroups][32];
@@ -214,23 +246,19 @@ __global__ void __launch_bounds__(32 * kReduceGroups)
   const auto value = [&](int64_t part, int k) {
     return static_cast<double>(p.partial[(part * 3 + k) * p.c + c]);
   };
-  const auto weight = [&](int64_t part) {
-    const int64_t tile_w = part % p.g.tiles_w, rest = part / p.g.tiles_w;
-    const int64_t columns = min(int64_t{p.width}, p.ow - tile_w * p.width);
-    const int64_t rows = min(int64_t{p.g.rows}, p.oh - rest % p.g.tiles_h * p.g.rows);
-    return static_cast<double>(columns * rows *
-                               min(int64_t{p.g.images}, p.n - rest / p.g.tiles_h * p.g.images));
-  };
   const double total = static_cast<double>(p.n) * p.oh * p.ow;
   double own = 0;
-  for (int64_t part = group; part < parts; part += kReduceGroups) {
-    own += weight(part) * (value(part, 0) + value(part, 1));
-  }
+  PartPixels pixels(p, group);
+#pragma unroll 4
+  for (int64_t part = group; part < parts; part += kReduceGroups)
+    own += pixels.next() * (value(part, 0) + value(part, 1));
   const double mean = sum_of_groups(sums, lane, group, own) / total;
   own = 0;
+  PartPixels again(p, group);
+#pragma unroll 4
   for (int64_t part = group; part < parts; part += kReduceGroups) {
     const double delta = value(part, 0) + value(part, 1) - mean;
-    own += value(part, 2) + delta * delta * weight(part);
+    own += value(part, 2) + delta * delta * again.next();
   }
   const double variance = sum_of_groups(sums, lane, group, own) / total;
   if (group > 0 || c >= p.c) return;
