@@ -1,11 +1,12 @@
 // Squeeze-and-excitation: the gate from sums over tiles, and the passes of its stand-alone form.
 //
-// gate_kernel      both layers of one image in one block, 2 C R weights from the L2: 110 KB in B0's widest
-// block at 16 bit.
-//                  With few images several blocks each compute all hidden units and a part of the gate.
-// pool_kernel      x [N, P, C] -> sums [N, tiles, C]. One read of x; 16 bytes a thread and load.
-// scale_kernel     y = x * gate. One read and one write; the read comes from the L2 for as many images as fit
-// there. mean_kernel      sums [N, tiles, C] -> means [N, C].
+// gate_kernel   both layers of one image in one block, 2 C R weights from the L2: 221 KB in B0's widest block
+//               at 16 bit, as 16 bytes a lane where rows allow it. With few images several blocks each
+//               compute all hidden units and a part of the gate.
+// pool_kernel   x [N, P, C] -> sums [N, tiles, C]. One read of x; 16 bytes a thread and load.
+// scale_kernel  y = x * gate. One read and one write; the read comes from the L2 for as many images as fit
+//               there.
+// mean_kernel   sums [N, tiles, C] -> means [N, C].
 //
 // Every sum has a fixed order that depends on the shape alone.
 #include <algorithm>
@@ -20,34 +21,92 @@ namespace {
 
 constexpr int kGateThreads = 512;
 
+// Elements before the hidden units in shared memory: whole vectors.
+__host__ __device__ constexpr int64_t hidden_at(int groups, int channels) {
+  return ceil_div(int64_t{groups} * channels, int64_t{8}) * 8;
+}
+
 struct GateLaunch {
   GateParams p;
   int groups;  // of threads that share the tiles of a channel
 };
 
-// The sum of w[i] * v[i] over lanes that each take every `lanes`-th i, in every one of them.
-template <class W>
-__device__ __forceinline__ float dot(const W* w, const float* v, int count, int lane, int lanes) {
-  float sum = 0;
-#pragma unroll 8
-  for (int i = lane; i < count; i += lanes) sum = fmaf(to_float(w[i]), v[i], sum);
-  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  return sum;
+// sums[k] += the products of kCount elements of row k of the weights, from i on, and of v, in shared memory.
+template <int kCount, int kRows, class W>
+__device__ __forceinline__ void add_products(float (&sums)[kRows], const W* const (&rows)[kRows],
+                                             const float* v, int i) {
+  float in[kCount];
+  if constexpr (kCount % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j < kCount; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(v + i + j);
+      in[j] = four.x, in[j + 1] = four.y, in[j + 2] = four.z, in[j + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) in[j] = v[i + j];
+  }
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    float weights[kCount];
+    Vec<W, kCount>::load_constant(rows[k] + i).to_floats(weights);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sums[k] = fmaf(weights[j], in[j], sums[k]);
+  }
 }
 
-// out[o] = act(bias[o] + sum over i of w[o][i] in[i]) for o in [first, last). `lanes` lanes compute one
-// output; a power of two. All threads of the block take part.
-template <class T, class W, class Store>
-__device__ __forceinline__ void layer(const W* w, const Param& bias, int act, const float* in, int inputs,
-                                      int first, int last, int lanes, Store store) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int at_once = kGateThreads / lanes;
-  for (int block = first; block < last; block += at_once) {
-    const int o = block + thread / lanes;
-    const int64_t row = min(o, last - 1);  // shuffles need every lane
-    const float sum = dot(w + row * inputs, in, inputs, thread % lanes, lanes);
-    if (o < last && thread % lanes == 0) store(o, activate<true>(act, sum + load_param<T>(bias, o)));
-  }
+// Calls f(vector length) for weights whose rows of `count` elements begin at multiples of it.
+template <class W, class F>
+__device__ __forceinline__ void with_vectors(const W* w, int count, F f) {
+  const auto fits = [&](int length) {
+    return count % length == 0 && reinterpret_cast<uintptr_t>(w) % (length * sizeof(W)) == 0;
+  };
+  if (fits(kVector<W>)) return f(std::integral_constant<int, kVector<W>>());
+  if (sizeof(W) == 2 && fits(4)) return f(std::integral_constant<int, 4>());
+  if (fits(2)) return f(std::integral_constant<int, 2>());
+  f(std::integral_constant<int, 1>());
+}
+
+// hidden[r] = act(bias[r] + sum over c of w[r][c] mean[c]): a warp for each r, and four at once.
+template <class T, class W>
+__device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const SqueezeExcite& se,
+                                             const float* mean, int channels) {
+  constexpr int kRows = 4, kWarps = kGateThreads / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  with_vectors(w, channels, [&](auto length) {
+    constexpr int kCount = decltype(length)::value;
+    for (int first = warp * kRows; first < se.reduced; first += kWarps * kRows) {
+      float sums[kRows] = {};
+      const W* rows[kRows];
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) rows[k] = w + int64_t{min(first + k, se.reduced - 1)} * channels;
+#pragma unroll 2
+      for (int c = lane * kCount; c < channels; c += 32 * kCount) add_products<kCount>(sums, rows, mean, c);
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        for (int offset = 16; offset > 0; offset /= 2)
+          sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], offset);
+        if (lane == 0 && first + k < se.reduced)
+          hidden[first + k] = activate<true>(se.act, sums[k] + load_param<T>(se.b_reduce, first + k));
+      }
+    }
+  });
+}
+
+// gate[c] = act(bias[c] + sum over r of w[c][r] hidden[r]) for c in [first, last): a thread for each.
+template <class T, class W>
+__device__ __forceinline__ void expand_layer(float* gate, const W* w, const SqueezeExcite& se,
+                                             const float* hidden, int first, int last) {
+  with_vectors(w, se.reduced, [&](auto length) {
+    constexpr int kCount = decltype(length)::value;
+    for (int c = first + static_cast<int>(threadIdx.x); c < last; c += kGateThreads) {
+      float sum[1] = {};
+      const W* const row[1] = {w + int64_t{c} * se.reduced};
+#pragma unroll 8
+      for (int r = 0; r < se.reduced; r += kCount) add_products<kCount>(sum, row, hidden, r);
+      gate[c] = activate<true>(se.gate, sum[0] + load_param<T>(se.b_expand, c));
+    }
+  });
 }
 
 template <class T>
@@ -56,7 +115,7 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(const __grid_constan
   const GateParams& p = launch.p;
   const SqueezeExcite& se = p.se;
   float* mean = reinterpret_cast<float*>(shared_memory);  // [groups][C], then [C]
-  float* hidden = mean + launch.groups * p.c;             // [R]
+  float* hidden = mean + hidden_at(launch.groups, p.c);   // [R]
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t n = blockIdx.x;
   const float* const sums = p.sums + n * p.tiles * p.c;
@@ -80,28 +139,21 @@ __global__ void __launch_bounds__(kGateThreads) gate_kernel(const __grid_constan
   }
   __syncthreads();
 
-  const auto reduce = [&](auto* w) {
-    layer<T>(w, se.b_reduce, se.act, mean, p.c, 0, se.reduced, 32, [&](int r, float y) { hidden[r] = y; });
-  };
   if (se.w_reduce.is_fp32) {
-    reduce(static_cast<const float*>(se.w_reduce.data));
+    reduce_layer<T>(hidden, static_cast<const float*>(se.w_reduce.data), se, mean, p.c);
   } else {
-    reduce(static_cast<const T*>(se.w_reduce.data));
+    reduce_layer<T>(hidden, static_cast<const T*>(se.w_reduce.data), se, mean, p.c);
   }
   __syncthreads();
 
   // This block's part of the gate.
   const int part = ceil_div(p.c, static_cast<int>(gridDim.y));
-  const int first = static_cast<int>(blockIdx.y) * part;
+  const int first = static_cast<int>(blockIdx.y) * part, last = min(first + part, p.c);
   float* const gate = p.gate + n * p.c;
-  const auto expand = [&](auto* w) {
-    layer<T>(w, se.b_expand, se.gate, hidden, se.reduced, first, min(first + part, p.c), 8,
-             [&](int c, float y) { gate[c] = y; });
-  };
   if (se.w_expand.is_fp32) {
-    expand(static_cast<const float*>(se.w_expand.data));
+    expand_layer<T>(gate, static_cast<const float*>(se.w_expand.data), se, hidden, first, last);
   } else {
-    expand(static_cast<const T*>(se.w_expand.data));
+    expand_layer<T>(gate, static_cast<const T*>(se.w_expand.data), se, hidden, first, last);
   }
 }
 
@@ -219,7 +271,7 @@ Status launch_squeeze_excite_gate(const GateParams& p, cudaStream_t stream) {
   if (p.n == 0 || p.c == 0) return {};
   if (p.n > INT32_MAX) return {cudaErrorInvalidValue, "mean has too many rows for one launch"};
   GateLaunch launch_params{p, std::max(1, std::min(p.tiles, kGateThreads / p.c))};
-  const int64_t shared_bytes = (static_cast<int64_t>(launch_params.groups) * p.c + p.se.reduced) * 4;
+  const int64_t shared_bytes = (hidden_at(launch_params.groups, p.c) + p.se.reduced) * 4;
   if (shared_bytes > 96 * 1024) return {cudaErrorInvalidValue, "se has more channels than fit shared memory"};
   const int parts = p.n >= 64 ? 1 : std::min(8, ceil_div(p.c, kGateThreads / 8));
   const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>(parts));
