@@ -301,3 +301,18 @@ def test_gemms_copy_16_bytes_and_multiply_on_tensor_cores(name):
         pooled = re.search(r"ELb\dELb1E", kernel.name)
         if not pooled:
             assert kernel.has(r"STG\S*\.128"), case
+
+
+def test_the_main_loop_with_resident_weights():
+    """Between the first and the last product of a window: fewer than one other instruction for two products."""
+    seen = set()
+    for kernel, match in named(r"resident_kernelI\w*5ShapeI\w*Li(\d+)ELi(\d+)ELi(\d+)ELi(\d)ELi\dELi\dE"):
+        c_in, c_mid, c_out, _ = map(int, match.groups())
+        opcodes = [_opcode(text) for _, text in kernel.instructions]
+        products = [i for i, opcode in enumerate(opcodes) if opcode.startswith("HMMA")]
+        split = 2 if c_out or c_mid > 24 else 1
+        of_windows = products[: (9 * c_in // 8 + 1) // 2 * 2 * (c_mid // 8 // split)]
+        others = of_windows[-1] - of_windows[0] + 1 - len(of_windows)
+        assert others < len(of_windows) / 2, f"{kernel.architecture} {kernel.name}: {others} for {len(of_windows)}"
+        seen.add((c_in, c_mid, c_out))
+    assert (48, 192, 48) in seen
