@@ -47,6 +47,7 @@ struct Launch {
   unsigned warps;   // each takes one place after the other, so that its weights are loaded once
   // Bytes from one element of x to the others of its pair of rows, [row, channel]; to the next pair.
   int64_t x_steps[6], x_pair;
+  int64_t y_row, y_eight;  // elements to the next row of y, and to the eighth pixel further
 };
 
 __device__ __forceinline__ const uint16_t* bytes_behind(const uint16_t* from, int64_t bytes) {
@@ -168,14 +169,13 @@ __device__ __forceinline__ int channel_of(int block, int column) {
   return 8 * (block - within) + column / 2 * (2 * together) + 2 * within + column % 2;
 }
 
-// Stores a lane's pairs of one pixel of y, from block kFirst on.
-template <int kBlocks, int kFirst = 0>
-__device__ __forceinline__ void store_pixel(uint16_t* y, int channels, bool vector,
-                                            const uint32_t (&pairs)[kBlocks]) {
+// Stores a lane's pairs of one pixel of y, from block kFirst on: of channels below `channels`.
+template <bool kVector, int kBlocks, int kFirst = 0>
+__device__ __forceinline__ void store_pixel(uint16_t* y, int channels, const uint32_t (&pairs)[kBlocks]) {
   if constexpr (kFirst < kBlocks) {
     constexpr int kTogether = blocks_together<kBlocks>(kFirst);
     const int channel = channel_of<kBlocks>(kFirst, static_cast<int>(threadIdx.x) % 4 * 2);
-    if (vector) {
+    if constexpr (kVector) {
       Vec<uint16_t, 2 * kTogether> out;
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) out.words[i] = pairs[kFirst + i];
@@ -186,8 +186,15 @@ __device__ __forceinline__ void store_pixel(uint16_t* y, int channels, bool vect
         if (channel + i < channels)
           y[channel + i] = static_cast<uint16_t>(pairs[kFirst + i / 2] >> 16 * (i % 2));
     }
-    store_pixel<kBlocks, kFirst + kTogether>(y, channels, vector, pairs);
+    store_pixel<kVector, kBlocks, kFirst + kTogether>(y, channels, pairs);
   }
+}
+
+// See keep.
+__device__ __forceinline__ uint32_t kept(uint32_t x) {
+  float bits = bit_cast<float>(x);
+  keep(bits);
+  return bit_cast<uint32_t>(bits);
 }
 
 // ---- kernel ----------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
     const uint32_t left_over = t < 3 && channel < p.c_out ? of_channel[9 * t + (odd ? 0 : 8)] : 0;
     weight[b][1][1] = odd ? left_over << 16 : left_over;
   }
-  const uint32_t mask = t == 3 ? 0 : odd ? 0xffff0000u : 0x0000ffffu;
+  const uint32_t mask = kept(t == 3 ? 0 : odd ? 0xffff0000u : 0x0000ffffu);
   // Of channels in the order of the results; for SiLU a quarter, see silu_of_quarter.
   float scale[kBlocks][2], shift[kBlocks][2];
   const float part = p.act == kSilu ? 0.25f : 1.0f;
@@ -250,10 +257,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
     __syncwarp();  // nothing of the place before is under way or read any more
     loader.begin(launch);
 
-    // Of both pixels of this lane, g and g + 8.
+    // Of this lane's pixels, g and g + 8: where the first one is, and channels of y that there are.
     uint16_t* y = static_cast<uint16_t*>(p.y) +
                   ((image * p.oh + first_row) * p.ow + segment + g) * static_cast<int64_t>(p.c_out);
-    const bool there[2] = {segment + g < p.ow, segment + g + 8 < p.ow};
+    const int channels[2] = {segment + g < p.ow ? p.c_out : 0, segment + g + 8 < p.ow ? p.c_out : 0};
 
     int before = 0, now = kPair, free_slot = (kRing - 1) * kPair;
 #pragma unroll 1
@@ -290,14 +297,19 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
       } else {
         activate<false>(p.act, reinterpret_cast<float (&)[kBlocks * 4]>(z));
       }
+      uint32_t pairs[2][kBlocks];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t pairs[kBlocks];
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) pairs[i] = pack<T>(z[i][2 * h], z[i][2 * h + 1]);
-        if (there[h]) store_pixel(y + h * 8 * p.c_out, p.c_out, launch.vector_out, pairs);
+      for (int i = 0; i < 2 * kBlocks; ++i)
+        pairs[i % 2][i / 2] = pack<T>(z[i / 2][i % 2 * 2], z[i / 2][i % 2 * 2 + 1]);
+      uint16_t* const further = y + launch.y_eight;
+      if (launch.vector_out) {
+        store_pixel<true>(y, channels[0], pairs[0]);
+        store_pixel<true>(further, channels[1], pairs[1]);
+      } else {
+        store_pixel<false>(y, channels[0], pairs[0]);
+        store_pixel<false>(further, channels[1], pairs[1]);
       }
-      y += static_cast<int64_t>(p.ow) * p.c_out;
+      y += launch.y_row;
     }
   }
 }
@@ -315,22 +327,28 @@ Status launch_typed(const FusedMBConvParams& p, cudaStream_t stream) {
   int multiprocessors = 0;
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
-  Launch l{p, p.c_out % 8 == 0 && is_aligned(p.y, 16), 0, ceil_div(p.ow, kWide), 0, 0, 0, 0, {}, 0};
+  Launch l = {};
+  l.p = p;
+  l.vector_out = p.c_out % 8 == 0 && is_aligned(p.y, 16);
+  l.skew = static_cast<int>((8 - 3 * int64_t{p.window.left} % 8) % 8);
+  l.segments = ceil_div(p.ow, kWide);
   for (int i = 0; i < 6; ++i) l.x_steps[i] = 2 * (i / 3 * p.x_stride[1] + i % 3 * p.x_stride[3]);
   l.x_pair = 4 * p.x_stride[1];
-  l.skew = static_cast<int>((8 - 3 * int64_t{p.window.left} % 8) % 8);
-  // Long bands read fewer rows twice, short ones make more places. The time of those warps that have most.
+  l.y_row = static_cast<int64_t>(p.ow) * p.c_out;
+  l.y_eight = int64_t{8} * p.c_out;
+  // How many places a warp has: long ones read fewer rows twice, with short ones all warps have as much to
+  // do. What they take is counted in output rows, the beginning of a place as two.
   const int64_t round = int64_t{multiprocessors} * kMinBlocks<kBlocks> * kWarps;
+  const int64_t columns = p.n * l.segments, fewest = ceil_div(columns, round);
   int64_t least = INT64_MAX;
-  for (int rows = std::min(p.oh, 64); rows > 0; --rows) {
-    const int64_t places = p.n * l.segments * ceil_div(p.oh, rows);
-    const int64_t time = ceil_div(places, round) * (rows + 2);
-    if (time >= least) continue;
-    least = time;
-    l.rows = rows;
+  for (int64_t turns = fewest; turns < fewest + 8; ++turns) {
+    const int64_t rows = ceil_div<int64_t>(p.oh, std::min<int64_t>(turns * round / columns, p.oh));
+    if (turns * (rows + 2) >= least) continue;
+    least = turns * (rows + 2);
+    l.rows = static_cast<int>(rows);
   }
   l.bands = ceil_div(p.oh, l.rows);
-  const int64_t places = p.n * l.segments * l.bands;
+  const int64_t places = columns * l.bands;
   if (places > INT32_MAX) return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
   const int64_t blocks = ceil_div<int64_t>(std::min(places, round), kWarps);
   l.places = static_cast<unsigned>(places);
