@@ -130,31 +130,57 @@ def test_bits_of_a_stem(dtype, padding, emulation):
             emulation.set_device(90)
 
 
-@pytest.mark.skipif(asan_is_loaded(), reason="AddressSanitizer takes the place of the counters")
-@torch.no_grad()
-def test_rows_of_16_bytes_of_a_stem_are_copied_as_such(emulation):
+def kernel_of(problem: Problem, emulation) -> str:
+    """The name of the kernel that the problem launches, with its parameters."""
     if emulation is None:
         pytest.skip("the emulation tells which kernel has run")
+    emulation.count(True)
+    try:
+        native(problem).call("cuda")
+        (kernel,) = {row[0] for row in emulation.costs()}
+    finally:
+        emulation.count(False)
+    return kernel
+
+
+counters = pytest.mark.skipif(asan_is_loaded(), reason="AddressSanitizer takes the place of the counters")
+
+
+@counters
+@torch.no_grad()
+def test_rows_of_16_bytes_of_a_stem_are_copied_as_such(emulation):
     problem = build(STEM, torch.float16)
     x = problem.x
-    with_gaps = moved(x[..., :70], 8, 6)
     for image, loader in (
         (x, "Pieces"),
-        (with_gaps, "Pieces"),
+        (moved(x[..., :70], 8, 6), "Pieces"),
         (moved(x, 4, 0), "Elements"),
         (moved(x, 8, 4), "Elements"),
         (x.contiguous(), "Elements"),
         (laid_out(x, "sliced"), "Elements"),
     ):
-        other: Problem = dataclasses.replace(problem, args=(image, *problem.args[1:]))
-        emulation.count(True)
-        try:
-            native(other).call("cuda")
-            (kernel,) = {row[0] for row in emulation.costs()}
-        finally:
-            emulation.count(False)
+        kernel = kernel_of(dataclasses.replace(problem, args=(image, *problem.args[1:])), emulation)
         assert "stem_kernel" in kernel
         assert loader in kernel
+
+
+@counters
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (STEM, torch.float32),
+        (dataclasses.replace(STEM, cin=4), torch.float16),
+        (dataclasses.replace(STEM, mid=65), torch.float16),
+        (dataclasses.replace(STEM, cout=8), torch.float16),
+        (dataclasses.replace(STEM, kernel=(5, 5)), torch.float16),
+        (dataclasses.replace(STEM, stride=(2, 1)), torch.float16),
+        (dataclasses.replace(STEM, stride=(1, 1), mid=3, residual=True), torch.float16),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_is_no_stem_has_the_general_kernel(case, dtype, emulation):
+    assert "fused_mbconv_kernel" in kernel_of(build(case, dtype), emulation)
 
 
 @pytest.mark.parametrize(("case", "dtype"), cycled(Fused))
