@@ -16,6 +16,12 @@
 // The columns of the products are output channels in such an order that what a lane has of four blocks of
 // them is 8 neighbouring channels: 16 bytes, stored without an exchange between lanes.
 //
+// Prediction for 3-32 at 224x224, batch 128, on an H100: 60 us, three quarters of a copy's bandwidth. Its 141
+// MB take 47 us at 3.0 TB/s; 200 instructions of a warp for 16 pixels and 32 channels (235 where x comes
+// element by element) are 22 us (26 us) of the schedulers' time, two special functions for each SiLU 29 us.
+// With 24 or 40 channels a part of y leaves as 8 and 4 bytes, in 1.7 and 1.4 times as many sectors as 16
+// bytes each would need; an exchange between lanes would take more instructions than the products.
+//
 // Which values are multiplied together depends on the padding at the left alone, so that results have the
 // same bits whatever layout, alignment and batch are.
 #include <algorithm>
