@@ -1,6 +1,7 @@
 """``fused_mbconv`` in CUDA: rectangles of output pixels, chunks of expanded channels, parts of the input; and stems."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -207,6 +208,26 @@ def test_hostile(case, dtype):
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
     check_value(native(build(case, dtype)), value, "cuda")
+
+
+@each_value
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("padding", ["same", "tf"])
+@torch.no_grad()
+def test_a_stem_leaves_a_value_that_is_not_finite_to_its_windows(padding, layout, value):
+    """In every channel, in odd and even rows and columns: the pairs of a product hold values of one window."""
+    case = Fused(13, (6, 40), "relu", layout, cin=3, mid=24, cout=None, stride=(2, 2), padding=padding)
+    problem = native(build(case, torch.float16))
+    (clean,), (exact_clean,) = problem.call("cuda"), problem.call("reference", torch.float64)
+    for image, place in enumerate(itertools.product(range(3), (2, 3), (8, 9))):
+        problem.x[(image, *place)] = value
+    (got,), (exact,) = problem.call("cuda"), problem.call("reference", torch.float64)
+    assert torch.equal(got.isnan(), exact.isnan())
+    assert torch.equal(got.isinf(), exact.isinf())
+    same = exact == exact_clean
+    assert torch.equal(got[same], clean[same])
+    assert same[-1].all()
+    assert not same[:-1].flatten(1).all(1).any()
 
 
 @torch.no_grad()
