@@ -139,15 +139,17 @@ def blocks(instructions: tuple[tuple[int, str], ...]) -> list[tuple[int, list[st
 def busiest_path(kernel: Kernel, loads: int, stores: int) -> list[str]:
     """The instructions of one iteration of the longest loop, on the path that multiplies most.
 
+    On tensor cores it is the shortest loop that has all products.
     Of the paths with that many loads from and stores to global memory; the shortest, where several multiply as much.
     That is an iteration in the middle of a map, without sums to write, with SiLU: the other activations have no
     reciprocal.
     """
     found = blocks(kernel.instructions)
-    begin, end = max(
-        ((target, address) for address, _, following in found for target in following if target <= address),
-        key=lambda loop: loop[1] - loop[0],
-    )
+    loops = [(target, address) for address, _, following in found for target in following if target <= address]
+    loops.sort(key=lambda loop: loop[1] - loop[0])
+    products = [address for address, texts, _ in found if any(_opcode(text).startswith("HMMA") for text in texts)]
+    around = [loop for loop in loops if products and loop[0] <= min(products) and max(products) <= loop[1]]
+    begin, end = around[0] if around else loops[-1]
     body = [block for block in found if begin <= block[0] <= end]
     reached = {target for _, _, following in body for target in following}
     # From a block to the end of the iteration, by loads and stores on the way: reciprocals, multiplications, path.
@@ -261,6 +263,32 @@ def test_instructions_per_element_on_tensor_cores():
         assert len(products) == kernel_size * (kernel_size // 2 + 1) * 2, kernel.name
         seen.add((kernel_size, stride))
     assert seen == set(ON_TENSOR_CORES)
+
+
+# Of a stem with SiLU: instructions of a warp for a row of 16 output pixels, by the way x comes and by blocks of 8
+# output channels.
+STEM = {
+    "Pieces": {3: 186, 4: 200, 6: 265, 8: 322},
+    "Elements": {3: 222, 4: 238, 6: 304, 8: 356},
+}
+
+
+def test_instructions_of_a_stem():
+    seen = set()
+    for kernel, match in named(r"11stem_kernelI(6__half|13__nv_bfloat16)Li(\d)ENS1_\d(Pieces|Elements)E"):
+        blocks, loader = int(match[2]), match[3]
+        case = f"{kernel.architecture} {kernel.name}"
+        # With pieces: the copy and the end of its group.
+        path = busiest_path(kernel, 2 if loader == "Pieces" else 7, 2 if blocks == 4 else 4)
+        limit = STEM[loader][blocks]
+        assert limit - 20 < len(path) <= limit, f"{case}: {len(path)}"
+        for op, count in (("HMMA.16816.F32", 2 * blocks), ("MUFU", 8 * blocks), ("STG", 2 if blocks == 4 else 4)):
+            assert sum(_opcode(text).startswith(op) for text in path) == count, f"{case}: {op}"
+        assert kernel.has(r"LDGSTS\S*\.128") == (loader == "Pieces"), case
+        if blocks > 3:
+            assert kernel.has(r"STG\S*\.128"), case
+        seen.add((loader, blocks))
+    assert seen == {(loader, blocks) for loader, of in STEM.items() for blocks in of}
 
 
 @pytest.mark.parametrize("traits", ["7Forward", "8Backward"])

@@ -188,6 +188,10 @@ Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStr
 // The same for 16 bits and some channels, fused_mbconv_resident.cu: what it calls where that serves.
 bool fused_mbconv_resident_serves(const FusedMBConvParams& p, int shared_limit);
 Status launch_fused_mbconv_resident(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream);
+// The same for 16 bits, 3 input channels and a 3x3 window at stride 2, stem.cu: what it calls where that
+// serves.
+bool stem_serves(const FusedMBConvParams& p);
+Status launch_stem(const FusedMBConvParams& p, cudaStream_t stream);
 
 // ---- train_depthwise.cu, train_depthwise_backward.cu -----------------------------------------------------
 

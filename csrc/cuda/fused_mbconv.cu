@@ -291,6 +291,7 @@ Status launch_tile(const FusedMBConvParams& p, int shared_limit, cudaStream_t st
 }  // namespace
 
 Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStream_t stream) {
+  if (stem_serves(p)) return launch_stem(p, stream);
   if (p.n * p.oh * p.ow == 0 || p.c_out == 0) return {};
   if (fused_mbconv_resident_serves(p, shared_limit))
     return launch_fused_mbconv_resident(p, shared_limit, stream);

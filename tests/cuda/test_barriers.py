@@ -4,6 +4,7 @@ It lets all threads pass one barrier as if it had been forgotten. The threads ru
 found by rule.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -45,6 +46,7 @@ POINTWISE = [
     Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
 ]
 STRIP = MBConv(1, (19, 70), cin=16, mid=48, cout=8, kernel=(3, 3), stride=(2, 2))
+STEM = Fused(40, (8, 8), cin=3, mid=8, cout=None, stride=(2, 2))  # more places than a multiprocessor has warps
 WITNESSES: dict[str, list[list]] = {
     "depthwise_conv_bn_act.cu": [[Depthwise(16, (35, 9), c=32)]],
     "depthwise_mma.cu": [[Depthwise(16, (35, 9), c=32)]],
@@ -54,6 +56,7 @@ WITNESSES: dict[str, list[list]] = {
     "fused_mbconv_resident.cu": [RESIDENT],
     "gemm.cuh": [EXPAND, FUSED, POINTWISE],
     "pointwise_conv_bn_act.cu": [POINTWISE],
+    "stem.cu": [[STEM], [dataclasses.replace(STEM, layout="nchw")]],
     "squeeze_excite.cu": [[Squeeze(2, (17, 31), c=136, reduced=6), Squeeze(1, (3, 3), c=700, reduced=150)]],
     "train_depthwise.cu": [[TRAINING[0], IMAGES_TOGETHER]],
     "train_depthwise.cuh": [[TRAINING[0]]],
@@ -66,6 +69,7 @@ DTYPES = {
     "expand_depthwise.cu": [torch.float32],
     "expand_depthwise_mma.cu": [torch.bfloat16],
     "fused_mbconv_resident.cu": [torch.bfloat16],
+    "stem.cu": [torch.bfloat16],
 }
 BARRIERS = [
     pytest.param(path.name, number, witnesses, dtype, id=f"{path.name}:{number}-{i}-{dtype}")
