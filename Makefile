@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction wheel clean help FORCE
+.PHONY: demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction machine-code wheel clean help FORCE
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -120,6 +120,9 @@ kernels: build  ## compile every Triton kernel for every generation of GPU and i
 
 prediction: build  ## regenerate the predicted GPU times in docs/performance.md
 	@$(BIN)/python docs/gpu_prediction.py
+
+machine-code: build  ## regenerate the costs of the CUDA kernels in docs/performance.md; needs nvcc, and sm_90a built
+	@$(BIN)/python -m benchmarks.machine_code --write
 
 wheel: build  ## build the source distribution and the wheel into dist/
 	@$(REQUIRE) EFFNET_KERNELS_PORTABLE=1 TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA_ARCH_LIST)" $(BIN)/python -m build --no-isolation

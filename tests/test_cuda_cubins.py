@@ -5,72 +5,24 @@ It is checked for the GPUs that the library was built for;
 """
 
 import functools
-import importlib.util
 import itertools
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from benchmarks import machine_code
+from benchmarks.cubins import Kernel, blocks, cuobjdump, kernels, opcode, readable
 from effnet_kernels import native
 from tests.emulation import build
 
-TRITON = importlib.util.find_spec("triton")
 pytestmark = [
     pytest.mark.skipif(not native._CUDA_LIBRARY.exists(), reason="the CUDA library is not built"),
-    pytest.mark.skipif(TRITON is None, reason="cuobjdump comes with Triton"),
+    pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump comes with Triton"),
 ]
 # Of one multiprocessor.
 REGISTERS = 65536
-
-
-class Kernel(NamedTuple):
-    architecture: str
-    name: str  # mangled
-    registers: int
-    local: int  # bytes a thread: spilled registers, and arrays that found none
-    shared: int  # bytes a block, static
-    instructions: tuple[tuple[int, str], ...]  # address, text
-
-    def has(self, pattern: str) -> bool:
-        return any(re.match(pattern, _opcode(text)) for _, text in self.instructions)
-
-
-def _cuobjdump(option: str) -> str:
-    tool = Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, option, native._CUDA_LIBRARY]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _opcode(text: str) -> str:
-    return re.sub(r"^@!?U?P\w+ ", "", text).split()[0]
-
-
-@functools.cache
-def kernels() -> list[Kernel]:
-    usage = {}
-    architecture = ""
-    for line in _cuobjdump("-res-usage").splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
-            architecture = found[1]
-        elif found := re.search(r"Function (\S+):", line):
-            name = found[1]
-        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, found.groups())
-            usage[architecture, name] = registers, stack + local, shared
-    code: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for line in _cuobjdump("-sass").splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
-            architecture = found[1]
-        elif found := re.search(r"Function : (\S+)", line):
-            name = found[1]
-            code[architecture, name] = []
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
-            code[architecture, name].append((int(found[1], 16), found[2]))
-    assert set(usage) == set(code)
-    return [Kernel(*key, *usage[key], tuple(code[key])) for key in usage]
 
 
 def _without_file(name: str) -> str:
@@ -109,68 +61,6 @@ def named(pattern: str) -> list[tuple[Kernel, re.Match[str]]]:
     return found
 
 
-def blocks(instructions: tuple[tuple[int, str], ...]) -> list[tuple[int, list[str], list[int]]]:
-    """Basic blocks in order: address, instructions, addresses of what may follow."""
-    targets = {}
-    for address, text in instructions:
-        if _opcode(text).split(".")[0] == "BRA" and (found := re.findall(r"0x[0-9a-f]+", text)):
-            targets[address] = int(found[-1], 16)
-    ends = {a for a, text in instructions if _opcode(text).split(".")[0] in ("BRA", "BRX", "EXIT", "RET")}
-    starts = {instructions[0][0], *targets.values()}
-    starts |= {b for (a, _), (b, _) in itertools.pairwise(instructions) if a in ends}
-    result: list[tuple[int, list[str], list[int]]] = []
-    previous = 0
-    for i, (address, text) in enumerate(instructions):
-        if address in starts:
-            if result and previous not in ends:
-                result[-1][2].append(address)
-            result.append((address, [], []))
-        result[-1][1].append(text)
-        if address in targets:
-            result[-1][2].append(targets[address])
-        # BRA.DIV is for warps that are not together.
-        conditional = text.startswith("@") or re.search(r"BRA(\.\S+)? !?U?P\d|BRA\.DIV", text)
-        if address in ends and conditional and "BRX" not in text and i + 1 < len(instructions):
-            result[-1][2].append(instructions[i + 1][0])
-        previous = address
-    return result
-
-
-def busiest_path(kernel: Kernel, loads: int, stores: int) -> list[str]:
-    """The instructions of one iteration of the longest loop, on the path that multiplies most.
-
-    On tensor cores it is the shortest loop that has all products.
-    Of the paths with that many loads from and stores to global memory; the shortest, where several multiply as much.
-    That is an iteration in the middle of a map, without sums to write, with SiLU: the other activations have no
-    reciprocal.
-    """
-    found = blocks(kernel.instructions)
-    loops = [(target, address) for address, _, following in found for target in following if target <= address]
-    loops.sort(key=lambda loop: loop[1] - loop[0])
-    products = [address for address, texts, _ in found if any(_opcode(text).startswith("HMMA") for text in texts)]
-    around = [loop for loop in loops if products and loop[0] <= min(products) and max(products) <= loop[1]]
-    begin, end = around[0] if around else loops[-1]
-    body = [block for block in found if begin <= block[0] <= end]
-    reached = {target for _, _, following in body for target in following}
-    # From a block to the end of the iteration, by loads and stores on the way: reciprocals, multiplications, path.
-    best: dict[int, dict[tuple[int, int], tuple[int, int, int, list[str]]]] = {}
-    for address, texts, following in reversed(body):
-        if _opcode(texts[-1]).startswith("BRX"):  # the cases of a switch: what nothing else leads to
-            following = [a for a, _, _ in body if a > address and a not in reached]
-        tails = [tail for a in following if a > address for tail in best.get(a, {}).items()]
-        if begin in following or address == body[-1][0]:
-            tails.append(((0, 0), (0, 0, 0, [])))
-        ldg, stg, mufu, multiply = (
-            sum(_opcode(t).startswith(op) for t in texts) for op in ("LDG", "STG", "MUFU", ("FFMA", "FMUL"))
-        )
-        best[address] = {}
-        for (loaded, stored), (reciprocals, multiplied, negative_length, tail) in tails:
-            key = (loaded + ldg, stored + stg)
-            candidate = (reciprocals + mufu, multiplied + multiply, negative_length - len(texts), texts + tail)
-            best[address][key] = max(best[address].get(key, candidate), candidate, key=lambda each: each[:3])
-    return best[begin][loads, stores][3]
-
-
 DEPTHWISE = r"16depthwise_kernelI\w*6TraitsIfLi(\d)ELi(\d)ELi(\d)ELi(\d)ELi(\d)E"
 
 
@@ -184,6 +74,7 @@ def test_a_multiprocessor_has_registers_for_the_blocks_that_a_kernel_is_bounded_
     """Which launches keep to the bounds the emulation sees."""
     bounds = launch_bounds()
     assert {_without_file(kernel.name) for kernel in kernels()} == set(bounds)
+    assert all(kernel.threads == bounds[_without_file(kernel.name)][0] for kernel in kernels())
     wrong = too_many_registers(bounds)
     assert not wrong, "\n".join(wrong)
     assert too_many_registers({name: (threads, blocks + 1) for name, (threads, blocks) in bounds.items()})
@@ -217,10 +108,11 @@ def test_instructions_per_element_of_the_depthwise_convolution():
         kernel_size, stride, channels, width, _ = map(int, match.groups())
         if channels == 1 or kernel_size == 7:
             continue
-        path = busiest_path(kernel, stride * ((width - 1) * stride + kernel_size), width)
-        multiplications = sum(_opcode(text).startswith(("FFMA", "FMUL")) for text in path)
-        assert multiplications >= kernel_size**2 * channels * width, "the path has lost its way"
-        per_element = len(path) / (channels * width)
+        cost, multiplications = machine_code.with_fmas(
+            machine_code.Code(kernel.instructions), kernel_size, stride, width
+        )
+        assert multiplications >= kernel_size**2 * channels * width, "the way is another one"
+        per_element = cost / (channels * width)
         limit = PER_ELEMENT[kernel_size, stride]
         assert per_element <= limit, f"{kernel.architecture} {match[0]}: {per_element:.1f}"
         seen.add((kernel_size, stride))
@@ -239,22 +131,28 @@ def shortest_way(kernel: Kernel, begin: int, end: int) -> int:
     for address, texts, following in reversed(blocks(kernel.instructions)):
         if address <= last < address + 16 * len(texts):
             best[address] = (last - address) // 16
-        elif address < last and not any(_opcode(text).startswith("LDG.") for text in texts):
+        elif address < last and not any(opcode(text).startswith("LDG.") for text in texts):
             best[address] = len(texts) + min((best[a] for a in following if a > address and a in best), default=10**6)
         if address <= first < address + 16 * len(texts):
             return best[address] - (first - address) // 16
     raise AssertionError("there is no way")
 
 
+def from_wait_to_store(kernel: Kernel) -> int:
+    """Instructions of a row of depthwise_mma_kernel."""
+    texts = [text for _, text in kernel.instructions]
+    loop = next(i for i, text in enumerate(texts) if opcode(text).startswith("DEPBAR") and ", 0x0" not in text)
+    last = max(i for i, text in enumerate(texts) if opcode(text).startswith("HMMA"))
+    stores = [i for i, text in enumerate(texts) if i > last and opcode(text) == "STG.E.64"]
+    return shortest_way(kernel, loop, stores[1])
+
+
 def test_instructions_per_element_on_tensor_cores():
     seen = set()
     for kernel, match in named(r"depthwise_mma_kernelI\w*6TraitsI(6__half|13__nv_bfloat16)Li(\d)ELi(\d)ELb1ELb1E"):
         kernel_size, stride = int(match[2]), int(match[3])
-        texts = [text for _, text in kernel.instructions]
-        loop = next(i for i, text in enumerate(texts) if _opcode(text).startswith("DEPBAR") and ", 0x0" not in text)
-        products = [i for i, text in enumerate(texts) if _opcode(text).startswith("HMMA")]
-        stores = [i for i, text in enumerate(texts) if i > products[-1] and _opcode(text) == "STG.E.64"]
-        per_element = shortest_way(kernel, loop, stores[1]) / 8
+        products = [text for _, text in kernel.instructions if opcode(text).startswith("HMMA")]
+        per_element = from_wait_to_store(kernel) / 8
         limit = ON_TENSOR_CORES[kernel_size, stride]
         assert limit - 3 < per_element <= limit, f"{kernel.architecture} {kernel.name}: {per_element:.1f}"
         assert kernel.has(r"LDGSTS\S*\.128")
@@ -276,19 +174,21 @@ STEM = {
 def test_instructions_of_a_stem():
     seen = set()
     for kernel, match in named(r"11stem_kernelI(6__half|13__nv_bfloat16)Li(\d)ENS1_\d(Pieces|Elements)E"):
-        blocks, loader = int(match[2]), match[3]
+        count, loader = int(match[2]), match[3]
         case = f"{kernel.architecture} {kernel.name}"
-        # With pieces: the copy and the end of its group.
-        path = busiest_path(kernel, 2 if loader == "Pieces" else 7, 2 if blocks == 4 else 4)
-        limit = STEM[loader][blocks]
-        assert limit - 20 < len(path) <= limit, f"{case}: {len(path)}"
-        for op, count in (("HMMA.16816.F32", 2 * blocks), ("MUFU", 8 * blocks), ("STG", 2 if blocks == 4 else 4)):
-            assert sum(_opcode(text).startswith(op) for text in path) == count, f"{case}: {op}"
+        code = machine_code.Code(kernel.instructions)
+        main = code.with_most("HMMA")
+        assert main is not None, case
+        ways = code.ways(main, code.counts(main, "HMMA", "MUFU", "STG", r"LDG(STS)?\.").__getitem__)
+        stores, loads = 2 if count == 4 else 4, 1 if loader == "Pieces" else 7
+        cost = ways[2 * count, 8 * count, stores, loads]
+        limit = STEM[loader][count]
+        assert limit - 20 < cost <= limit, f"{case}: {cost}"
         assert kernel.has(r"LDGSTS\S*\.128") == (loader == "Pieces"), case
-        if blocks > 3:
+        if count > 3:
             assert kernel.has(r"STG\S*\.128"), case
-        seen.add((loader, blocks))
-    assert seen == {(loader, blocks) for loader, of in STEM.items() for blocks in of}
+        seen.add((loader, count))
+    assert seen == {(loader, count) for loader, of in STEM.items() for count in of}
 
 
 @pytest.mark.parametrize("traits", ["7Forward", "8Backward"])
@@ -332,15 +232,90 @@ def test_gemms_copy_16_bytes_and_multiply_on_tensor_cores(name):
 
 
 def test_the_main_loop_with_resident_weights():
-    """Between the first and the last product of a window: fewer than one other instruction for two products."""
+    """Between the first and the last product of a window: fewer than three other instructions for four products."""
     seen = set()
     for kernel, match in named(r"resident_kernelI\w*5ShapeI\w*Li(\d+)ELi(\d+)ELi(\d+)ELi(\d)ELi\dELi\dE"):
         c_in, c_mid, c_out, _ = map(int, match.groups())
-        opcodes = [_opcode(text) for _, text in kernel.instructions]
+        opcodes = [opcode(text) for _, text in kernel.instructions]
         products = [i for i, opcode in enumerate(opcodes) if opcode.startswith("HMMA")]
         split = 2 if c_out or c_mid > 24 else 1
         of_windows = products[: (9 * c_in // 8 + 1) // 2 * 2 * (c_mid // 8 // split)]
         others = of_windows[-1] - of_windows[0] + 1 - len(of_windows)
-        assert others < len(of_windows) / 2, f"{kernel.architecture} {kernel.name}: {others} for {len(of_windows)}"
+        assert others < 0.75 * len(of_windows), f"{kernel.architecture} {kernel.name}: {others} for {len(of_windows)}"
         seen.add((c_in, c_mid, c_out))
     assert (48, 192, 48) in seen
+
+
+# ---- benchmarks.machine_code: what it says of this library -----------------------------------------------------------
+
+
+@functools.cache
+def cells(kernel: Kernel) -> dict[str, str]:
+    return dict(zip(machine_code.HEADER, machine_code.row_of(kernel), strict=True))
+
+
+def test_the_table_has_every_kernel_of_a_type_once():
+    architecture = kernels()[0].architecture
+    listed = [machine_code.chosen(native._CUDA_LIBRARY, architecture, dtype, "") for dtype in machine_code.TYPES]
+    names = [[kernel.name for kernel in found] for found in listed]
+    everywhere = set.intersection(*map(set, names))
+    assert not [name for name in everywhere if re.search("float|half", readable(name)[1])]
+    of_a_type = [name for each in names for name in each if name not in everywhere]
+    assert sorted([*of_a_type, *everywhere]) == sorted(k.name for k in kernels() if k.architecture == architecture)
+    for found in listed:
+        assert [readable(kernel.name) for kernel in found] == sorted({readable(kernel.name) for kernel in found})
+    files = {readable(kernel.name)[0] for kernel in kernels()}
+    assert files == {source.stem for source in (build.ROOT / "csrc" / "cuda").glob("*.cu")}
+
+
+def test_the_main_loop_of_a_gemm_has_the_products_of_its_steps():
+    """All fragments of a warp, for 16 of depth or a multiple; what the gate takes is counted there."""
+    for kernel, match in named(r"16pointwise_kernelI(6__half|13__nv_bfloat16)NS0_9BlockTileILi(\d+)EEELb0E"):
+        code = machine_code.Code(kernel.instructions)
+        main = code.with_most("HMMA")
+        products, fragments = code.count(code.own(main), "HMMA"), int(match[2]) // 8
+        assert products >= fragments, kernel.name
+        assert products % fragments == 0, kernel.name
+        gated = kernel.name.replace("ELb0ELb", "ELb1ELb")
+        other = next(k for k in kernels() if (k.architecture, k.name) == (kernel.architecture, gated))
+        assert float(cells(other)["per HMMA"]) > float(cells(kernel)["per HMMA"]), kernel.name
+
+
+def test_instructions_of_copies_are_those_of_their_loop_where_it_is_one_block():
+    seen = 0
+    for kernel, _ in named("6__half"):
+        code = machine_code.Code(kernel.instructions)
+        for loop in code.loops:
+            copies = code.count([loop.head], machine_code.COPY)
+            if len(loop.body) == 1 and copies:
+                assert code.cheapest(loop, machine_code.COPY) == len(code.blocks[loop.head].texts) / copies, kernel.name
+                seen += 1
+    assert seen > 0
+
+
+def test_instructions_per_output_agree_with_the_shortest_way():
+    """From wait to store it is a part of a row's iteration, with all of its products and stores, but perhaps a copy."""
+    for kernel, _ in named(r"depthwise_mma_kernelI\w*6TraitsI(6__half|13__nv_bfloat16)Li\dELi\dELb1ELb1E"):
+        middle, *maps = map(float, cells(kernel)["per output"].split(", "))
+        way = from_wait_to_store(kernel) / 8
+        assert way < middle < way + 6, f"{kernel.architecture} {kernel.name}: {middle}"
+        assert middle < maps[0] < maps[1] < maps[2], kernel.name
+
+
+def test_loads_that_wait_in_their_block_are_exposed():
+    """By another way of looking: backwards, from who waits."""
+    for kernel, _ in named("6__half"):
+        code = machine_code.Code(kernel.instructions)
+        exposed = set(code.exposed_loads())
+        for number in code.edges:
+            texts = code.blocks[number].texts
+            for at, text in enumerate(texts):
+                named_here, named_since, passed = set(re.findall(r"\bR\d+\b", text)), set(), 0
+                for i in range(at - 1, -1, -1):
+                    loaded = re.match(r"(?:@\S+ )?LDG\.E(?:\.U16|\.CONSTANT)* (R\d+),", texts[i])
+                    if loaded and loaded[1] in named_here - named_since:
+                        assert ((number, i), (number, at)) in exposed, f"{kernel.name}: {texts[i]}"
+                    named_since |= set(re.findall(r"\bR\d+\b", texts[i]))
+                    passed += not opcode(texts[i]).startswith("LDG.")
+                    if passed == 8:
+                        break

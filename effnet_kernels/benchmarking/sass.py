@@ -38,6 +38,7 @@ class Block(NamedTuple):
 
 
 class Loop(NamedTuple):
+    head: int
     line: Line | None
     body: set[int]
 
@@ -49,10 +50,10 @@ def parts(listing: str) -> list[Part]:
         ValueError: it cannot be told which loop of the source one of the machine code is, or what is a slow path.
     """
     blocks, edges = _blocks(_kernel(listing))
-    reached = {number: edges[number] for number in _reached([0], edges)}
+    reached = {number: edges[number] for number in reached_from([0], edges)}
     edges = _without_slow_paths(blocks, reached)
-    loops = _loops(blocks, edges)
-    if len(loops) < len(_loops(blocks, reached)):
+    loops = natural_loops(blocks, edges)
+    if len(loops) < len(natural_loops(blocks, reached)):
         raise ValueError("no way through a loop is without a call")
     lines = [loop.line for loop in loops]
     for line in lines:
@@ -74,8 +75,8 @@ def in_loops(listing: str) -> list[str]:
         ValueError: it cannot be told what is a loop.
     """
     blocks, edges = _blocks(_kernel(listing))
-    reached = {number: edges[number] for number in _reached([0], edges)}
-    numbers = set().union(*(loop.body for loop in _loops(blocks, reached)))
+    reached = {number: edges[number] for number in reached_from([0], edges)}
+    numbers = set().union(*(loop.body for loop in natural_loops(blocks, reached)))
     return [mnemonic for number in sorted(numbers) for mnemonic in blocks[number].instructions]
 
 
@@ -139,24 +140,24 @@ def _without_slow_paths(blocks: list[Block], edges: Edges) -> Edges:
         if not blocks[number].calls
     }
     exits = [number for number in free if blocks[number].instructions[-1].startswith("EXIT")]
-    live = _reached([0], free) & _reached(exits, _reversed(free))
+    live = reached_from([0], free) & reached_from(exits, _reversed(free))
     if not live:
         raise ValueError("no way through the kernel is without a call")
     return {number: [to for to in free[number] if to in live] for number in live}
 
 
-def _loops(blocks: list[Block], edges: Edges) -> list[Loop]:
+def natural_loops(blocks: list[Block], edges: Edges) -> list[Loop]:
     """Natural loops: an edge back to a block that its source cannot be reached without, and the blocks between."""
     before = _reversed(edges)
     loops: dict[tuple[int, Line | None], Loop] = {}
     back = []
     for number, successors in edges.items():
         for head in successors:
-            if number == head or number not in _reached([0], edges, head):
+            if number == head or number not in reached_from([0], edges, head):
                 back.append((number, head))
                 line = blocks[number].line  # nested loops may begin with the same block
-                loop = loops.setdefault((head, line), Loop(line, {head}))
-                loop.body.update(_reached([number], before, head))
+                loop = loops.setdefault((head, line), Loop(head, line, {head}))
+                loop.body.update(reached_from([number], before, head))
     forward = {n: [b for b in befores if (b, n) not in back] for n, befores in before.items()}
     try:
         graphlib.TopologicalSorter(forward).prepare()
@@ -165,7 +166,7 @@ def _loops(blocks: list[Block], edges: Edges) -> list[Loop]:
     return list(loops.values())
 
 
-def _reached(start: Iterable[int], edges: Edges, without: int | None = None) -> set[int]:
+def reached_from(start: Iterable[int], edges: Edges, without: int | None = None) -> set[int]:
     """The blocks that edges lead to from these, never through block ``without``."""
     found: set[int] = set()
     todo = [number for number in start if number != without]

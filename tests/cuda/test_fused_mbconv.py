@@ -46,6 +46,7 @@ RESIDENT = [
     Fused(3, (17, 15), cin=48, mid=192, cout=48, residual=True),
     Fused(1, (13, 11), cin=48, mid=192, cout=48, padding=(0, 2, 2, 0), residual=True, act="relu6"),
     Fused(2, (9, 9), cin=48, mid=192, cout=48, padding="none", layout="sliced"),
+]
 # A stem in 16 bits has a kernel of its own: a warp has 16 output columns of a band of rows, and x comes in pieces of 16
 # bytes where its rows are NHWC and made of them, else element by element.
 HALVES = [torch.float16, torch.bfloat16]
