@@ -102,8 +102,10 @@ def readable(name: str) -> tuple[str, str]:
     found = re.search(r"([a-z]+(?:_[a-z]+)*_kernel)(?:(I.*?)Ev)?", name)
     assert found is not None, name
     words = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "Lb0E": "false", "Lb1E": "true"}
-    arguments = re.findall(r"6__half|13__nv_bfloat16|(?<=I)f|Lb[01]E|Li\d+E", found[2] or "")
-    shown = ", ".join(words.get(each, each[2:-1]) for each in arguments)
+    arguments = re.findall(
+        r"6__half|13__nv_bfloat16|(?<=I)f|Lb[01]E|Li\d+E|(?<=NS1_\d)[A-Z][a-z]+(?=EE)", found[2] or ""
+    )
+    shown = ", ".join(words.get(each, each[2:-1] if each.startswith("Li") else each) for each in arguments)
     return file[1] if file else "", found[1] + (f"<{shown}>" if shown else "")
 
 

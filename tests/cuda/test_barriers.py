@@ -33,7 +33,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 # Problems that need all barriers of a file between them; of gemm.cuh, every kernel that is made of it.
 EXPAND = [MBConv(2, (9, 18), cin=12, mid=40, cout=8), MBConv(3, (7, 7), cin=70, mid=130, cout=24)]
 FUSED = [
-    Fused(1, (13, 11), cin=24, mid=24, cout=None, residual=True),
+    Fused(1, (13, 11), cin=40, mid=40, cout=None, residual=True),
     Fused(2, (9, 11), cin=16, mid=40, cout=24, stride=(2, 2), padding="tf"),
     Fused(1, (9, 13), cin=16, mid=200, cout=24, kernel=(1, 1)),  # a chunk is one step
 ]

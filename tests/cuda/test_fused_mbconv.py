@@ -17,7 +17,7 @@ from tests.ops.special_values import check_value, each_value
 
 # A block has up to 128 pixels; chunks are 64 expanded channels; 64 output channels, or 128 in 16 bits.
 TILED = [
-    Fused(1, (13, 11), cin=24, mid=24, cout=None, residual=True),
+    Fused(1, (13, 11), cin=20, mid=20, cout=None, residual=True),
     Fused(2, (9, 11), cin=16, mid=40, cout=24, stride=(2, 2), padding="tf"),
     Fused(1, (9, 11), cin=20, mid=100, cout=40, stride=(2, 2), padding="tf"),  # no row of 16 bytes in x
     Fused(1, (9, 18), cin=48, mid=144, cout=48, residual=True),  # three chunks, the last one not full
