@@ -1,5 +1,6 @@
 // fused_mbconv: a dense convolution, BatchNorm and activation, then the 1x1 projection, its BatchNorm and the
 // residual: two GEMMs back to back. Without projection the first one is the op (stems, and V2's first stage).
+// In 16 bits stems go to stem.cu, and the channels that V2 mostly has to fused_mbconv_resident.cu.
 //
 // Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e; the expanded map, e P_out
 // C_mid written and read, never exists.
@@ -13,9 +14,8 @@
 // for 128 pixels.
 //
 // 256 threads. With up to 64 output channels 128 registers, two blocks on a multiprocessor; up to 128, one
-// block. Channels per tap are padded to 16: a stem of 3 channels multiplies 13 zeros along, hidden behind its
-// memory traffic. Maps whose channels are not whole 16 bytes, or that are not NHWC (an image of a stem), are
-// read element by element, at any strides.
+// block. Channels per tap are padded to 16 with zeros. Maps whose channels are not whole 16 bytes, or that are
+// not NHWC (an image of a stem), are read element by element, at any strides.
 #include "cuda/gemm.cuh"
 
 namespace effnet::cuda {

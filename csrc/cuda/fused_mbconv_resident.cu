@@ -1,23 +1,24 @@
-// fused_mbconv in 16 bits with all weights in shared memory, or in registers where there is no projection:
-// 3x3 windows of the channels that EfficientNetV2 has, compiled for each.
+// fused_mbconv in 16 bits with weights that stay where they are multiplied: in shared memory, or in registers
+// where there is no projection. 3x3 windows of the channels that EfficientNetV2 has, compiled for each.
 //
-// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e, and from the L2 for
-// e C_in (10 * 10 or 17 * 17) / 64 a pixel, the halo of a tile, and the weights once a block. Blocks are
-// persistent: as many as the GPU holds, each walks over tiles of 8 x 8 output pixels.
+// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e. From the L2 come the halo of
+// every tile of 8 x 8 output pixels, 10 x 10 or 17 x 17 pixels of x, and the weights once a block: blocks are
+// as many as the GPU holds, and each walks over tiles.
 //
-// A block's eight warps are teams that share nothing but the weights, so that while one activates another
-// multiplies: with a projection two teams of four warps, without four teams of two (of one pair of columns:
-// see below). A warp has 32 pixels of its team's tile and a half (kSplit) or all of the expanded channels.
+// The warps of a block are teams with a tile each, which share nothing but weights: while one activates,
+// another multiplies. A warp has 32 pixels of its team's tile and all expanded channels or, with a projection
+// or more than 24 of them, half.
 //
-// The window is a product over K = 9 C_in: shared memory has the tile's halo as [pixel, channel], a step of
-// 16 in K lies at an address that the compiler knows, relative to the lane's pixel. What comes out of the
-// tensor cores is laid out as their first operand is: the activated and rounded channels are multiplied by
-// the projection where they are, each warp with its half of them, and the two halves of the sum meet in
-// shared memory.
+// The window is a product over K = 9 C_in. The halo lies in shared memory as [pixel, channel], so that what a
+// step of 16 in K reads is a constant away from the lane's pixel: the main loop is ldmatrix and mma alone.
+// What comes out of the tensor cores is laid out as their first operand is: the activated and rounded channels
+// are multiplied by the projection where they are, and the two halves of the sums meet in shared memory.
 //
-// 48-192-48 at stride 1: 213 of 227 KB of shared memory; 24 mma and 8 ldmatrix a step. A **prediction** for
-// an H100 from these counts: 96 x 96, batch 128, 430 us, of which the tensor cores are busy 394 if mma.sync
-// reaches six tenths of their peak; its bytes take 75.
+// Predictions for an H100 at batch 128, not measurements, if mma.sync reaches six tenths of the tensor cores'
+// peak and a copy's bandwidth is reached to three quarters where DRAM is the limit:
+//   48-192-48 at 96x96: 430 us; tensor cores 394, special functions 126, DRAM 75; 227 KB of shared memory.
+//   24-24 at 192x192: 200 us; DRAM 151, instructions 113, special functions 63.
+//   24-96-48 at stride 2, to 96x96: 170 us; DRAM 113, tensor cores 105, special functions 63.
 #include <algorithm>
 
 #include "cuda/common.cuh"
