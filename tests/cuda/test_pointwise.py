@@ -1,18 +1,21 @@
 """``pointwise_conv_bn_act`` in CUDA: every dtype, every tail of a tile, several images in one."""
 
+import re
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.cuda.tools import check, cycled
-from tests.ops import oracle
+from tests.emulation import build
+from tests.ops import inputs, oracle
 from tests.ops.cases import DTYPES, Pointwise
 from tests.ops.device import native, on_device
-from tests.ops.inputs import build
 from tests.ops.special_values import check_activation, check_pool, check_value, each_value, unit_bn
 
-# Tiles are 128 pixels by 32, 64 or 128 channels; a stage holds 32 input channels (16 in fp32).
+# Tiles are 128 pixels by 32, 64 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
 TILED = [
     Pointwise(1, (8, 16), cin=32, cout=32, act="identity"),  # exactly one tile, one stage
     Pointwise(3, (9, 17), cin=40, cout=144),
@@ -30,19 +33,72 @@ TILED = [
 ]
 
 
+@pytest.fixture(params=["small", "large"])
+def tiles(request, emulation) -> Iterator[None]:
+    """Tiles are as large as a GPU of many multiprocessors takes them for these problems, or one of a single one."""
+    if emulation is None:
+        if request.param == "large":
+            pytest.skip("the GPU is what it is")
+    elif request.param == "large":
+        emulation.set_device(90, multiprocessors=1)
+    yield
+    if emulation is not None:
+        emulation.set_device(90)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TILED, ids=str)
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "tiles")
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
     check(case, dtype, emulation)
+
+
+def tile_of(problem, emulation) -> tuple[str, list[torch.Tensor]]:
+    """Columns and rows of the tiles that a problem was cut into, and its results."""
+    emulation.count(True)
+    try:
+        results = problem.call("cuda")
+        (tile,) = {re.search(r"BlockTile<[^>]*>", kernel)[0] for kernel, *_ in emulation.costs()}
+    finally:
+        emulation.count(False)
+    return tile, results
+
+
+@pytest.mark.skipif(build.asan_is_loaded(), reason="AddressSanitizer takes the place of the counters")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "large"),
+    [
+        (Pointwise(5, (9, 9), cin=200, cout=64, gate=True, residual="nhwc"), "BlockTile<64, 128>"),
+        (Pointwise(2, (11, 12), cin=72, cout=130), "BlockTile<64, 128>"),
+        (Pointwise(5, (9, 9), cin=200, cout=112, gate=True), "BlockTile<128, 128>"),
+        (Pointwise(2, (11, 12), cin=40, cout=256, act="relu6"), "BlockTile<128, 128>"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_all_tiles_compute_the_same_bits(case, large, dtype, emulation):
+    """How many blocks a batch makes decides on the tile; an image must not notice the others by it."""
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    problem = native(inputs.build(case, dtype))
+    small_tile, small = tile_of(problem, emulation)
+    emulation.set_device(90, multiprocessors=1)
+    try:
+        large_tile, got = tile_of(problem, emulation)
+    finally:
+        emulation.set_device(90)
+    assert small_tile == "BlockTile<64, 64>"
+    assert large_tile == (large if dtype != torch.float32 else "BlockTile<64, 128>")
+    assert all(torch.equal(a, b) for a, b in zip(got, small, strict=True))
 
 
 @pytest.mark.parametrize(("case", "dtype"), cycled(Pointwise))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_hostile(case, dtype):
-    oracle.check(native(build(case, dtype)), "cuda")
+    oracle.check(native(inputs.build(case, dtype)), "cuda")
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -73,7 +129,7 @@ def test_activations_over_their_whole_range(act, dtype):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
-    check_value(native(build(case, dtype)), value, "cuda")
+    check_value(native(inputs.build(case, dtype)), value, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
