@@ -13,7 +13,8 @@
 // multiprocessor, with the gate for 3, 2 and 2, at 64 by 64 for 4, with the pool for 2; in fp32 for 2.
 //
 // With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never
-// written.
+// written. Two images of up to 64 pixels, or four of up to 32, share a block and what it reads of the weight.
+// They begin where the rows of a warp do, so an image is added up in the same order whichever it is.
 #include "cuda/gemm.cuh"
 
 namespace effnet::cuda {
@@ -25,6 +26,7 @@ struct Args {
   PointwiseParams p;
   bool vector_in, vector_out;  // rows of x and weight, and of y, are made of aligned 16 bytes
   int tiles_n;
+  int image_rows;  // with the pool: of the rows of a tile, how many are one image's; a power of two
 };
 
 template <class T, class Tile>
@@ -52,19 +54,13 @@ class Gate {
   }
 
  public:
-  // For the tile that begins at row `first_row` of the batch, or, with kOneImage, for all tiles of its image.
-  template <bool kOneImage>
-  __device__ __forceinline__ Gate(const PointwiseParams& p, int64_t first_row,
-                                  std::bool_constant<kOneImage>) {
-    const int64_t image = first_row / p.pixels;
-    const int64_t rest = p.pixels - (first_row - image * p.pixels);  // rows of the first image
-    const unsigned pixels = p.pixels < Tile::kRows ? static_cast<unsigned>(p.pixels) : Tile::kRows;
+  // image_of(row) is asked for rows of the tile; beyond the batch it is any number of an image.
+  template <class ImageOf>
+  __device__ __forceinline__ Gate(const PointwiseParams& p, ImageOf image_of) {
 #pragma unroll
     for (int i = 0; i < Mine::kCount; ++i) {
-      const int row = Mine::first_row() + i * Mine::kStep;
-      int64_t at = image;
-      if (!kOneImage && row >= rest) at += 1 + static_cast<unsigned>(row - rest) / pixels;
-      gate_[i] = p.gate + (at < p.n ? at : p.n - 1) * p.c_in + Mine::column();
+      const int64_t image = image_of(Mine::first_row() + i * Mine::kStep);
+      gate_[i] = p.gate + (image < p.n ? image : p.n - 1) * p.c_in + Mine::column();
     }
   }
 
@@ -133,8 +129,11 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
 
   const int n0 = static_cast<int>(blockIdx.x % args.tiles_n) * Tile::kColumns;
   const int64_t group = blockIdx.x / args.tiles_n;
-  // A pooling block walks over the tiles of an image, any other has one tile of the batch.
-  const int64_t first = group * (kPool ? p.pixels : Tile::kRows);
+  // With the pool a block walks over the tiles of an image, or has one tile of several small images, each of
+  // which begins at a multiple of image_rows. Any other block has one tile of the batch.
+  const int image_rows = args.image_rows, image_bits = __ffs(image_rows) - 1;
+  const int64_t image0 = kPool ? group << (__ffs(Tile::kRows) - 1 - image_bits) : 0;
+  const int64_t first = group * Tile::kRows;
   const int64_t left = kPool ? p.pixels : p.n * p.pixels - first;
   const int rows = kPool || left < Tile::kRows ? static_cast<int>(left) : Tile::kRows;
   const int tiles = kPool ? ceil_div(rows, Tile::kRows) : 1;
@@ -148,19 +147,31 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
   using Weight = Pieces<T, Tile::kColumns, kDepth>;  // of a stage; in the same columns as those of x
   int to = X::offset(kStride), loaded_channels = p.c_in - X::column(), loaded_rows = rows - X::first_row();
   keep(to);
-  const T* x_from = x + first * p.c_in + X::offset(int64_t{p.c_in});
+  const T* x_from = x + X::column();
+  int64_t x_step = static_cast<int64_t>(X::kStep) * p.c_in;
+  if constexpr (kPool) {
+    const int64_t image = image0 + (X::first_row() >> image_bits);
+    const int pixel = X::first_row() & (image_rows - 1);
+    x_from += (image * p.pixels + pixel) * p.c_in;
+    if (image_rows <= X::kStep) {  // the next piece is the same pixel of a later image
+      x_step = (X::kStep >> image_bits) * p.pixels * p.c_in;
+      loaded_rows = pixel < rows ? static_cast<int>(min(p.n - image, int64_t{Tile::kRows})) * image_rows : 0;
+    }
+  } else {
+    x_from += (first + X::first_row()) * p.c_in;
+  }
   const T* weight_from = weight + static_cast<int64_t>(n0) * p.c_in + X::offset(int64_t{p.c_in});
-  const int64_t step = static_cast<int64_t>(X::kStep) * p.c_in;
+  const int64_t weight_step = static_cast<int64_t>(Weight::kStep) * p.c_in;
   const auto load = [&](int, int slot) {
     T* a = stages + slot * S::kStage + to;
     T* b = a + Tile::kRows * kStride;
     const int weight_rows = p.c_out - n0 - X::first_row();
     if (vector_in) {
-      copy_pieces<X, kStride, true>(a, x_from, step, loaded_rows, loaded_channels);
-      copy_pieces<Weight, kStride, true>(b, weight_from, step, weight_rows, loaded_channels);
+      copy_pieces<X, kStride, true>(a, x_from, x_step, loaded_rows, loaded_channels);
+      copy_pieces<Weight, kStride, true>(b, weight_from, weight_step, weight_rows, loaded_channels);
     } else {
-      copy_pieces<X, kStride, false>(a, x_from, step, loaded_rows, loaded_channels);
-      copy_pieces<Weight, kStride, false>(b, weight_from, step, weight_rows, loaded_channels);
+      copy_pieces<X, kStride, false>(a, x_from, x_step, loaded_rows, loaded_channels);
+      copy_pieces<Weight, kStride, false>(b, weight_from, weight_step, weight_rows, loaded_channels);
     }
     x_from += kDepth;
     weight_from += kDepth;
@@ -176,8 +187,15 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
 
   int row0 = 0, k0 = 0;
   auto gate = [&] {
-    if constexpr (kGate) {
-      return Gate<T, Tile>(p, first, std::bool_constant<kPool>());
+    if constexpr (kGate && kPool) {
+      return Gate<T, Tile>(p, [&](int row) { return image0 + (row >> image_bits); });
+    } else if constexpr (kGate) {
+      const int64_t image = first / p.pixels;
+      const int64_t rest = p.pixels - (first - image * p.pixels);  // rows of the first image
+      const unsigned pixels = p.pixels < Tile::kRows ? static_cast<unsigned>(p.pixels) : Tile::kRows;
+      return Gate<T, Tile>(p, [&](int row) {
+        return row < rest ? image : image + 1 + static_cast<unsigned>(row - rest) / pixels;
+      });
     } else {
       return 0;
     }
@@ -191,22 +209,24 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
       const int next = k0 + kDepth;
       gate.fetch(kPool && next >= p.c_in ? 0 : next, p.c_in, vector_in);
     }
-    if (!kPool || row0 + Tile::first_row() < rows)  // the warp has rows in the image
+    const int pixel = row0 + (Tile::first_row() & (image_rows - 1));  // with the pool: the warp's first one
+    if (!kPool || pixel < rows)
       multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0);
     k0 += kDepth;
     if (kPool && k0 >= p.c_in) {
       batch_norm_act<Tile, sizeof(T) == 4>(acc, affine, p.act);
+      const int64_t image = image0 + (Tile::first_row() >> image_bits);
 #pragma unroll
       for (int n = 0; n < Tile::kN; ++n)
 #pragma unroll
         for (int m = 0; m < Tile::kM; ++m)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int row = row0 + Tile::first_row() + 16 * m + threadIdx.x % 32 / 4 + i / 2 * 8;
+            const int at = pixel + 16 * m + threadIdx.x % 32 / 4 + i / 2 * 8;
             const int column = n0 + Tile::first_column() + 8 * n + threadIdx.x % 4 * 2 + i % 2;
-            float value = row < rows ? acc[m][n][i] : 0.0f;
-            if (residual != nullptr && row < rows && column < p.c_out)
-              value += to_float(residual[(first + row) * p.c_out + column]);
+            float value = at < rows ? acc[m][n][i] : 0.0f;
+            if (residual != nullptr && at < rows && image < p.n && column < p.c_out)
+              value += to_float(residual[(image * p.pixels + at) * p.c_out + column]);
             sum[kPool ? n : 0][i % 2] += value;
           }
       clear<Tile>(acc);
@@ -222,9 +242,11 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
   __syncthreads();
 
   if constexpr (kPool) {
-    // Down the columns of a warp, then over the warps, each in order.
+    // Down the columns of a warp, then over the warps of an image, each in order.
+    constexpr int kWarpRows = 16 * Tile::kM;
+    static_assert(kWarpRows <= 32, "an image has 32 rows or more");
     float* partial = reinterpret_cast<float*>(stages);  // [warps down, columns]
-    const int warp_row = Tile::first_row() / (16 * Tile::kM), lane = threadIdx.x % 32;
+    const int warp_row = Tile::first_row() / kWarpRows, lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < Tile::kN; ++n)
 #pragma unroll
@@ -235,10 +257,13 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
           partial[warp_row * Tile::kColumns + Tile::first_column() + 8 * n + 2 * lane + i] = total;
       }
     __syncthreads();
-    for (int column = threadIdx.x; column < Tile::kColumns && n0 + column < p.c_out; column += kGemmThreads) {
+    for (int i = threadIdx.x; i < Tile::kColumns * (Tile::kRows >> image_bits); i += kGemmThreads) {
+      const int column = i % Tile::kColumns, at = i / Tile::kColumns, warps = image_rows / kWarpRows;
+      if (n0 + column >= p.c_out || image0 + at >= p.n) continue;
       float total = 0.0f;
-      for (int warp = 0; warp < Tile::kWarpsM; ++warp) total += partial[warp * Tile::kColumns + column];
-      static_cast<T*>(p.y)[group * p.c_out + n0 + column] =
+      for (int warp = 0; warp < warps; ++warp)
+        total += partial[(at * warps + warp) * Tile::kColumns + column];
+      static_cast<T*>(p.y)[(image0 + at) * p.c_out + n0 + column] =
           from_float<T>(total / static_cast<float>(p.pixels));
     }
   } else {
@@ -275,23 +300,35 @@ int64_t blocks_of(const PointwiseParams& p) {
   return ceil_div<int64_t>(p.n * p.pixels, Tile::kRows) * ceil_div(p.c_out, Tile::kColumns);
 }
 
-template <class T, class Tile, bool kWhole, bool kGate, bool kPool>
+template <class T, class Tile, bool kWhole, bool kGate>
 Status launch_tile(const PointwiseParams& p, bool vector_in, cudaStream_t stream) {
   const Args args = {p, vector_in, rows_of_16_bytes<T>(p.c_out, {p.y, p.residual}),
-                     ceil_div(p.c_out, Tile::kColumns)};
-  const int64_t blocks = kPool ? p.n * args.tiles_n : blocks_of<Tile>(p);
-  return launch<pointwise_kernel<T, Tile, kWhole, kGate, kPool>>(blocks, kGemmThreads,
+                     ceil_div(p.c_out, Tile::kColumns), Tile::kRows};
+  return launch<pointwise_kernel<T, Tile, kWhole, kGate, false>>(blocks_of<Tile>(p), kGemmThreads,
                                                                  Shared<T, Tile>::kBytes, stream, args);
+}
+
+// How many images share a tile depends on the shape alone.
+template <class T, bool kGate>
+Status launch_pooled(const PointwiseParams& p, bool vector_in, cudaStream_t stream) {
+  using Tile = BlockTile<64>;
+  if (p.pixels > INT32_MAX - Tile::kRows)
+    return {cudaErrorInvalidValue, "the map has too many pixels for one block"};
+  const int image_rows = p.pixels <= 32 ? 32 : p.pixels <= 64 ? 64 : Tile::kRows;
+  const Args args = {p, vector_in, false, ceil_div(p.c_out, Tile::kColumns), image_rows};
+  return launch<pointwise_kernel<T, Tile, false, kGate, true>>(
+      ceil_div<int64_t>(p.n, Tile::kRows / image_rows) * args.tiles_n, kGemmThreads, Shared<T, Tile>::kBytes,
+      stream, args);
 }
 
 // The tile depends on the batch, what it computes does not: see BlockTile.
 template <class T, bool kGate>
 Status launch_columns(const PointwiseParams& p, cudaStream_t stream) {
   const bool vector_in = rows_of_16_bytes<T>(p.c_in, {p.x, p.weight, p.gate});
-  if (p.pool) return launch_tile<T, BlockTile<64>, false, kGate, true>(p, vector_in, stream);
+  if (p.pool) return launch_pooled<T, kGate>(p, vector_in, stream);
   constexpr bool kWhole = sizeof(T) == 2;
-  if (kWhole && !vector_in) return launch_tile<T, BlockTile<64>, false, kGate, false>(p, vector_in, stream);
-  if (p.c_out <= 32) return launch_tile<T, BlockTile<32>, kWhole, kGate, false>(p, vector_in, stream);
+  if (kWhole && !vector_in) return launch_tile<T, BlockTile<64>, false, kGate>(p, vector_in, stream);
+  if (p.c_out <= 32) return launch_tile<T, BlockTile<32>, kWhole, kGate>(p, vector_in, stream);
   int multiprocessors = 0;
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
@@ -299,11 +336,11 @@ Status launch_columns(const PointwiseParams& p, cudaStream_t stream) {
   // Wide tiles read x from the L2 half as often; not where they would leave half of the last one idle.
   if constexpr (sizeof(T) == 2) {
     if (ceil_div(p.c_out, 128) * 128 == ceil_div(p.c_out, 64) * 64 && blocks_of<BlockTile<128>>(p) >= enough)
-      return launch_tile<T, BlockTile<128>, kWhole, kGate, false>(p, vector_in, stream);
+      return launch_tile<T, BlockTile<128>, kWhole, kGate>(p, vector_in, stream);
   }
   if (blocks_of<BlockTile<64>>(p) >= enough)
-    return launch_tile<T, BlockTile<64>, kWhole, kGate, false>(p, vector_in, stream);
-  return launch_tile<T, BlockTile<64, 64>, kWhole, kGate, false>(p, vector_in, stream);
+    return launch_tile<T, BlockTile<64>, kWhole, kGate>(p, vector_in, stream);
+  return launch_tile<T, BlockTile<64, 64>, kWhole, kGate>(p, vector_in, stream);
 }
 
 }  // namespace

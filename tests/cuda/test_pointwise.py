@@ -28,6 +28,8 @@ TILED = [
     Pointwise(150, (1, 1), cin=16, cout=40, gate=True),  # a tile of images
     Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
     Pointwise(2, (12, 11), cin=41, cout=70, act="hardswish", pool=True, gate=True, residual="nchw"),
+    Pointwise(3, (7, 7), cin=72, cout=130, pool=True, gate=True),  # two images in a tile
+    Pointwise(6, (5, 5), cin=41, cout=70, pool=True, gate=True, residual="nhwc"),  # four
     Pointwise(0, (7, 7), cin=16, cout=24, gate=True, residual="nhwc"),
     Pointwise(0, (7, 7), cin=16, cout=24, pool=True),
 ]
@@ -92,6 +94,30 @@ def test_all_tiles_compute_the_same_bits(case, large, dtype, emulation):
     assert small_tile == "BlockTile<64, 64>"
     assert large_tile == (large if dtype != torch.float32 else "BlockTile<64, 128>")
     assert all(torch.equal(a, b) for a, b in zip(got, small, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(5, 5), (7, 7), (12, 12)], ids=str)
+@pytest.mark.parametrize("gate", [False, True])
+@torch.no_grad()
+def test_an_image_is_pooled_alone(gate, size, dtype):
+    """Wherever it lies in a tile, and whatever lies beside it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 72, *size, generator=generator).to(dtype)
+    weight = torch.randn(70, 72, 1, 1, generator=generator).to(dtype)
+    factor = torch.rand(5, 72, generator=generator)
+    x, weight, factor, bn = on_device((x, weight, factor, unit_bn(70)))
+
+    def pooled(images: slice) -> torch.Tensor:
+        part = x[images].contiguous(memory_format=torch.channels_last)
+        scale = factor[images].contiguous() if gate else None
+        return F.pointwise_conv_bn_act(part, weight, bn, "silu", gate=scale, pool=True, backend="cuda")
+
+    alone = torch.cat([pooled(slice(i, i + 1)) for i in range(5)])
+    assert torch.equal(pooled(slice(0, 5)), alone)
+    x[1] = torch.nan
+    others = [0, 2, 3, 4]
+    assert torch.equal(pooled(slice(0, 5))[others], alone[others])
 
 
 @pytest.mark.parametrize(("case", "dtype"), cycled(Pointwise))
