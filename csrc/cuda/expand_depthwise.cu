@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   int loaded_row = 0, loaded_k = 0;
   const auto load = [&](int, int slot) {
     T* a = stages + slot * S::kStage;
-    copy_rows<Tile::kRows, kDepth, kStride>(a, strip + static_cast<int64_t>(loaded_row) * p.c_in + loaded_k,
+    load_rows<Tile::kRows, kDepth, kStride>(a, strip + static_cast<int64_t>(loaded_row) * p.c_in + loaded_k,
                                             p.c_in, pixels - loaded_row, p.c_in - loaded_k, args.vector_in);
-    copy_rows<kChannels, kDepth, kStride>(a + Tile::kRows * kStride,
+    load_rows<kChannels, kDepth, kStride>(a + Tile::kRows * kStride,
                                           expand_weight + static_cast<int64_t>(c0) * p.c_in + loaded_k,
                                           p.c_in, p.c_mid - c0, p.c_in - loaded_k, args.vector_in);
     loaded_k += kDepth;

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
     const int c = loaded.part + loaded.k;
     const T* from = weight + (static_cast<int64_t>(loaded.mid) * taps + loaded.tap) * p.c_in + c;
     const int left = p.c_in - c < args.depth - loaded.k ? p.c_in - c : args.depth - loaded.k;
-    copy_rows<kMid, kDepth, kStride>(stages + slot * S::kStage, from, static_cast<int64_t>(taps) * p.c_in,
+    load_rows<kMid, kDepth, kStride>(stages + slot * S::kStage, from, static_cast<int64_t>(taps) * p.c_in,
                                      p.c_mid - loaded.mid, left, args.vector_weight);
     loaded.advance(args, taps);
   };
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
       if (at.part == 0) {
         load_affine<T>(affine, p.bn, at.mid, kMid, p.c_mid);
         if constexpr (kProject)
-          copy_rows<kOut, kMid, S::kMidStride>(project_tile,
+          load_rows<kOut, kMid, S::kMidStride>(project_tile,
                                                project + static_cast<int64_t>(n0) * p.c_mid + at.mid, p.c_mid,
                                                p.c_out - n0, p.c_mid - at.mid, args.vector_project);
       }
@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
   };
   if (p.residual) {
     const T* x = static_cast<const T*>(p.x);
-    load_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, x,
-                                                 [&](int row) {
-                                                   const int64_t from = pixel(row);
-                                                   return from < 0 ? nullptr : x + from * p.c_out + n0;
-                                                 });
+    gather_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, x,
+                                                   [&](int row) {
+                                                     const int64_t from = pixel(row);
+                                                     return from < 0 ? nullptr : x + from * p.c_out + n0;
+                                                   });
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
   }
   __syncthreads();
   T* y = static_cast<T*>(p.y);
-  store_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
+  scatter_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
     const int64_t to = pixel(row);
     return to < 0 ? nullptr : y + to * p.c_out + n0;
   });

@@ -245,7 +245,7 @@ __device__ __forceinline__ void copy_pieces(T* to, const T* from, int64_t step, 
 // The same for all of a tile: `from` points at the first of `channels` elements of the first of `rows` rows,
 // which are `stride` apart.
 template <int kRows, int kColumns, int kStride, class T>
-__device__ __forceinline__ void copy_rows(T* shared, const T* from, int64_t stride, int rows, int channels,
+__device__ __forceinline__ void load_rows(T* shared, const T* from, int64_t stride, int rows, int channels,
                                           bool vector) {
   using Mine = Pieces<T, kRows, kColumns>;
   shared += Mine::offset(kStride);
@@ -262,8 +262,8 @@ __device__ __forceinline__ void copy_rows(T* shared, const T* from, int64_t stri
 // Copies [kRows, kColumns] from rows that may lie anywhere: `source(row)` points at the first of `channels`
 // elements of a row, or is nullptr. `anywhere` is a global address for the copies that read nothing.
 template <int kRows, int kColumns, class T, class Source>
-__device__ __forceinline__ void load_rows(T* shared, int stride, int channels, bool vector, const T* anywhere,
-                                          Source source) {
+__device__ __forceinline__ void gather_rows(T* shared, int stride, int channels, bool vector,
+                                            const T* anywhere, Source source) {
   using Mine = Pieces<T, kRows, kColumns>;
   const int column = Mine::column();
 #pragma unroll 1  // unrolled, the addresses of all copies would be kept in registers
@@ -283,11 +283,36 @@ __device__ __forceinline__ void load_rows(T* shared, int stride, int channels, b
   }
 }
 
-// Copies [kRows, kColumns] out of shared memory. `target(row)` points at the first of `channels` elements of
-// a row, or is nullptr. With `vector`, targets are multiples of 16 bytes and channels come in whole 16 bytes.
+// Copies [kRows, kColumns] out of shared memory, to rows that are `stride` apart: the first `channels`
+// elements of the first `rows` rows, of which `to` is the first. With `vector`, rows begin at multiples of 16
+// bytes and channels come in whole 16 bytes.
+template <int kRows, int kColumns, int kStride, class T>
+__device__ __forceinline__ void store_rows(const T* shared, T* to, int64_t stride, int rows, int channels,
+                                           bool vector) {
+  if (vector) {
+    using Mine = Pieces<T, kRows, kColumns>;
+    shared += Mine::offset(kStride);
+    to += Mine::offset(stride);
+    rows -= Mine::first_row();
+    if (Mine::column() >= channels) return;
+#pragma unroll
+    for (int i = 0; i < Mine::kCount; ++i, to += Mine::kStep * stride)
+      if (Mine::has(i) && i * Mine::kStep < rows)
+        Vec<T, kVector<T>>::load(shared + i * Mine::kStep * kStride).store(to);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kGemmThreads) {
+      const int row = i / kColumns, channel = i % kColumns;
+      if (row < rows && channel < channels) to[row * stride + channel] = shared[row * kStride + channel];
+    }
+  }
+}
+
+// The same to rows that may lie anywhere: `target(row)` points at the first of `channels` elements of a row,
+// or is nullptr.
 template <int kRows, int kColumns, class T, class Target>
-__device__ __forceinline__ void store_rows(const T* shared, int stride, int channels, bool vector,
-                                           Target target) {
+__device__ __forceinline__ void scatter_rows(const T* shared, int stride, int channels, bool vector,
+                                             Target target) {
   if (vector) {
     using Mine = Pieces<T, kRows, kColumns>;
     const int column = Mine::column();

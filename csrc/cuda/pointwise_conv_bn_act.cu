@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
     T* out = stages;
     const int columns = p.c_out - n0;
     if (residual != nullptr) {
-      copy_rows<Tile::kRows, Tile::kColumns, S::kOutStride>(out, residual + first * p.c_out + n0, p.c_out,
+      load_rows<Tile::kRows, Tile::kColumns, S::kOutStride>(out, residual + first * p.c_out + n0, p.c_out,
                                                             rows, columns, args.vector_out);
       cp_async_commit();
       cp_async_wait<0>();
@@ -287,10 +287,8 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
       store_pair(to, a, b);
     });
     __syncthreads();
-    T* y = static_cast<T*>(p.y) + first * p.c_out + n0;
-    store_rows<Tile::kRows, Tile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
-      return row < rows ? y + static_cast<int64_t>(row) * p.c_out : nullptr;
-    });
+    store_rows<Tile::kRows, Tile::kColumns, S::kOutStride>(out, static_cast<T*>(p.y) + first * p.c_out + n0,
+                                                           p.c_out, rows, columns, args.vector_out);
   }
 }
 
