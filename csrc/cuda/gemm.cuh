@@ -192,17 +192,19 @@ __device__ __forceinline__ void multiply(Accumulators<Tile>& acc, const T* a, co
 }
 
 // The pieces of 16 bytes that a thread copies of a tile [kRows, kColumns]: in the same columns, in rows that
-// are kStep apart. So one address leads to all of them, and what depends on the columns is computed once.
+// are kStep apart. So one address leads to all of them, and what depends on the columns is computed once. A
+// power of two of threads takes a row; of 96 columns the last quarter of them has nothing.
 template <class T, int kRows, int kColumns>
 struct Pieces {
-  static_assert(kColumns % kVector<T> == 0 && kGemmThreads % (kColumns / kVector<T>) == 0);
   static constexpr int kOfRow = kColumns / kVector<T>;
-  static constexpr int kStep = kGemmThreads / kOfRow;
+  static constexpr int kThreads = kOfRow % 3 == 0 ? kOfRow / 3 * 4 : kOfRow;  // of a row
+  static constexpr int kStep = kGemmThreads / kThreads;
+  static_assert(kColumns % kVector<T> == 0 && kGemmThreads % kThreads == 0);
   static constexpr int kCount = (kRows + kStep - 1) / kStep;
 
-  static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / kOfRow; }
+  static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / kThreads; }
   static __device__ __forceinline__ int column() {
-    return static_cast<int>(threadIdx.x) % kOfRow * kVector<T>;
+    return static_cast<int>(threadIdx.x) % kThreads * kVector<T>;
   }
   // From the tile's first element to that of the thread's first piece, for rows that are `stride` apart.
   template <class Int>
@@ -211,7 +213,8 @@ struct Pieces {
   }
   // Whether piece i is in the tile.
   static __device__ __forceinline__ bool has(int i) {
-    return kRows % kStep == 0 || first_row() + i * kStep < kRows;
+    return (kRows % kStep == 0 || first_row() + i * kStep < kRows) &&
+           (kThreads == kOfRow || column() < kColumns);
   }
 };
 
@@ -265,6 +268,7 @@ template <int kRows, int kColumns, class T, class Source>
 __device__ __forceinline__ void gather_rows(T* shared, int stride, int channels, bool vector,
                                             const T* anywhere, Source source) {
   using Mine = Pieces<T, kRows, kColumns>;
+  static_assert(Mine::kThreads == Mine::kOfRow);
   const int column = Mine::column();
 #pragma unroll 1  // unrolled, the addresses of all copies would be kept in registers
   for (int row = Mine::first_row(); row < kRows; row += Mine::kStep) {
@@ -315,6 +319,7 @@ __device__ __forceinline__ void scatter_rows(const T* shared, int stride, int ch
                                              Target target) {
   if (vector) {
     using Mine = Pieces<T, kRows, kColumns>;
+    static_assert(Mine::kThreads == Mine::kOfRow);
     const int column = Mine::column();
     if (column >= channels) return;
 #pragma unroll 1

@@ -6,11 +6,11 @@
 // first of them looks for x outside the L2; the weight stays there. From the L2 a block reads e C_in (128 +
 // columns).
 //
-// A block is 256 threads and computes 128 pixels by 32, 64 or 128 channels, in a pipeline of three stages of
-// 64 bytes of depth: 38, 46 or 61 KB of shared memory, in which y is put together afterwards so that it
-// leaves in rows of 16 bytes a thread. Where these would be fewer than two blocks for a multiprocessor, it
-// computes 64 pixels by 64 channels (31 KB). In 16-bit types registers leave room for 4, 3 and 2 blocks on a
-// multiprocessor, with the gate for 3, 2 and 2, at 64 by 64 for 4, with the pool for 2; in fp32 for 2.
+// A block is 256 threads and computes 128 pixels by 32, 64, 96 or 128 channels, in a pipeline of three stages
+// of 64 bytes of depth: 38, 46, 53 or 61 KB of shared memory, in which y is put together afterwards so that
+// it leaves in rows of 16 bytes a thread. Where these would be fewer than two blocks for a multiprocessor, it
+// computes 64 pixels by 64 channels (31 KB). In 16-bit types registers leave room for 4, 3, 2 and 2 blocks on
+// a multiprocessor, with the gate for 3, 2, 2 and 2, at 64 by 64 for 4, with the pool for 2; in fp32 for 2.
 //
 // With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never
 // written. Two images of up to 64 pixels, or four of up to 32, share a block and what it reads of the weight.
@@ -107,10 +107,10 @@ class Gate {
 
 // Blocks for which a multiprocessor has registers.
 template <class T, class Tile, bool kGate, bool kPool>
-constexpr int kBlocks = kPool || sizeof(T) == 4 || Tile::kColumns == 128 ? 2
-                        : Tile::kRows == 64                              ? 4
-                        : Tile::kColumns == 32                           ? (kGate ? 3 : 4)
-                                                                         : (kGate ? 2 : 3);
+constexpr int kBlocks = kPool || sizeof(T) == 4 || Tile::kColumns > 64 ? 2
+                        : Tile::kRows == 64                            ? 4
+                        : Tile::kColumns == 32                         ? (kGate ? 3 : 4)
+                                                                       : (kGate ? 2 : 3);
 
 // With kWhole vector_in is known to hold: code for other rows would cost registers.
 template <class T, class Tile, bool kWhole, bool kGate, bool kPool>
@@ -331,10 +331,16 @@ Status launch_columns(const PointwiseParams& p, cudaStream_t stream) {
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   const int64_t enough = 2 * multiprocessors;  // blocks
-  // Wide tiles read x from the L2 half as often; not where they would leave half of the last one idle.
   if constexpr (sizeof(T) == 2) {
-    if (ceil_div(p.c_out, 128) * 128 == ceil_div(p.c_out, 64) * 64 && blocks_of<BlockTile<128>>(p) >= enough)
-      return launch_tile<T, BlockTile<128>, kWhole, kGate>(p, vector_in, stream);
+    // The width that leaves the fewest columns idle; of two the wider one, which reads x less often from the
+    // L2.
+    const auto width = [&p](int columns) { return ceil_div(p.c_out, columns) * columns; };
+    if (width(128) <= width(96) && width(128) <= width(64)) {
+      if (blocks_of<BlockTile<128>>(p) >= enough)
+        return launch_tile<T, BlockTile<128>, kWhole, kGate>(p, vector_in, stream);
+    } else if (width(96) <= width(64) && blocks_of<BlockTile<96>>(p) >= enough) {
+      return launch_tile<T, BlockTile<96>, kWhole, kGate>(p, vector_in, stream);
+    }
   }
   if (blocks_of<BlockTile<64>>(p) >= enough)
     return launch_tile<T, BlockTile<64>, kWhole, kGate>(p, vector_in, stream);

@@ -15,7 +15,7 @@ from tests.ops.cases import DTYPES, Pointwise
 from tests.ops.device import native, on_device
 from tests.ops.special_values import check_activation, check_pool, check_value, each_value, unit_bn
 
-# Tiles are 128 pixels by 32, 64 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
+# Tiles are 128 pixels by 32, 64, 96 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
 TILED = [
     Pointwise(1, (8, 16), cin=32, cout=32, act="identity"),  # exactly one tile, one stage
     Pointwise(3, (9, 17), cin=40, cout=144),
@@ -24,6 +24,7 @@ TILED = [
     Pointwise(1, (11, 12), cin=72, cout=65, act="hardswish"),  # rows of 16 bytes on one side only
     Pointwise(1, (11, 12), cin=65, cout=72, act="relu", residual="nhwc"),
     Pointwise(2, (9, 9), cin=24, cout=256),  # two wide tiles
+    Pointwise(2, (9, 15), cin=16, cout=96, residual="nhwc"),  # of 16 threads that store a row four have nothing
     Pointwise(9, (5, 5), cin=48, cout=40, act="identity", gate=True),  # up to seven images in a tile
     Pointwise(150, (1, 1), cin=16, cout=40, gate=True),  # a tile of images
     Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
@@ -73,7 +74,8 @@ def tile_of(problem, emulation) -> tuple[str, list[torch.Tensor]]:
     ("case", "large"),
     [
         (Pointwise(5, (9, 9), cin=200, cout=64, gate=True, residual="nhwc"), "BlockTile<64, 128>"),
-        (Pointwise(2, (11, 12), cin=72, cout=130), "BlockTile<64, 128>"),
+        (Pointwise(2, (11, 12), cin=72, cout=130), "BlockTile<96, 128>"),
+        (Pointwise(2, (11, 12), cin=72, cout=192, gate=True, residual="nhwc"), "BlockTile<96, 128>"),
         (Pointwise(5, (9, 9), cin=200, cout=112, gate=True), "BlockTile<128, 128>"),
         (Pointwise(2, (11, 12), cin=40, cout=256, act="relu6"), "BlockTile<128, 128>"),
     ],
