@@ -202,7 +202,12 @@ struct Pieces {
   static_assert(kColumns % kVector<T> == 0 && kGemmThreads % kThreads == 0);
   static constexpr int kCount = (kRows + kStep - 1) / kStep;
 
-  static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / kThreads; }
+  // Shared memory takes 16 bytes of eight threads at a time. Of a stage these are two rows, 80 bytes apart
+  // were they neighbours, which would share banks; four apart they do not.
+  static __device__ __forceinline__ int first_row() {
+    const int row = static_cast<int>(threadIdx.x) / kThreads;
+    return kThreads == 4 ? row / 8 * 8 + row / 2 % 4 + row % 2 * 4 : row;
+  }
   static __device__ __forceinline__ int column() {
     return static_cast<int>(threadIdx.x) % kThreads * kVector<T>;
   }

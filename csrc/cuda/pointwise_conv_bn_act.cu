@@ -9,8 +9,9 @@
 // A block is 256 threads and computes 128 pixels by 32, 64, 96 or 128 channels, in a pipeline of three stages
 // of 64 bytes of depth: 38, 46, 53 or 61 KB of shared memory, in which y is put together afterwards so that
 // it leaves in rows of 16 bytes a thread. Where these would be fewer than two blocks for a multiprocessor, it
-// computes 64 pixels by 64 channels (31 KB). In 16-bit types registers leave room for 4, 3, 2 and 2 blocks on
-// a multiprocessor, with the gate for 3, 2, 2 and 2, at 64 by 64 for 4, with the pool for 2; in fp32 for 2.
+// computes 64 pixels by 64 channels in four stages (41 KB). In 16-bit types registers leave room for 4, 3, 2
+// and 2 blocks on a multiprocessor, with the gate for 3, 2, 2 and 2, at 64 by 64 for 4, with the pool for 2;
+// in fp32 for 2.
 //
 // With the pool a block owns all pixels of an image for its channels and adds them up in order; y is never
 // written. Two images of up to 64 pixels, or four of up to 32, share a block and what it reads of the weight.
@@ -19,8 +20,6 @@
 
 namespace effnet::cuda {
 namespace {
-
-constexpr int kStages = 3;
 
 struct Args {
   PointwiseParams p;
@@ -31,6 +30,7 @@ struct Args {
 
 template <class T, class Tile>
 struct Shared {
+  static constexpr int kStages = Tile::kRows == 64 ? 4 : 3;
   static constexpr int kStage = (Tile::kRows + Tile::kColumns) * Stage<T>::kStride;  // elements
   static constexpr int kOutStride = Tile::kColumns + kVector<T>;                     // elements
   static constexpr int kBytes =
@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kGemmThreads, kBlocks<T, Tile, kGate, kPool>)
     pointwise_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using S = Shared<T, Tile>;
+  constexpr int kStages = S::kStages;
   constexpr int kDepth = Stage<T>::kDepth, kStride = Stage<T>::kStride;
   Affine* affine = reinterpret_cast<Affine*>(shared_memory);
   T* stages = reinterpret_cast<T*>(affine + Tile::kColumns);
