@@ -3,7 +3,7 @@
 //
 // Designed for one read of x and of the residual and one write of y from DRAM: e P (C_in + C_out [+ C_out])
 // bytes for P pixels of element size e. Blocks that share pixels are neighbours in the grid, so only the
-// first of them looks for x outside the L2; the weight stays there. From the L2 a block reads e C_in (128 +
+// first of them looks for x outside the L2; the weight stays there. From the L2 a block reads e C_in (rows +
 // columns).
 //
 // A block is 256 threads and computes 128 pixels by 32, 64, 96 or 128 channels, in a pipeline of three stages
