@@ -323,14 +323,13 @@ template <int kRows, int kColumns, class T, class Target>
 __device__ __forceinline__ void scatter_rows(const T* shared, int stride, int channels, bool vector,
                                              Target target) {
   if (vector) {
-    using Mine = Pieces<T, kRows, kColumns>;
-    static_assert(Mine::kThreads == Mine::kOfRow);
-    const int column = Mine::column();
-    if (column >= channels) return;
+    constexpr int kChunks = kColumns / kVector<T>;
 #pragma unroll 1
-    for (int row = Mine::first_row(); row < kRows; row += Mine::kStep) {
+    for (int i = threadIdx.x; i < kRows * kChunks; i += kGemmThreads) {
+      const int row = i / kChunks, channel = i % kChunks * kVector<T>;
       T* to = target(row);
-      if (to != nullptr) Vec<T, kVector<T>>::load(shared + row * stride + column).store(to + column);
+      if (to != nullptr && channel < channels)
+        Vec<T, kVector<T>>::load(shared + row * stride + channel).store(to + channel);
     }
   } else {
 #pragma unroll 1
