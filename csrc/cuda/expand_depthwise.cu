@@ -148,21 +148,17 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
 
   // ---- expand ----
   const T* strip = x + (image0 * p.h + ih0) * p.w * p.c_in;
-  const LaneRows<T, Tile> lane_rows([](int row) { return row * kStride; });
+  const LaneRows<T, Tile> lane_rows(kStride, kStride);
   Accumulators<Tile> acc;
   clear<Tile>(acc);
   int loaded_row = 0, loaded_k = 0;
   const auto load = [&](int, int slot) {
     T* a = stages + slot * S::kStage;
-    load_rows<Tile::kRows, kDepth>(a, kStride, p.c_in - loaded_k, args.vector_in, x, [&](int row) {
-      return loaded_row + row < pixels ? strip + static_cast<int64_t>(loaded_row + row) * p.c_in + loaded_k
-                                       : nullptr;
-    });
-    load_rows<kChannels, kDepth>(
-        a + Tile::kRows * kStride, kStride, p.c_in - loaded_k, args.vector_in, expand_weight, [&](int row) {
-          return c0 + row < p.c_mid ? expand_weight + static_cast<int64_t>(c0 + row) * p.c_in + loaded_k
-                                    : nullptr;
-        });
+    load_rows<Tile::kRows, kDepth, kStride>(a, strip + static_cast<int64_t>(loaded_row) * p.c_in + loaded_k,
+                                            p.c_in, pixels - loaded_row, p.c_in - loaded_k, args.vector_in);
+    load_rows<kChannels, kDepth, kStride>(a + Tile::kRows * kStride,
+                                          expand_weight + static_cast<int64_t>(c0) * p.c_in + loaded_k,
+                                          p.c_in, p.c_mid - c0, p.c_in - loaded_k, args.vector_in);
     loaded_k += kDepth;
     if (loaded_k >= p.c_in) {
       loaded_k = 0;
@@ -173,8 +169,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   const auto compute = [&](int, int slot) {
     const T* a = stages + slot * S::kStage;
     if (row0 + Tile::first_row() < pixels)  // the warp has rows in the strip
-      multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0,
-                             NoPrologue());
+      multiply<kDepth, Tile>(acc, a, lane_rows, a + Tile::kRows * kStride, kStride, p.c_in - k0);
     k0 += kDepth;
     if (k0 < p.c_in) return;
     batch_norm_act<Tile, true>(acc, expand_affine, p.act);
@@ -185,7 +180,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     k0 = 0;
     row0 += Tile::kRows;
   };
-  pipeline<kStages>(ceil_div(pixels, Tile::kRows) * ceil_div(p.c_in, kDepth), load, compute);
+  const int steps = ceil_div(pixels, Tile::kRows) * ceil_div(p.c_in, kDepth);
+  start_pipeline<kStages>(steps, load);
+  run_pipeline<kStages>(steps, load, compute);
   __syncthreads();
 
   // ---- depthwise ----

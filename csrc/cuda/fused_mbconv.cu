@@ -100,12 +100,14 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
   const int halo_stride = args.depth + kVector<T>;
   const int taps = p.window.kh * p.window.kw;
 
-  const LaneRows<T, MidTile> rows([&](int row) {  // rows past the rectangle compute the first pixel again
-    row = row < args.tile_h * args.tile_w ? row : 0;
-    const int h = row / args.tile_w * p.window.stride_h, w = row % args.tile_w * p.window.stride_w;
-    return (h * args.halo_w + w) * halo_stride;
-  });
-  const LaneRows<T, OutTile> chunk_rows([](int row) { return row * S::kMidStride; });
+  const LaneRows<T, MidTile> rows(
+      [&](int row) {  // rows past the rectangle compute the first pixel again
+        row = row < args.tile_h * args.tile_w ? row : 0;
+        const int h = row / args.tile_w * p.window.stride_h, w = row % args.tile_w * p.window.stride_w;
+        return (h * args.halo_w + w) * halo_stride;
+      },
+      kStride);
+  const LaneRows<T, OutTile> chunk_rows(S::kMidStride, S::kMidStride);
   if constexpr (kProject) load_affine<T>(project_affine, p.project_bn, n0, OutTile::kColumns, p.c_out);
 
   // The steps of the first GEMM: chunks of expanded channels, parts of the input channels, taps, depth.
@@ -136,10 +138,8 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
     const int c = loaded.part + loaded.k;
     const T* from = weight + (static_cast<int64_t>(loaded.mid) * taps + loaded.tap) * p.c_in + c;
     const int left = p.c_in - c < args.depth - loaded.k ? p.c_in - c : args.depth - loaded.k;
-    load_rows<kMid, kDepth>(
-        stages + slot * S::kStage, kStride, left, args.vector_weight, weight, [&](int row) {
-          return loaded.mid + row < p.c_mid ? from + static_cast<int64_t>(row) * taps * p.c_in : nullptr;
-        });
+    load_rows<kMid, kDepth, kStride>(stages + slot * S::kStage, from, static_cast<int64_t>(taps) * p.c_in,
+                                     p.c_mid - loaded.mid, left, args.vector_weight);
     loaded.advance(args, taps);
   };
 
@@ -148,11 +148,9 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
       if (at.part == 0) {
         load_affine<T>(affine, p.bn, at.mid, kMid, p.c_mid);
         if constexpr (kProject)
-          load_rows<kOut, kMid>(
-              project_tile, S::kMidStride, p.c_mid - at.mid, args.vector_project, project, [&](int row) {
-                return n0 + row < p.c_out ? project + static_cast<int64_t>(n0 + row) * p.c_mid + at.mid
-                                          : nullptr;
-              });
+          load_rows<kOut, kMid, S::kMidStride>(project_tile,
+                                               project + static_cast<int64_t>(n0) * p.c_mid + at.mid, p.c_mid,
+                                               p.c_out - n0, p.c_mid - at.mid, args.vector_project);
       }
       if (step == 0 || parts > 1) {
         load_halo(halo, args, image, h0, w0, at.part);
@@ -164,7 +162,7 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
     const int i = at.tap / p.window.kw, j = at.tap % p.window.kw;
     multiply<kDepth, MidTile>(acc, halo + (i * args.halo_w + j) * halo_stride + at.k, rows,
                               stages + slot * S::kStage, kStride,
-                              args.depth - at.k < kDepth ? args.depth - at.k : kDepth, NoPrologue());
+                              args.depth - at.k < kDepth ? args.depth - at.k : kDepth);
     const int mid = at.mid;
     at.advance(args, taps);
     if (kProject && at.mid != mid) {
@@ -180,11 +178,13 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
       });
       clear<MidTile>(acc);
       __syncthreads();
-      multiply<kMid, OutTile>(projected, chunk, chunk_rows, project_tile, S::kMidStride, kMid, NoPrologue());
+      multiply<kMid, OutTile>(projected, chunk, chunk_rows, project_tile, S::kMidStride, kMid);
     }
   };
   const int depths = ceil_div(args.depth, kDepth);
-  pipeline<kStages>(chunks * parts * taps * depths, load, compute);
+  const int steps = chunks * parts * taps * depths;
+  start_pipeline<kStages>(steps, load);
+  run_pipeline<kStages>(steps, load, compute);
   __syncthreads();
 
   // ---- y, put together in shared memory ----
@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
   };
   if (p.residual) {
     const T* x = static_cast<const T*>(p.x);
-    load_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, x,
-                                                 [&](int row) {
-                                                   const int64_t from = pixel(row);
-                                                   return from < 0 ? nullptr : x + from * p.c_out + n0;
-                                                 });
+    gather_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, x,
+                                                   [&](int row) {
+                                                     const int64_t from = pixel(row);
+                                                     return from < 0 ? nullptr : x + from * p.c_out + n0;
+                                                   });
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kGemmThreads, kOut <= 64 ? 2 : 1)
   }
   __syncthreads();
   T* y = static_cast<T*>(p.y);
-  store_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
+  scatter_rows<OutTile::kRows, OutTile::kColumns>(out, S::kOutStride, columns, args.vector_out, [&](int row) {
     const int64_t to = pixel(row);
     return to < 0 ? nullptr : y + to * p.c_out + n0;
   });

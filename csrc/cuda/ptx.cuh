@@ -156,6 +156,12 @@ __device__ __forceinline__ void keep(float& x) {
 #endif
 }
 
+__device__ __forceinline__ void keep(int& x) {
+#if !defined(CUDA_EMULATION)
+  asm volatile("" : "+r"(x));
+#endif
+}
+
 // The same the other way round: what follows from it is computed anew instead of being kept until then.
 __device__ __forceinline__ void renew(unsigned& x) {
 #if !defined(CUDA_EMULATION)

@@ -1,18 +1,21 @@
 """``pointwise_conv_bn_act`` in CUDA: every dtype, every tail of a tile, several images in one."""
 
+import re
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.cuda.tools import check, cycled
-from tests.ops import oracle
+from tests.emulation import build
+from tests.ops import inputs, oracle
 from tests.ops.cases import DTYPES, Pointwise
 from tests.ops.device import native, on_device
-from tests.ops.inputs import build
 from tests.ops.special_values import check_activation, check_pool, check_value, each_value, unit_bn
 
-# Tiles are 128 pixels by 32, 64 or 128 channels; a stage holds 32 input channels (16 in fp32).
+# Tiles are 128 pixels by 32, 64, 96 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
 TILED = [
     Pointwise(1, (8, 16), cin=32, cout=32, act="identity"),  # exactly one tile, one stage
     Pointwise(3, (9, 17), cin=40, cout=144),
@@ -21,28 +24,109 @@ TILED = [
     Pointwise(1, (11, 12), cin=72, cout=65, act="hardswish"),  # rows of 16 bytes on one side only
     Pointwise(1, (11, 12), cin=65, cout=72, act="relu", residual="nhwc"),
     Pointwise(2, (9, 9), cin=24, cout=256),  # two wide tiles
+    Pointwise(2, (9, 15), cin=16, cout=96, residual="nhwc"),  # of 16 threads that store a row four have nothing
     Pointwise(9, (5, 5), cin=48, cout=40, act="identity", gate=True),  # up to seven images in a tile
     Pointwise(150, (1, 1), cin=16, cout=40, gate=True),  # a tile of images
     Pointwise(2, (13, 12), cin=72, cout=130, pool=True),
     Pointwise(2, (12, 11), cin=41, cout=70, act="hardswish", pool=True, gate=True, residual="nchw"),
+    Pointwise(3, (7, 7), cin=72, cout=130, pool=True, gate=True),  # two images in a tile
+    Pointwise(6, (5, 5), cin=41, cout=70, pool=True, gate=True, residual="nhwc"),  # four
     Pointwise(0, (7, 7), cin=16, cout=24, gate=True, residual="nhwc"),
     Pointwise(0, (7, 7), cin=16, cout=24, pool=True),
 ]
 
 
+@pytest.fixture(params=["small", "large"])
+def tiles(request, emulation) -> Iterator[None]:
+    """Tiles are as large as a GPU of many multiprocessors takes them for these problems, or one of a single one."""
+    if emulation is None:
+        if request.param == "large":
+            pytest.skip("the GPU is what it is")
+    elif request.param == "large":
+        emulation.set_device(90, multiprocessors=1)
+    yield
+    if emulation is not None:
+        emulation.set_device(90)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TILED, ids=str)
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "tiles")
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
     check(case, dtype, emulation)
+
+
+def tile_of(problem, emulation) -> tuple[str, list[torch.Tensor]]:
+    """Columns and rows of the tiles that a problem was cut into, and its results."""
+    emulation.count(True)
+    try:
+        results = problem.call("cuda")
+        (tile,) = {re.search(r"BlockTile<[^>]*>", kernel)[0] for kernel, *_ in emulation.costs()}
+    finally:
+        emulation.count(False)
+    return tile, results
+
+
+@pytest.mark.skipif(build.asan_is_loaded(), reason="AddressSanitizer takes the place of the counters")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "large"),
+    [
+        (Pointwise(5, (9, 9), cin=200, cout=64, gate=True, residual="nhwc"), "BlockTile<64, 128>"),
+        (Pointwise(2, (11, 12), cin=72, cout=130), "BlockTile<96, 128>"),
+        (Pointwise(2, (11, 12), cin=72, cout=192, gate=True, residual="nhwc"), "BlockTile<96, 128>"),
+        (Pointwise(5, (9, 9), cin=200, cout=112, gate=True), "BlockTile<128, 128>"),
+        (Pointwise(2, (11, 12), cin=40, cout=256, act="relu6"), "BlockTile<128, 128>"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_all_tiles_compute_the_same_bits(case, large, dtype, emulation):
+    """How many blocks a batch makes decides on the tile; an image must not notice the others by it."""
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    problem = native(inputs.build(case, dtype))
+    small_tile, small = tile_of(problem, emulation)
+    emulation.set_device(90, multiprocessors=1)
+    try:
+        large_tile, got = tile_of(problem, emulation)
+    finally:
+        emulation.set_device(90)
+    assert small_tile == "BlockTile<64, 64>"
+    assert large_tile == (large if dtype != torch.float32 else "BlockTile<64, 128>")
+    assert all(torch.equal(a, b) for a, b in zip(got, small, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(5, 5), (7, 7), (12, 12)], ids=str)
+@pytest.mark.parametrize("gate", [False, True])
+@torch.no_grad()
+def test_an_image_is_pooled_alone(gate, size, dtype):
+    """Wherever it lies in a tile, and whatever lies beside it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 72, *size, generator=generator).to(dtype)
+    weight = torch.randn(70, 72, 1, 1, generator=generator).to(dtype)
+    factor = torch.rand(5, 72, generator=generator)
+    x, weight, factor, bn = on_device((x, weight, factor, unit_bn(70)))
+
+    def pooled(images: slice) -> torch.Tensor:
+        part = x[images].contiguous(memory_format=torch.channels_last)
+        scale = factor[images].contiguous() if gate else None
+        return F.pointwise_conv_bn_act(part, weight, bn, "silu", gate=scale, pool=True, backend="cuda")
+
+    alone = torch.cat([pooled(slice(i, i + 1)) for i in range(5)])
+    assert torch.equal(pooled(slice(0, 5)), alone)
+    x[1] = torch.nan
+    others = [0, 2, 3, 4]
+    assert torch.equal(pooled(slice(0, 5))[others], alone[others])
 
 
 @pytest.mark.parametrize(("case", "dtype"), cycled(Pointwise))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_hostile(case, dtype):
-    oracle.check(native(build(case, dtype)), "cuda")
+    oracle.check(native(inputs.build(case, dtype)), "cuda")
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -73,7 +157,7 @@ def test_activations_over_their_whole_range(act, dtype):
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value, dtype):
-    check_value(native(build(case, dtype)), value, "cuda")
+    check_value(native(inputs.build(case, dtype)), value, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
