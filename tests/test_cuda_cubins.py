@@ -277,13 +277,15 @@ def test_the_table_has_every_kernel_of_a_type_once():
 
 def test_the_main_loop_of_a_gemm_has_the_products_of_its_steps():
     """All fragments of a warp, for 16 of depth or a multiple; what the gate takes is counted there."""
-    for kernel, match in named(r"16pointwise_kernelI(6__half|13__nv_bfloat16)NS0_9BlockTileILi(\d+)EEELb0E"):
+    tile = r"NS0_9BlockTileILi(\d+)ELi(\d+)EEE"
+    for kernel, match in named(rf"16pointwise_kernelI(6__half|13__nv_bfloat16){tile}Lb([01])ELb0ELb0E"):
         code = machine_code.Code(kernel.instructions)
         main = code.with_most("HMMA")
-        products, fragments = code.count(code.own(main), "HMMA"), int(match[2]) // 8
+        columns, rows = int(match[2]), int(match[3])
+        products, fragments = code.count(code.own(main), "HMMA"), columns * rows // (128 * 8)
         assert products >= fragments, kernel.name
         assert products % fragments == 0, kernel.name
-        gated = kernel.name.replace("ELb0ELb", "ELb1ELb")
+        gated = kernel.name.replace(f"Lb{match[4]}ELb0ELb0E", f"Lb{match[4]}ELb1ELb0E")
         other = next(k for k in kernels() if (k.architecture, k.name) == (kernel.architecture, gated))
         assert float(cells(other)["per HMMA"]) > float(cells(kernel)["per HMMA"]), kernel.name
 
