@@ -80,15 +80,21 @@ def test_a_multiprocessor_has_registers_for_the_blocks_that_a_kernel_is_bounded_
     assert too_many_registers({name: (threads, blocks + 1) for name, (threads, blocks) in bounds.items()})
 
 
+# On sm_100 and sm_120 one of its conditions is that one of five rows is padding: compared.
+RIGHT = r"expand_depthwise_kernelILi5E"
+
+
 def test_no_condition_has_lost_its_negations():
     """ptxas of CUDA 12.8 to 13.0 can make `a || (b && c)` of `a || bits == 0`, the bits being those of b and c.
 
     Right would be `a || (!b && !c)`. It showed as the only instruction of the library that joins three predicates. One
-    that is right may do that, too: should one appear, compare it with the PTX (nvcc -ptx), and name it here.
+    that is right may do that, too: should one appear, compare it with the PTX (nvcc -ptx), and name it above.
     """
     three = re.compile(r"U?PLOP3\.LUT \S+, \S+, !?U?P\d, !?U?P\d, !?U?P\d,")
     found = [(k, text) for k in kernels() for _, text in k.instructions if three.search(text)]
-    wrong = [f"{kernel.architecture} {kernel.name}: {text}" for kernel, text in found]
+    wrong = [
+        f"{kernel.architecture} {kernel.name}: {text}" for kernel, text in found if not re.search(RIGHT, kernel.name)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
