@@ -1,9 +1,9 @@
 // fused_mbconv in 16 bits with weights that stay where they are multiplied: in shared memory, or in registers
 // where there is no projection. 3x3 windows of the channels that EfficientNetV2 has, compiled for each.
 //
-// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e. From the L2 come the halo of
-// every tile of 8 x 8 output pixels, 10 x 10 or 17 x 17 pixels of x, and the weights once a block: blocks are
-// as many as the GPU holds, and each walks over tiles.
+// Designed for e (P_in C_in + P_out C_out) bytes from and to DRAM, element size e. From the L2 come the halo
+// of every tile of 8 x 8 output pixels, 10 x 10 or 17 x 17 pixels of x, and the weights once a block: blocks
+// are as many as the GPU holds, and each walks over tiles.
 //
 // The warps of a block are teams with a tile each, which share nothing but weights: while one activates,
 // another multiplies. A warp has 32 pixels of its team's tile and all expanded channels or, with a projection
@@ -11,8 +11,9 @@
 //
 // The window is a product over K = 9 C_in. The halo lies in shared memory as [pixel, channel], so that what a
 // step of 16 in K reads is a constant away from the lane's pixel: the main loop is ldmatrix and mma alone.
-// What comes out of the tensor cores is laid out as their first operand is: the activated and rounded channels
-// are multiplied by the projection where they are, and the two halves of the sums meet in shared memory.
+// What comes out of the tensor cores is laid out as their first operand is: the activated and rounded
+// channels are multiplied by the projection where they are, and the two halves of the sums meet in shared
+// memory.
 //
 // Predictions for an H100 at batch 128, not measurements, if mma.sync reaches six tenths of the tensor cores'
 // peak and a copy's bandwidth is reached to three quarters where DRAM is the limit:
@@ -74,6 +75,7 @@ struct Shape {
   static constexpr int kBytes = (kMid + kOut) * static_cast<int>(sizeof(Affine)) + kTable * 8 +
                                 (kWeights + kProjects + kTeams * (kBuffers * kHalo + kTeamWarps * kStage)) *
                                     static_cast<int>(sizeof(T));
+  static_assert(2 * kHalo < 1 << 16, "see Piece");
   static_assert(kIn % 8 == 0 && kMid % (8 * kSplit) == 0 && kOut % 16 == 0 && (!kProject || kN % 2 == 0));
 
   // Eight channels of K, from the lane's pixel, in the halo.
@@ -96,8 +98,8 @@ struct Place {
   }
 };
 
-// Eight channels of a halo, from its first pixel on: where they are in x, in shared memory, their row and
-// column.
+// Eight channels of a halo: where they are in x and in shared memory, in bytes from its first pixel on, their
+// row and column.
 struct __align__(8) Piece {
   int from;
   uint32_t to_row_column;  // 16, 8 and 8 bits
@@ -108,8 +110,8 @@ __device__ __forceinline__ Piece piece_of(const FusedMBConvParams& p, int i) {
   const int pixel = i / (S::kIn / 8), channel = i % (S::kIn / 8) * 8;
   const int row = pixel / S::kHaloRows, column = pixel % S::kHaloRows;
   const int place = S::kStride == 1 ? column : column % 2 * S::kOdd + column / 2;
-  const int to = (row * S::kHaloRows + place) * S::kPixel + channel;
-  return {static_cast<int>(row * p.x_stride[1] + column * p.x_stride[2]) + channel,
+  const int to = 2 * ((row * S::kHaloRows + place) * S::kPixel + channel);
+  return {2 * (static_cast<int>(row * p.x_stride[1] + column * p.x_stride[2]) + channel),
           static_cast<uint32_t>(to | row << 16 | column << 24)};
 }
 
@@ -117,12 +119,12 @@ __device__ __forceinline__ Piece piece_of(const FusedMBConvParams& p, int i) {
 template <class S>
 __device__ __forceinline__ void load_halo(typename S::T* halo, const Args& args, const Piece* pieces,
                                           const Place& place) {
-  using T = typename S::T;
   const FusedMBConvParams& p = args.p;
   const int h0 = place.oh * S::kStride - p.window.top, w0 = place.ow * S::kStride - p.window.left;
   const bool inside = h0 >= 0 && w0 >= 0 && h0 + S::kHaloRows <= p.h && w0 + S::kHaloRows <= p.w;
-  const T* first =
-      static_cast<const T*>(p.x) + place.image * p.x_stride[0] + h0 * p.x_stride[1] + w0 * p.x_stride[2];
+  char* const to = reinterpret_cast<char*>(halo);
+  const char* const x = static_cast<const char*>(p.x);
+  const char* const from = x + 2 * (place.image * p.x_stride[0] + h0 * p.x_stride[1] + w0 * p.x_stride[2]);
   const auto load = [&](auto checked) {
 #pragma unroll
     for (int j = 0; j < ceil_div(S::kPieces, S::kTeamThreads); ++j) {
@@ -133,8 +135,7 @@ __device__ __forceinline__ void load_halo(typename S::T* halo, const Args& args,
       const int h = h0 + static_cast<int>(piece.to_row_column >> 16 & 0xff);
       const int w = w0 + static_cast<int>(piece.to_row_column >> 24);
       const bool there = !decltype(checked)::value || (0 <= h && h < p.h && 0 <= w && w < p.w);
-      cp_async_16(halo + (piece.to_row_column & 0xffff),
-                  there ? first + piece.from : static_cast<const T*>(p.x), there ? 16 : 0);
+      cp_async_16(to + (piece.to_row_column & 0xffff), there ? from + piece.from : x, there ? 16 : 0);
     }
   };
   inside ? load(std::false_type()) : load(std::true_type());
@@ -478,7 +479,7 @@ bool fused_mbconv_resident_serves(const FusedMBConvParams& p, int shared_limit) 
   const Window& window = p.window;
   if (window.kh != kWindow || window.kw != kWindow || window.stride_h != window.stride_w) return false;
   if (window.top >= kWindow || window.left >= kWindow) return false;
-  if (p.x_stride[3] != 1 || p.x_stride[1] > 1 << 25 || p.x_stride[2] > 1 << 25) return false;  // see Piece
+  if (p.x_stride[3] != 1 || p.x_stride[1] > 1 << 24 || p.x_stride[2] > 1 << 24) return false;  // see Piece
   for (int i = 0; i < 3; ++i)
     if (p.x_stride[i] % 8 != 0) return false;
   for (const void* pointer : {p.x, p.weight, p.project, static_cast<const void*>(p.y)})
