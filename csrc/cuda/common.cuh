@@ -156,8 +156,21 @@ struct Affine {
 
 template <class T>
 __device__ __forceinline__ Affine bn_affine(const BatchNorm& bn, int channel) {
-  const float scale = load_param<T>(bn.gamma, channel) / sqrtf(load_param<T>(bn.var, channel) + bn.eps);
-  return {scale, load_param<T>(bn.beta, channel) - load_param<T>(bn.mean, channel) * scale};
+  float gamma, beta, mean, var;
+  if (bn.gamma.is_fp32 && bn.beta.is_fp32 && bn.mean.is_fp32 &&
+      bn.var.is_fp32) {  // all loads under way at once
+    gamma = static_cast<const float*>(bn.gamma.data)[channel];
+    beta = static_cast<const float*>(bn.beta.data)[channel];
+    mean = static_cast<const float*>(bn.mean.data)[channel];
+    var = static_cast<const float*>(bn.var.data)[channel];
+  } else {
+    gamma = load_param<T>(bn.gamma, channel);
+    beta = load_param<T>(bn.beta, channel);
+    mean = load_param<T>(bn.mean, channel);
+    var = load_param<T>(bn.var, channel);
+  }
+  const float scale = gamma / sqrtf(var + bn.eps);
+  return {scale, beta - mean * scale};
 }
 
 // Minimum and maximum that keep a NaN, as torch's clamp does.
