@@ -14,8 +14,8 @@
 // for 128 pixels.
 //
 // 256 threads. With up to 64 output channels 128 registers, two blocks on a multiprocessor; up to 128, one
-// block. Channels per tap are padded to 16 with zeros. Maps whose channels are not whole 16 bytes, or that are
-// not NHWC (an image of a stem), are read element by element, at any strides.
+// block. Channels per tap are padded to 16 with zeros. Maps whose channels are not whole 16 bytes, or that
+// are not NHWC (an image of a stem), are read element by element, at any strides.
 #include "cuda/gemm.cuh"
 
 namespace effnet::cuda {

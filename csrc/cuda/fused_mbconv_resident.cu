@@ -470,6 +470,13 @@ bool with_shape(const FusedMBConvParams& p, F&& f) {
   return p.dtype == DType::kFloat16 ? with_shape<half>(p, f) : with_shape<bf16>(p, f);
 }
 
+// Those of x; of a dimension with one element the stride says nothing.
+struct Strides {
+  int64_t n, h, w;
+  explicit Strides(const FusedMBConvParams& p)
+      : n(p.n == 1 ? 0 : p.x_stride[0]), h(p.h == 1 ? 0 : p.x_stride[1]), w(p.w == 1 ? 0 : p.x_stride[2]) {}
+};
+
 int64_t tiles_of(const FusedMBConvParams& p) { return p.n * ceil_div(p.oh, kTile) * ceil_div(p.ow, kTile); }
 
 }  // namespace
@@ -479,9 +486,10 @@ bool fused_mbconv_resident_serves(const FusedMBConvParams& p, int shared_limit) 
   const Window& window = p.window;
   if (window.kh != kWindow || window.kw != kWindow || window.stride_h != window.stride_w) return false;
   if (window.top >= kWindow || window.left >= kWindow) return false;
-  if (p.x_stride[3] != 1 || p.x_stride[1] > 1 << 24 || p.x_stride[2] > 1 << 24) return false;  // see Piece
-  for (int i = 0; i < 3; ++i)
-    if (p.x_stride[i] % 8 != 0) return false;
+  const Strides strides(p);
+  if (p.x_stride[3] != 1 || strides.h > 1 << 24 || strides.w > 1 << 24) return false;  // see Piece
+  for (const int64_t stride : {strides.n, strides.h, strides.w})
+    if (stride % 8 != 0) return false;
   for (const void* pointer : {p.x, p.weight, p.project, static_cast<const void*>(p.y)})
     if (!is_aligned(pointer, 16)) return false;
   bool fits = false;
@@ -494,6 +502,8 @@ Status launch_fused_mbconv_resident(const FusedMBConvParams& p, int shared_limit
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   Args args = {p, ceil_div(p.oh, kTile), ceil_div(p.ow, kTile), static_cast<int>(tiles_of(p))};
+  const Strides strides(p);
+  args.p.x_stride[0] = strides.n, args.p.x_stride[1] = strides.h, args.p.x_stride[2] = strides.w;
   Status status;
   with_shape(p, [&](auto shape) {
     using S = decltype(shape);

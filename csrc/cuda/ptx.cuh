@@ -20,7 +20,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Barrier `id`, 1 to 15, of `threads` threads of the block: whole warps, whichever come. 0 is that of the block.
+// Barrier `id`, 1 to 15, of `threads` threads of the block: whole warps, whichever come. 0 is that of the
+// block.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -32,7 +32,8 @@ struct GateLaunch {
 };
 
 // sums[k] += the products of kCount elements of row k of the weights, from i on, and of v, in shared memory.
-template <int kCount, int kRows, class W>
+// kWhole: rows are made of aligned vectors of so many.
+template <int kCount, bool kWhole, int kRows, class W>
 __device__ __forceinline__ void add_products(float (&sums)[kRows], const W* const (&rows)[kRows],
                                              const float* v, int i) {
   float in[kCount];
@@ -49,22 +50,30 @@ __device__ __forceinline__ void add_products(float (&sums)[kRows], const W* cons
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
     float weights[kCount];
-    Vec<W, kCount>::load_constant(rows[k] + i).to_floats(weights);
+    if constexpr (kWhole) {
+      Vec<W, kCount>::load_constant(rows[k] + i).to_floats(weights);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) weights[j] = to_float(rows[k][i + j]);
+    }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) sums[k] = fmaf(weights[j], in[j], sums[k]);
   }
 }
 
-// Calls f(vector length) for weights whose rows of `count` elements begin at multiples of it.
+// Calls f(length, whole), the longest vectors that rows of `count` elements are made of, and whether they lie
+// at multiples of it in memory. The order of sums follows from the length, and so from the shape alone.
 template <class W, class F>
 __device__ __forceinline__ void with_vectors(const W* w, int count, F f) {
-  const auto fits = [&](int length) {
-    return count % length == 0 && reinterpret_cast<uintptr_t>(w) % (length * sizeof(W)) == 0;
+  const auto with_length = [&](auto length) {
+    constexpr int kCount = decltype(length)::value;
+    if (reinterpret_cast<uintptr_t>(w) % (kCount * sizeof(W)) == 0) return f(length, std::true_type());
+    f(length, std::false_type());
   };
-  if (fits(kVector<W>)) return f(std::integral_constant<int, kVector<W>>());
-  if (sizeof(W) == 2 && fits(4)) return f(std::integral_constant<int, 4>());
-  if (fits(2)) return f(std::integral_constant<int, 2>());
-  f(std::integral_constant<int, 1>());
+  if (count % kVector<W> == 0) return with_length(std::integral_constant<int, kVector<W>>());
+  if (sizeof(W) == 2 && count % 4 == 0) return with_length(std::integral_constant<int, 4>());
+  if (count % 2 == 0) return with_length(std::integral_constant<int, 2>());
+  with_length(std::integral_constant<int, 1>());
 }
 
 // hidden[r] = act(bias[r] + sum over c of w[r][c] mean[c]): a warp for each r, and four at once.
@@ -73,7 +82,7 @@ __device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const Sq
                                              const float* mean, int channels) {
   constexpr int kRows = 4, kWarps = kGateThreads / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  with_vectors(w, channels, [&](auto length) {
+  with_vectors(w, channels, [&](auto length, auto whole) {
     constexpr int kCount = decltype(length)::value;
     for (int first = warp * kRows; first < se.reduced; first += kWarps * kRows) {
       float sums[kRows] = {};
@@ -81,7 +90,8 @@ __device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const Sq
 #pragma unroll
       for (int k = 0; k < kRows; ++k) rows[k] = w + int64_t{min(first + k, se.reduced - 1)} * channels;
 #pragma unroll 2
-      for (int c = lane * kCount; c < channels; c += 32 * kCount) add_products<kCount>(sums, rows, mean, c);
+      for (int c = lane * kCount; c < channels; c += 32 * kCount)
+        add_products<kCount, decltype(whole)::value>(sums, rows, mean, c);
 #pragma unroll
       for (int k = 0; k < kRows; ++k) {
         for (int offset = 16; offset > 0; offset /= 2)
@@ -97,20 +107,21 @@ __device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const Sq
 template <class T, class W>
 __device__ __forceinline__ void expand_layer(float* gate, const W* w, const SqueezeExcite& se,
                                              const float* hidden, int first, int last) {
-  with_vectors(w, se.reduced, [&](auto length) {
+  with_vectors(w, se.reduced, [&](auto length, auto whole) {
     constexpr int kCount = decltype(length)::value;
     for (int c = first + static_cast<int>(threadIdx.x); c < last; c += kGateThreads) {
       float sum[1] = {};
       const W* const row[1] = {w + int64_t{c} * se.reduced};
 #pragma unroll 8
-      for (int r = 0; r < se.reduced; r += kCount) add_products<kCount>(sum, row, hidden, r);
+      for (int r = 0; r < se.reduced; r += kCount)
+        add_products<kCount, decltype(whole)::value>(sum, row, hidden, r);
       gate[c] = activate<true>(se.gate, sum[0] + load_param<T>(se.b_expand, c));
     }
   });
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGateThreads) gate_kernel(const __grid_constant__ GateLaunch launch) {
+__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateLaunch launch) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const GateParams& p = launch.p;
   const SqueezeExcite& se = p.se;

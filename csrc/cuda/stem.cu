@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
 // Whether all rows of x begin with aligned 16 bytes and are NHWC.
 bool rows_are_pieces(const FusedMBConvParams& p) {
   return p.x_stride[3] == 1 && (p.x_stride[2] == 3 || p.w == 1) && is_aligned(p.x, 16) &&
-         (p.x_stride[1] % 8 == 0 || p.h == 1) && (p.x_stride[0] % 8 == 0 || p.n == 1);
+         p.x_stride[1] % 8 == 0 && (p.x_stride[0] % 8 == 0 || p.n == 1);  // of rows that are not there, too
 }
 
 template <class T, int kBlocks, class Loader>

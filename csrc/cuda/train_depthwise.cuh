@@ -115,7 +115,7 @@ struct Tile {
 
 // ---- sums over the blocks --------------------------------------------------------------------------------
 
-constexpr int kReduceGroups = 32;  // threads to a column
+constexpr int kReduceGroups = 16;  // threads to a column
 
 // The sum over the threads of a column, in order, for all of them.
 __device__ __forceinline__ double sum_of_groups(double (&sums)[kReduceGroups][32], int lane, int group,

@@ -64,6 +64,7 @@ STEMS = [
     Fused(1, (9, 72), cin=3, mid=7, cout=None, stride=(2, 2), act="relu6"),
     Fused(2, (3, 2), cin=3, mid=33, cout=None, stride=(2, 2), layout="nchw"),
     Fused(2, (1, 1), cin=3, mid=1, cout=None, stride=(2, 2), act="relu"),
+    Fused(1, (1, 5), cin=3, mid=32, cout=None, stride=(2, 2)),  # the stride of its one row is odd
     Fused(0, (32, 32), cin=3, mid=32, cout=None, stride=(2, 2)),
 ]
 
@@ -95,6 +96,14 @@ def multiprocessors(request, emulation):
 @torch.no_grad()
 def test_resident_weights(case, dtype, emulation):
     check(case, dtype, emulation)
+
+
+@torch.no_grad()
+def test_strides_of_one_image_change_no_bit():
+    problem = build(Fused(1, (9, 9), cin=16, mid=64, cout=32, stride=(2, 2)), torch.float16)
+    x = problem.x
+    other = dataclasses.replace(problem, args=(x.as_strided(x.shape, (3, *x.stride()[1:])), *problem.args[1:]))
+    assert torch.equal(native(other).call("cuda")[0], native(problem).call("cuda")[0])
 
 
 @pytest.mark.parametrize("case", PARTS, ids=str)

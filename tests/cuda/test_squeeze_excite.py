@@ -39,6 +39,24 @@ def test_gate(case):
     oracle.check(native(build(case, torch.float32, gate_only=True)), "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduced", [4, 10, 7])
+@torch.no_grad()
+def test_bits_of_a_gate_do_not_depend_on_addresses(reduced, dtype):
+    problem = native(build(Squeeze(2, (5, 5), c=480, reduced=reduced), torch.float32, gate_only=True))
+    mean, se = problem.args
+
+    def call(offset: int) -> torch.Tensor:
+        weights = [se.w_reduce.to(dtype), se.w_expand.to(dtype)]
+        moved = [w.new_empty(offset + w.numel())[offset:].view_as(w).copy_(w) for w in weights]
+        layers = se._replace(w_reduce=moved[0], w_expand=moved[1])
+        return F.squeeze_excite_gate(mean, layers, backend="cuda")
+
+    expected = call(0)
+    for offset in (1, 2, 4):
+        assert torch.equal(call(offset), expected)
+
+
 @pytest.mark.parametrize("case", TILED, ids=str)
 @each_dtype
 @torch.no_grad()

@@ -248,6 +248,29 @@ __global__ void relay(const float* in, float* out, int) {
   if (warp == 2) out[lane] = values[lane];
 }
 
+// Two warps read what a third one writes when it has met both; one reads for longer than the other has met
+// it.
+__global__ void readers(const float*, float* out, int) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  float* values = reinterpret_cast<float*>(shared_memory);
+  const int warp = threadIdx.x / 32;
+  float sum = 0;
+  if (warp == 0) values[threadIdx.x] = 1;
+  __syncthreads();
+  if (warp == 1 || warp == 2) sum += values[0];
+  if (warp == 2) {
+    __syncwarp();
+    sum += values[0];
+  }
+  if (warp <= 1) bar_sync(1, 64);
+  if (warp == 0 || warp == 2) bar_sync(2, 64);
+  if (warp == 0) values[threadIdx.x] = 2;
+  out[threadIdx.x] = sum;
+}
+
+// Two teams with one number.
+__global__ void teams_of_one_number(const float*, float*, int) { bar_sync(1, 64); }
+
 __global__ void team_of_two_sizes(const float*, float*, int) { bar_sync(1, threadIdx.x < 32 ? 64 : 96); }
 
 __global__ void approximations(const float* in, float* out, int n) {
@@ -439,6 +462,8 @@ constexpr Fixture kFixtures[] = {
     {"teams_of_one_warp", teams<0, 1>},
     {"relay", relay<true>},
     {"relay_without_the_last", relay<false>},
+    {"readers", readers},
+    {"teams_of_one_number", teams_of_one_number},
     {"team_of_two_sizes", team_of_two_sizes},
     {"approximations", approximations},
     {"copy", copy},

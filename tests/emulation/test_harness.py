@@ -217,6 +217,8 @@ def test_what_is_no_race(emulation, order):
     assert (launch(emulation, "read_then_write", values, 64, seed=order, threads=64) == values[0]).all()
     assert np.array_equal(launch(emulation, "reverse_bytes", values, 64, seed=order, threads=64), values[::-1])
     launch(emulation, "halves_of_a_warp_meet", values, 32, seed=order, threads=32)
+    sums = launch(emulation, "readers", values, 96, seed=order, threads=96, dynamic_shared=128)
+    assert np.array_equal(sums, np.repeat([0, 1, 2], 32))
 
 
 # ---- uninitialised and foreign memory --------------------------------------------------------------------------
@@ -314,7 +316,14 @@ CALL = r"at \S*fixtures\.cu:\d+"
             rf"block \(0, 0, 0\): deadlock.*thread \(0, 0, 0\) waits in __syncthreads {CALL}",
         ),
         ("barrier_against_warp", rf"deadlock.*thread \(16, 0, 0\) waits in __syncwarp {CALL}, with 127 others"),
-        ("team_of_two_sizes", rf"{HERE} waits in bar_sync {CALL} with \d+ threads while thread .* waits with"),
+        (
+            "teams_of_one_number",
+            rf"{HERE} waits in bar_sync {CALL}(, barrier 1, in which other warps| with a part of a)",
+        ),
+        (
+            "team_of_two_sizes",
+            rf"{HERE} waits in bar_sync {CALL}( with \d+ threads while|, barrier 1, in which other warps)",
+        ),
         ("lane_returned", r"__shfl_xor_sync.*thread \(37, 0, 0\) has returned|\(37, 0, 0\) returned while thread"),
         ("mask_without_caller", r"calls __shfl_xor_sync .*whose mask 0x7fffffff lacks this lane, 31"),
         ("masks_differ", rf"{HERE} calls __shfl_xor_sync .*with the mask 0x\w+ while thread"),

@@ -86,6 +86,7 @@ class Accesses {
   void visit_shared(std::size_t offset, std::size_t bytes, bool write, std::uint32_t pc);
   bool ordered(int lane, std::uint32_t time) const { return known_[thread_ / 32][thread_ % 32][lane] > time; }
   bool warp_ordered(int warp, std::uint32_t time) const { return known_warps_[thread_ / 32][warp] > time; }
+  std::uint32_t* read_times(const Cell& cell);  // by warp, where several have read
   void check(const Cell& cell, bool write, std::uint32_t pc);
   void record(Cell& cell, bool write, std::uint32_t pc);
   void check_copy(std::size_t word, std::uint32_t pc);

@@ -8,6 +8,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <set>
+#include <unordered_map>
 
 #include "accesses.h"
 #include "scheduler.h"
@@ -26,6 +27,7 @@ struct Accesses::Shadow {
   static constexpr std::size_t kWords = 2 * kMaxSharedMemory / 4;
   Cell words[kWords];
   Cell halves[2 * kWords];
+  std::unordered_map<const Cell*, std::array<std::uint32_t, 32>> read_times;
   std::uint32_t half_epoch[kWords] = {};  // when a half was last touched
   std::uint32_t copied_to[kWords] = {};   // the block in which a cp.async is under way to it
 };
@@ -114,6 +116,8 @@ void Accesses::barrier_of_warps(unsigned warps) {
     if (warps >> warp & 1) std::copy(joined, joined + 32, known_warps_[warp]);
 }
 
+std::uint32_t* Accesses::read_times(const Cell& cell) { return shadow_->read_times[&cell].data(); }
+
 void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {
   const int warp = thread_ / 32, writers = cell.writer / 32;
   if (cell.write_epoch == epoch_ && cell.writer != thread_ &&
@@ -124,7 +128,7 @@ void Accesses::check(const Cell& cell, bool write, std::uint32_t pc) {
   for (std::uint32_t rest = cell.readers; rest != 0; rest &= rest - 1) {
     const int reader = __builtin_ctz(rest);
     if (cell.several) {
-      if (!warp_ordered(reader, cell.read_time))
+      if (!warp_ordered(reader, read_times(cell)[reader]))
         race(write, pc, -1, "threads of several warps", false, cell.read_pc);
     } else if (cell.read_warp != warp ? !warp_ordered(cell.read_warp, cell.read_time)
                                       : reader != thread_ % 32 && !ordered(reader, cell.read_time)) {
@@ -147,15 +151,15 @@ void Accesses::record(Cell& cell, bool write, std::uint32_t pc) {
   } else if (cell.several || cell.read_warp != warp) {
     // Who has read, forgetting the warps that this one has behind it: whoever comes after it comes after
     // them.
+    std::uint32_t* const times = read_times(cell);
+    if (!cell.several) times[cell.read_warp] = cell.read_time;
     std::uint32_t warps = cell.several ? cell.readers : 1u << cell.read_warp;
     for (std::uint32_t rest = warps; rest != 0; rest &= rest - 1)
-      if (warp_ordered(__builtin_ctz(rest), cell.read_time)) warps &= ~(rest & -rest);
+      if (warp_ordered(__builtin_ctz(rest), times[__builtin_ctz(rest)])) warps &= ~(rest & -rest);
+    times[warp] = time;
     cell.several = warps != 0;
     cell.readers = cell.several ? warps | 1u << warp : 0;
-    if (cell.several) {
-      cell.read_time = std::max(cell.read_time, time);
-      return;
-    }
+    if (cell.several) return;
   } else if (cell.read_time != time) {
     for (std::uint32_t rest = cell.readers; rest != 0; rest &= rest - 1)
       if (ordered(__builtin_ctz(rest), cell.read_time)) cell.readers &= ~(rest & -rest);

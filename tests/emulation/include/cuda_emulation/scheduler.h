@@ -119,7 +119,7 @@ class Scheduler {
   // Barrier of the whole block. Returns over how many threads the predicate holds.
   int barrier(bool predicate, const Site& site);
 
-  // Barrier `id`, 1 to 15, of so many threads: whole warps, whichever come.
+  // Barrier `id`, 1 to 15, of so many threads: whole warps, and in a block always the same.
   void barrier_of(int id, int threads, const Site& site);
 
   // Waits for all lanes of the mask to make the same call; then `perform` is called once with all their
@@ -210,6 +210,7 @@ class Scheduler {
   } barrier_;
   struct {
     int threads = 0;
+    unsigned warps = 0;  // that have met in it; 0: none yet
     std::vector<Thread*> waiting;
   } named_barriers_[16];
   ReadyQueue ready_;

@@ -66,6 +66,9 @@ void Scheduler::barrier_of(int id, int threads, const Site& site) {
   for (const Thread* thread : barrier.waiting) warps |= 1u << thread->warp;
   if (32 * __builtin_popcount(warps) != threads)
     fail("waits in %s with a part of a warp", site.text().c_str());
+  if (barrier.warps != 0 && barrier.warps != warps)
+    fail("waits in %s, barrier %d, in which other warps have met", site.text().c_str(), id);
+  barrier.warps = warps;
   accesses.barrier_of_warps(warps);
   stalled_ = 0;
   if (!natural_) random_.shuffle(barrier.waiting.begin(), static_cast<std::uint32_t>(barrier.waiting.size()));
@@ -329,7 +332,7 @@ void Scheduler::run_block() {
   }
   finished_ = 0;
   barrier_ = {};
-  for (auto& barrier : named_barriers_) barrier.waiting.clear();
+  for (auto& barrier : named_barriers_) barrier.warps = 0, barrier.waiting.clear();
   accesses.begin_block();
   ready_all();
   Thread* first = next();
