@@ -202,14 +202,14 @@ struct RegisterWeights {
   }
 };
 
-// acc += the windows of this warp's pixels; `pixel` is where this lane reads the first of them in the halo:
-// rows of A as ldmatrix wants them, `lower` of 16 values of K for all lanes.
+// acc += the windows of this warp's pixels. `pixel` is what this lane names to ldmatrix under the first tap:
+// a pixel of the first fragment, and of 16 values of K the lower or the upper 8.
 template <class S, class Weights>
 __device__ __forceinline__ void add_windows(float (&acc)[2][S::kN][4], const typename S::T* pixel,
                                             const Weights& weights) {
   using T = typename S::T;
   constexpr int kVectors = S::kDepth / 8, kSecond = 16 / kTile * S::kStride * S::kHaloRows * S::kPixel;
-  const int upper = threadIdx.x % 32 / 16;
+  const int upper = threadIdx.x % 32 / 16;  // whether this lane names the upper 8
 #pragma unroll
   for (int k = 0; k < kVectors / 2; ++k) {
     uint32_t a[2][4], b[S::kN][2];
@@ -225,7 +225,7 @@ __device__ __forceinline__ void add_windows(float (&acc)[2][S::kN][4], const typ
   }
   if constexpr (kVectors % 2 == 1) {
     uint32_t a[4], b[S::kN];
-    // Here they name the second fragment.
+    // Here the upper lanes name the second fragment.
     ldmatrix_x4(a, pixel + S::offset_of(kVectors - 1) + upper * (kSecond - 8));
     weights.last(b);
 #pragma unroll
