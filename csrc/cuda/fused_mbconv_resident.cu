@@ -78,11 +78,15 @@ struct Shape {
   static_assert(2 * kHalo < 1 << 16, "see Piece");
   static_assert(kIn % 8 == 0 && kMid % (8 * kSplit) == 0 && kOut % 16 == 0 && (!kProject || kN % 2 == 0));
 
+  // Elements of the halo before a pixel.
+  static __host__ __device__ constexpr int pixel_at(int row, int column) {
+    return (row * kHaloRows + (kStride == 1 ? column : column % 2 * kOdd + column / 2)) * kPixel;
+  }
+
   // Eight channels of K, from the lane's pixel, in the halo.
   static constexpr int offset_of(int vector) {
-    const int tap = vector / (kIn / 8), row = tap / kWindow, column = tap % kWindow;
-    const int place = kStride == 1 ? column : column % 2 * kOdd + column / 2;
-    return (row * kHaloRows + place) * kPixel + vector % (kIn / 8) * 8;
+    const int tap = vector / (kIn / 8);
+    return pixel_at(tap / kWindow, tap % kWindow) + vector % (kIn / 8) * 8;
   }
 };
 
@@ -109,8 +113,7 @@ template <class S>
 __device__ __forceinline__ Piece piece_of(const FusedMBConvParams& p, int i) {
   const int pixel = i / (S::kIn / 8), channel = i % (S::kIn / 8) * 8;
   const int row = pixel / S::kHaloRows, column = pixel % S::kHaloRows;
-  const int place = S::kStride == 1 ? column : column % 2 * S::kOdd + column / 2;
-  const int to = 2 * ((row * S::kHaloRows + place) * S::kPixel + channel);
+  const int to = 2 * (S::pixel_at(row, column) + channel);
   return {2 * (static_cast<int>(row * p.x_stride[1] + column * p.x_stride[2]) + channel),
           static_cast<uint32_t>(to | row << 16 | column << 24)};
 }
@@ -392,11 +395,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 #pragma unroll
       for (int i = 0; i < 2 * kM; ++i) {
         const int row = y_row + 8 * i + g;
-        const int at = (row / kTile + p.window.top) * S::kHaloRows + row % kTile + p.window.left;
+        const T* x = halo + S::pixel_at(row / kTile + p.window.top, row % kTile + p.window.left);
 #pragma unroll
         for (int n = 0; n < kN; ++n)
-          residual[i / 2][n][i % 2] =
-              *reinterpret_cast<const uint32_t*>(halo + at * S::kPixel + y_column + 8 * n + 2 * t);
+          residual[i / 2][n][i % 2] = *reinterpret_cast<const uint32_t*>(x + y_column + 8 * n + 2 * t);
       }
     }
     if constexpr (S::kBuffers == 1) {
