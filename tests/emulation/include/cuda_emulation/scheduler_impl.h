@@ -52,13 +52,13 @@ void Scheduler::barrier_of(int id, int threads, const Site& site) {
     fail("calls %s as barrier %d of %d threads", site.text().c_str(), id, threads);
   auto& barrier = named_barriers_[id];
   if (barrier.waiting.empty()) barrier.threads = threads;
+  const Thread& first = barrier.waiting.empty() ? self : *barrier.waiting[0];
   if (barrier.threads != threads)
     fail("waits in %s with %d threads while %s waits with %d", site.text().c_str(), threads,
-         name(*barrier.waiting[0]).c_str(), barrier.threads);
-  for (const Thread* other : barrier.waiting)
-    if (!(other->site == site))
-      fail("waits in %s while %s waits in %s", site.text().c_str(), name(*other).c_str(),
-           other->site.text().c_str());
+         name(first).c_str(), barrier.threads);
+  if (!(first.site == site))
+    fail("waits in %s while %s waits in %s", site.text().c_str(), name(first).c_str(),
+         first.site.text().c_str());
   barrier.waiting.push_back(&self);
   if (static_cast<int>(barrier.waiting.size()) < threads) return leave();
 
