@@ -59,3 +59,16 @@ def device(request: pytest.FixtureRequest, emulation: ModuleType | None) -> Iter
     emulation.set_device(request.param)
     yield request.param
     emulation.set_device(90)
+
+
+@pytest.fixture(params=["all", "one"])
+def multiprocessors(request: pytest.FixtureRequest, emulation: ModuleType | None) -> Iterator[None]:
+    """Those of the GPU, or one, on which small problems are cut like large ones."""
+    if request.param == "all":
+        yield
+        return
+    if emulation is None:
+        pytest.skip("the GPU is what it is")
+    emulation.set_device(90, multiprocessors=1)
+    yield
+    emulation.set_device(90)

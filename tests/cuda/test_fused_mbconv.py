@@ -77,19 +77,6 @@ def test_tiles(case, dtype, emulation):
     check(case, dtype, emulation)
 
 
-@pytest.fixture(params=[0, 1])
-def multiprocessors(request, emulation):
-    """Of the GPU, or one, on which a team has several tiles."""
-    if request.param == 0:
-        yield
-        return
-    if emulation is None:
-        pytest.skip("the GPU is what it is")
-    emulation.set_device(90, multiprocessors=1)
-    yield
-    emulation.set_device(90)
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", RESIDENT, ids=str)
 @pytest.mark.usefixtures("poison", "multiprocessors")

@@ -1,7 +1,6 @@
 """``pointwise_conv_bn_act`` in CUDA: every dtype, every tail of a tile, several images in one."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,22 +35,9 @@ TILED = [
 ]
 
 
-@pytest.fixture(params=["small", "large"])
-def tiles(request, emulation) -> Iterator[None]:
-    """Tiles are as large as a GPU of many multiprocessors takes them for these problems, or one of a single one."""
-    if emulation is None:
-        if request.param == "large":
-            pytest.skip("the GPU is what it is")
-    elif request.param == "large":
-        emulation.set_device(90, multiprocessors=1)
-    yield
-    if emulation is not None:
-        emulation.set_device(90)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TILED, ids=str)
-@pytest.mark.usefixtures("poison", "tiles")
+@pytest.mark.usefixtures("poison", "multiprocessors")  # of one, tiles are large for these problems, too
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
     check(case, dtype, emulation)
