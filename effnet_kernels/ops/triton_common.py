@@ -68,6 +68,15 @@ def callee(function: Callable[..., Any]) -> Any:
 
 
 @callee
+def reciprocal_of_sum(x):
+    """1 / (1/4 + 2^x) by two hardware approximations within 2 ulp."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3E800000; rcp.approx.ftz.f32 $0, t; }",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@callee
 def sigmoid(x, EXACT: tl.constexpr):
     """1 / (1 + exp(-x)), NaN only for NaN: the exponential of -|x| cannot overflow.
 
@@ -84,10 +93,7 @@ def sigmoid(x, EXACT: tl.constexpr):
     else:
         # Two hardware approximations within 2 ulp, where exp2 and / would add a dozen instructions for subnormals. All
         # is divided by 4 so that the reciprocal is normal up to where exp(-x) overflows, in stock layers too.
-        y = 0.25 * tl.inline_asm_elementwise(
-            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3E800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f", [tl.fma(x, -1.4426950408889634, -2.0)], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+        y = 0.25 * reciprocal_of_sum(tl.fma(x, -1.4426950408889634, -2.0))
     return y
 
 
@@ -113,6 +119,21 @@ def activate(x, ACT: tl.constexpr, EXACT: tl.constexpr = True):
             x = x * gate / 6.0
         else:
             x = gate / 6.0
+    return x
+
+
+@callee
+def batch_norm_act(x, scale, shift, ACT: tl.constexpr, EXACT: tl.constexpr):
+    """activate(x * scale + shift); scale and shift are broadcast to x.
+
+    SiLU for a result of 16 bits is z / 4 * 1 / ((1 + exp(-z)) / 4), as in ``sigmoid``; a quarter of z costs nothing
+    where scale and shift are quartered.
+    """
+    if ACT == SILU and not (EXACT or _INTERPRETED):
+        x = x * (scale * 0.25) + shift * 0.25
+        x *= reciprocal_of_sum(tl.fma(x, -5.770780163555854, -2.0))  # 4 log2(e)
+    else:
+        x = activate(x * scale + shift, ACT, EXACT)
     return x
 
 

@@ -25,8 +25,8 @@ from effnet_kernels.ops.conv_block_train.triton_maps import norm_arguments, vect
 from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge, store_part
 from effnet_kernels.ops.triton_common import (
     Config,
-    activate,
     activate_gradient,
+    batch_norm_act,
     callee,
     cdiv,
     channel_block,
@@ -54,7 +54,7 @@ def activated(x_ptr, at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr
     """The input as the convolution sees it: zero outside the map."""
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
     if NORM:
-        x = tl.where(ok, activate(x * scale + shift, ACT, x_ptr.dtype.element_ty == tl.float32), 0.0)
+        x = tl.where(ok, batch_norm_act(x, scale, shift, ACT, x_ptr.dtype.element_ty == tl.float32), 0.0)
     return x
 
 

@@ -16,7 +16,15 @@ from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.conv_block_train.layers import Gradient, Norm, Source
 from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge, store_part
-from effnet_kernels.ops.triton_common import activate, activate_gradient, callee, cdiv, channel_block, narrow
+from effnet_kernels.ops.triton_common import (
+    activate,
+    activate_gradient,
+    batch_norm_act,
+    callee,
+    cdiv,
+    channel_block,
+    narrow,
+)
 
 SIZES = ("pixels", "strip")
 # Values of a tile: 16 bytes of 16-bit numbers for each of 128 threads.
@@ -106,7 +114,7 @@ def pool_kernel(
         ok = (rows < end)[:, None] & (c < C)[None, :]
         y = tl.load(raw_ptr + rows[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
         if NORM:
-            y = activate(y * scale + shift, ACT, raw_ptr.dtype.element_ty == tl.float32)
+            y = batch_norm_act(y, scale, shift, ACT, raw_ptr.dtype.element_ty == tl.float32)
         total += tl.where(ok, y, 0.0)
         first += ROWS
     tl.store(sums_ptr + part * C + c, tl.sum(total, 0), mask=c < C)
@@ -136,7 +144,7 @@ def apply_kernel(
         at = base + rows[:, None] * C + c[None, :]
         y = tl.load(raw_ptr + at, mask=ok, other=0.0).to(tl.float32)
         if NORM:
-            y = activate(y * scale + shift, ACT, raw_ptr.dtype.element_ty == tl.float32)
+            y = batch_norm_act(y, scale, shift, ACT, raw_ptr.dtype.element_ty == tl.float32)
         if GATE:
             y *= gate
         if RESIDUAL:

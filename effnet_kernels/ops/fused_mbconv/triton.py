@@ -19,7 +19,7 @@ from torch import Tensor
 from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.fused_mbconv.op import fake
-from effnet_kernels.ops.triton_common import activate, bn_affine, callee, cdiv, dot, narrow, next_power_of_2
+from effnet_kernels.ops.triton_common import batch_norm_act, bn_affine, callee, cdiv, dot, narrow, next_power_of_2
 
 supports = common.supports
 
@@ -157,7 +157,7 @@ def kernel(
                 C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
             )  # fmt: skip
             scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, mid, mid < C_MID, exact)
-            part = activate(part * scale[:, None] + shift[:, None], ACT, exact)
+            part = batch_norm_act(part, scale[:, None], shift[:, None], ACT, exact)
             if C_MID % BLOCK_MID != 0:
                 part = tl.where((mid < C_MID)[:, None], part, 0.0)  # 0 * inf is not 0
             mask = (n < C_OUT)[:, None] & (mid < C_MID)[None, :]
@@ -173,7 +173,7 @@ def kernel(
             C_IN, C_MID, KH, KW, FLAT, BLOCK_M, BLOCK_MID, BLOCK_K,
         )  # fmt: skip
         scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_MID, exact)
-        y = activate(y * scale[:, None] + shift[:, None], ACT, exact)
+        y = batch_norm_act(y, scale[:, None], shift[:, None], ACT, exact)
     at = (first + tl.arange(0, BLOCK_M))[None, :] * channels + n[:, None]
     mask = (n < channels)[:, None] & ok[None, :]
     if RESIDUAL:
