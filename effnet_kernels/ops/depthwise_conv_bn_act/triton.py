@@ -23,7 +23,7 @@ from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 from effnet_kernels.ops.triton_common import (
     Config,
-    activate,
+    batch_norm_act,
     bn_affine,
     cdiv,
     channel_block,
@@ -54,7 +54,7 @@ def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: in
         rows = 5 if channels < 1000 else 7 if channels < 1200 else 6
         block_c = min(32, block_c) if channels < 1000 else block_c
     else:
-        rows = 8 if channels < 400 and chip >= 90 else 7 if channels < 1200 else 6
+        rows = 7 if channels < 1200 else 6
     columns = 256 // block_c
     return Config((rows, columns, block_c), max(1, columns * block_c * dtype.itemsize // 512), 1)
 
@@ -115,31 +115,35 @@ def kernel(
             tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c_ok, other=0.0)
             taps += (tap.to(tl.float32)[None, :],)
         x_column = column * SW - left + kw
-        ok = ((x_column >= 0) & (x_column < w))[:, None] & c_ok[None, :]
-        rows = ()
+        # Unsigned, what lies before the map is far behind it.
+        ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok[None, :]
+        at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
+        updated = acc
         for i in tl.static_range((ROWS - 1) * SH + KH):
-            x_row = row * SH - top + i
-            at = x_ptr + x_row.to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
-            rows += (tl.load(at, mask=ok & (x_row >= 0) & (x_row < h), other=0.0).to(tl.float32),)
-        updated = ()
-        for o in tl.static_range(ROWS):
-            y = acc[o]
-            for kh in tl.static_range(KH):
-                y += rows[o * SH + kh] * taps[kh]
-            updated += (y,)
+            x_row = (row * SH - top + i).to(tl.uint32)
+            x = tl.load(at, mask=ok & (x_row < h), other=0.0).to(tl.float32)
+            at += w.to(tl.int64) * C
+            before = updated
+            updated = ()
+            for o in tl.static_range(ROWS):
+                if 0 <= i - o * SH and i - o * SH < KH:
+                    updated += (before[o] + x * taps[i - o * SH],)
+                else:
+                    updated += (before[o],)
         acc = updated
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     exact: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
     scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, c, c_ok, exact)
     total = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
+    at = y_ptr + row.to(tl.int64) * ow * C + (column[:, None] * C + c[None, :])
     for o in tl.static_range(ROWS):
-        y = activate(acc[o] * scale[None, :] + shift[None, :], ACT, exact)
+        y = batch_norm_act(acc[o], scale[None, :], shift[None, :], ACT, exact)
         ok = (column < ow)[:, None] & c_ok[None, :] & (row + o < oh)
-        at = y_ptr + (row + o).to(tl.int64) * ow * C + (column[:, None] * C + c[None, :])
         tl.store(at, narrow(y, dtype), mask=ok)
+        at += ow.to(tl.int64) * C
         if SUMS:
-            total += tl.where(ok, y, 0.0)
+            total = tl.where(ok, total + y, total)
     if SUMS:
         tl.store(sums_ptr + (n * tiles + tile) * C + c, tl.sum(total, 0), mask=c_ok)
 
