@@ -69,9 +69,7 @@ TRIPS: dict[tuple[str, str], Callable[[dict[str, Any]], int]] = {
     ),
     ("fused_mbconv/triton.py", "for mid0 in range(0, C_MID, BLOCK_MID):"): lambda a: cdiv(a["C_MID"], a["BLOCK_MID"]),
     ("pointwise_conv_bn_act/triton.py", "for k0 in range(0, C_IN, BLOCK_K):"): lambda a: cdiv(a["C_IN"], a["BLOCK_K"]),
-    ("pointwise_conv_bn_act/triton.py", "while first < end:"): (
-        lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]) if a["POOL"] else 1
-    ),
+    ("pointwise_conv_bn_act/triton.py", "while first < map_pixels:"): lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]),
     ("squeeze_excite_gate/triton.py", "for first in range(0, R, BLOCK_R):"): lambda a: cdiv(a["R"], a["BLOCK_R"]),
     ("triton_common.py", "while first < tiles:"): lambda a: max(0, cdiv(a["tiles"], a["TILES"]) - 1),
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.pointwise_conv_bn_act.op import fake
-from effnet_kernels.ops.triton_common import activate, bn_affine, cdiv, dot, narrow, next_power_of_2
+from effnet_kernels.ops.triton_common import batch_norm_act, bn_affine, callee, cdiv, dot, narrow, next_power_of_2
 
 supports = common.supports
 
@@ -53,6 +53,38 @@ def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -
 SIZES = ("map_pixels", "eps")
 
 
+@callee
+def tile(
+    x_ptr, weight_ptr, gate_ptr, residual_ptr,  # of the image; weight_ptr of all
+    scale, shift, n, first, map_pixels,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The result for the channels n and BLOCK_M pixels of an image from ``first`` on, float32 [BLOCK_N, BLOCK_M].
+
+    Also which of them exist, and where they are behind the image's first element.
+    """
+    dtype = x_ptr.dtype.element_ty
+    m = first + tl.arange(0, BLOCK_M)
+    rows = m.to(tl.int64)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k0 in range(0, C_IN, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        k_ok = (k < C_IN)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * C_IN + k[None, :], mask=(m < map_pixels)[:, None] & k_ok, other=0.0)
+        weight = tl.load(weight_ptr + n[:, None] * C_IN + k[None, :], mask=(n < C_OUT)[:, None] & k_ok, other=0.0)
+        if GATE:
+            gate = tl.load(gate_ptr + k[None, :], mask=k_ok, other=0.0)
+            weight = narrow(weight.to(tl.float32) * gate.to(tl.float32), dtype)
+        acc = dot(weight, tl.trans(x), acc)
+    y = batch_norm_act(acc, scale[:, None], shift[:, None], ACT, dtype == tl.float32)
+    mask = (n < C_OUT)[:, None] & (m < map_pixels)[None, :]
+    at = rows[None, :] * C_OUT + n[:, None]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return y, mask, at
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def kernel(
     y_ptr,  # [N, P, C_OUT], with the pool [N, C_OUT]
@@ -68,50 +100,37 @@ def kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
-    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     tiles_n: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    tiles_m = 1 if POOL else tl.cdiv(map_pixels, BLOCK_M)
     program = tl.program_id(0)
     n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     program = program // tiles_n
-    if POOL:
-        image = program.to(tl.int64)
-        first = 0
-        end = map_pixels
-    else:
-        tiles_m = tl.cdiv(map_pixels, BLOCK_M)
-        image = (program // tiles_m).to(tl.int64)
-        first = (program % tiles_m) * BLOCK_M
-        end = first + 1
-    m = tl.arange(0, BLOCK_M)
+    image = (program // tiles_m).to(tl.int64)
+    first = (program % tiles_m) * BLOCK_M
     x_ptr += image * map_pixels * C_IN
-    total = tl.zeros([BLOCK_N], tl.float32)
-    while first < end:  # once without the pool; the interpreter has no range() up to an argument
-        row_ok = first + m < map_pixels
-        rows = first + m.to(tl.int64)
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for k0 in range(0, C_IN, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            k_ok = (k < C_IN)[None, :]
-            x = tl.load(x_ptr + rows[:, None] * C_IN + k[None, :], mask=row_ok[:, None] & k_ok, other=0.0)
-            weight = tl.load(weight_ptr + n[:, None] * C_IN + k[None, :], mask=(n < C_OUT)[:, None] & k_ok, other=0.0)
-            if GATE:
-                gate = tl.load(gate_ptr + image * C_IN + k[None, :], mask=k_ok, other=0.0)
-                weight = narrow(weight.to(tl.float32) * gate.to(tl.float32), dtype)
-            acc = dot(weight, tl.trans(x), acc)
-        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, exact)
-        y = activate(acc * scale[:, None] + shift[:, None], ACT, exact)
-        mask = (n < C_OUT)[:, None] & row_ok[None, :]
-        at = (image * map_pixels + rows)[None, :] * C_OUT + n[:, None]
-        if RESIDUAL:
-            y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if POOL:
-            total += tl.sum(tl.where(mask, y, 0.0), 1)
-        else:
-            tl.store(y_ptr + at, narrow(y, dtype), mask=mask)
-        first += BLOCK_M
+    if GATE:
+        gate_ptr += image * C_IN
+    if RESIDUAL:
+        residual_ptr += image * map_pixels * C_OUT
+    # Under way during the product.
+    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, dtype == tl.float32)
     if POOL:
+        total = tl.zeros([BLOCK_N], tl.float32)
+        while first < map_pixels:  # the interpreter has no range() up to an argument
+            y, mask, _ = tile(
+                x_ptr, weight_ptr, gate_ptr, residual_ptr, scale, shift, n, first, map_pixels,
+                C_IN, C_OUT, ACT, GATE, RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            total += tl.sum(tl.where(mask, y, 0.0), 1)
+            first += BLOCK_M
         total = tl.div_rn(total, map_pixels.to(tl.float32))
         tl.store(y_ptr + image * C_OUT + n, narrow(total, dtype), mask=n < C_OUT)
+    else:
+        y, mask, at = tile(
+            x_ptr, weight_ptr, gate_ptr, residual_ptr, scale, shift, n, first, map_pixels,
+            C_IN, C_OUT, ACT, GATE, RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tl.store(y_ptr + image * map_pixels * C_OUT + at, narrow(y, dtype), mask=mask)
 
 
 def launch(
