@@ -5,12 +5,15 @@ takes as long as the slowest of four things that are taken to overlap perfectly:
 
     python docs/gpu_prediction.py
 
+What a warp issues for each output stands beside that of an earlier commit, which ``--keep`` writes into
+``gpu_prediction.json``: run there with ``--keep``, and later without, it shows before and after.
 Where ``benchmarks/results/`` has the launches of the same models measured, their times stand beside the predictions.
 """
 
 import argparse
 import json
 import re
+import subprocess
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +24,7 @@ from effnet_kernels.benchmarking.ahead_of_time import Resources, compile_launch,
 from effnet_kernels.benchmarking.environment import describe as describe_environment
 from effnet_kernels.precompile import Launch, record_model
 
+COUNTS = Path(__file__).with_suffix(".json")
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 GENERATION = 90
 DTYPE = torch.float16
@@ -67,6 +71,14 @@ The launches that take at least 3% of their model's time:
 {launches}
 
 {note}
+
+What that code issues: instructions of a lane per output, those of loops by their trips; barriers that a program passes;
+registers; warps on a multiprocessor. What stands first is of commit {before}. Launches that take at least 1% of their
+model's time.
+
+| launch | tile | instructions per output | barriers | registers | warps/SM |
+|---|---|---|---|---|---|
+{counts}
 {end}"""
 
 
@@ -76,6 +88,16 @@ class Work(NamedTuple):
     minimum: float
     l2: float
     operations: float
+
+
+class Counts(NamedTuple):
+    """What the machine code of a launch issues and holds."""
+
+    tile: str
+    instructions: float  # of a lane for each output
+    barriers: int  # that a program passes
+    registers: int
+    warps: int  # on a multiprocessor
 
 
 class Prediction(NamedTuple):
@@ -199,6 +221,29 @@ def measured(model: str, launches: list[Launch]) -> tuple[list[list[float]], str
     return [[] for _ in launches], ""
 
 
+def counts(launch: Launch, resources: Resources) -> Counts:
+    issued = executed(launch, resources)
+    lanes = 32 * launch.programs * launch.config.num_warps
+    y = launch.tensors[0]
+    assert y is not None
+    return Counts(
+        _tile(launch),
+        round(issued.total() * lanes / y.numel(), 1),
+        sum(times for mnemonic, times in issued.items() if mnemonic.startswith("BAR")),
+        resources.registers,
+        resources.blocks * launch.config.num_warps,
+    )
+
+
+def _tile(launch: Launch) -> str:
+    return "x".join(map(str, launch.config.block)) + f", {launch.config.num_warps} warps"
+
+
+def _before_and_now(before: list | None, now: Counts) -> str:
+    pairs = zip(before, now, strict=True) if before else ((None, value) for value in now)
+    return " | ".join(str(new) if old in (None, new) else f"{old}, now {new}" for old, new in pairs)
+
+
 def us(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
 
@@ -214,7 +259,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("performance.md"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--keep", action="store_true", help="write the counts, for later ones to be set beside")
     options = parser.parse_args()
+    earlier = json.loads(COUNTS.read_text()) if COUNTS.exists() else {"commit": "none", "launches": {}}
+    issued: dict[str, Counts] = {}
+    shown: set[str] = set()
     compiled: dict[tuple, Resources] = {}
     model_rows, launch_rows, note = [], [], ""
     for model in options.models:
@@ -243,22 +292,31 @@ def main() -> None:
         model_rows.append(
             f"| {name} | {len(launches)} | {us(total / BATCH)} | {us(unfused)} | {us(folded)} | {bounds} |"
         )
+        for launch, resources, _ in predicted.values():
+            issued.setdefault(describe(launch), counts(launch, resources))
         for key, count in sorted(same.items(), key=lambda item: -item[1] * predicted[item[0]][2].seconds):
             launch, resources, result = predicted[key]
+            if count * result.seconds >= 0.01 * total:
+                shown.add(describe(launch))
             if count * result.seconds >= 0.03 * total:
-                warps = launch.config.num_warps
-                tile = "x".join(map(str, launch.config.block)) + f", {warps} warps"
+                warps = resources.blocks * launch.config.num_warps
                 launch_rows.append(
-                    f"| {model} | {describe(launch)} | {count} | {tile} | {resources.registers} "
-                    f"| {resources.shared / 1024:.0f} | {resources.blocks * warps} | {result.moved:.2f}x "
+                    f"| {model} | {describe(launch)} | {count} | {_tile(launch)} | {resources.registers} "
+                    f"| {resources.shared / 1024:.0f} | {warps} | {result.moved:.2f}x "
                     f"| {us(result.floor)} | {result.bound} | {us(result.seconds)} "
                     f"| {_beside(took[key], result.seconds)} |"
                 )
     text = TEXT.format(
         begin=BEGIN, end=END, batch=BATCH, launch=LAUNCH * 1e6, dram=DRAM / 1e12, l2=L2 / 1e12,
         hgmma=TENSOR["HGMMA"] / 1e12, hmma=TENSOR["HMMA"] / 1e12, issue=ISSUE / 1e9,
-        models="\n".join(model_rows), launches="\n".join(launch_rows), note=note,
+        models="\n".join(model_rows), launches="\n".join(launch_rows), note=note, before=earlier["commit"],
+        counts="\n".join(
+            f"| {name} | {_before_and_now(earlier['launches'].get(name), issued[name])} |" for name in sorted(shown)
+        ),
     )  # fmt: skip
+    if options.keep:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        COUNTS.write_text(json.dumps({"commit": commit, "launches": issued}, indent=1) + "\n")
     options.output.write_text(inserted(options.output.read_text() if options.output.exists() else "", text))
 
 
