@@ -6,7 +6,7 @@ import torch
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
 from tests.ops.cases import Fused, Pointwise
-from tests.ops.device import native
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_pool, check_value, each_value
 
@@ -77,3 +77,18 @@ def test_a_planar_image_costs_the_stem_no_pass(monkeypatch):
     problem = native(build(Fused(2, (8, 9), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), torch.float32))
     oracle.check(problem, "triton")
     assert reached[0][1].stride() == problem.x.stride()
+
+
+@torch.no_grad()
+def test_planes_of_a_stem_farther_apart_than_32_bits_count(tmp_path):
+    """Channel 2 lies 2^31 elements and more behind channel 0. Counted in 32 bits it would lie as far before it."""
+    problem = build(Fused(1, (6, 7), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), FP16)
+    x, *rest = on_device(problem.args)
+    size = 2**32 + 2**10
+    if x.is_cuda:
+        memory = torch.zeros(size, dtype=FP16, device=x.device)
+    else:
+        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=FP16)
+    far = memory.as_strided((1, 3, 6, 7), (0, 2**30 + 8, 7, 1), 2**31).copy_(x)
+    got = problem.function(far, *rest, **problem.kwargs, backend="triton").cpu()
+    assert torch.equal(got, native(problem).call("triton")[0])
