@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from effnet_kernels.ops import triton_common
+from effnet_kernels.ops.fused_mbconv import triton as fused
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
 from tests.ops.cases import Fused, Pointwise
@@ -38,6 +40,17 @@ def test_many_tiles(case, dtype):
         assert torch.equal(got, again), "two runs differ"
 
 
+@pytest.mark.parametrize("cin", [18, 24])  # copied by 4 and by 8 bytes
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_tiles_of_256_expanded_channels(cin, dtype, monkeypatch):
+    """Those of Hopper and Blackwell, whose x is copied through the L1."""
+    monkeypatch.setattr(triton_common, "chosen", {})
+    monkeypatch.setattr(fused, "default_config", lambda *_: triton_common.Config((128, 256, 32, 16), 16, 5))
+    oracle.check(native(build(Fused(2, (9, 11), cin=cin, mid=130, cout=cin, residual=True), dtype)), "triton")
+
+
 @each_value
 @pytest.mark.parametrize(
     "case",
@@ -65,8 +78,6 @@ def test_the_pool_adds_in_float32(dtype):
 @torch.no_grad()
 def test_a_planar_image_costs_the_stem_no_pass(monkeypatch):
     """What reaches the kernel is the image itself, strides and all."""
-    from effnet_kernels.ops import triton_common
-
     reached = []
     launch = triton_common.launch_kernel
     monkeypatch.setattr(
