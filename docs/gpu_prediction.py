@@ -51,7 +51,8 @@ TEXT = """{begin}
 takes the longest of four times, as if they overlapped perfectly, and {launch:.0f} us for following another one:
 
 * *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
-* *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s;
+* *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s; of the
+  windows of dense tiles with 256 expanded channels, copied through the L1, each pixel once in a program;
 * *tensor*: the products with all padding of tiles, at {hgmma:.0f} TFLOP/s (HGMMA) or {hmma:.0f} (HMMA);
 * *issue*: the instructions that warps issue, at {issue:.2f} per ns. Those of a loop count once per trip; slow paths of
   divisions and square roots, for subnormal and huge values, are taken not to run.
@@ -148,6 +149,7 @@ def _pointwise(launch: Launch, all_bytes: float) -> Work:
 
 
 def _fused(launch: Launch, all_bytes: float) -> Work:
+    """Each tap reads x from the L2, but where copies go through the L1 (``NEAR``): each program, each pixel once."""
     element = launch.dtype.itemsize
     c_in, c_mid, c_out = (launch.constant(name) for name in ("C_IN", "C_MID", "C_OUT"))
     block_m, block_mid, block_out, block_k = launch.config.block
@@ -157,6 +159,11 @@ def _fused(launch: Launch, all_bytes: float) -> Work:
     flat = -(-taps * c_in // block_k) * block_k
     depth = flat if launch.constant("FLAT") else taps * -(-c_in // block_k) * block_k
     windows = chunks * tiles * block_m * taps * c_in * element
+    if launch.constant("NEAR") and c_in % 4 == 0:
+        kh, kw, sh, sw = (launch.constant(name) for name in ("KH", "KW", "SH", "SW"))
+        run = (block_m - 1) * sw + kw  # pixels of a row of x under a tile, as if its own were in one row
+        width = int(launch.sizes[2])
+        windows = tiles * min(kh * run, sh * run + max(kh - sh, 0) * width) * c_in * element
     weights = tiles * c_mid * (taps * c_in + c_out) * element
     y = launch.tensors[0]
     assert y is not None

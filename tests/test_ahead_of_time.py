@@ -123,6 +123,44 @@ def test_only_a_spill_of_one_value_around_all_loops_is_no_complaint(
     assert len(found) == complaints
 
 
+COUNT_LOADS = """
+import torch
+from effnet_kernels import precompile
+from effnet_kernels.benchmarking import ahead_of_time as aot
+
+for generation in (80, 90, 100):
+    stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, generation)[0]
+    print(stem.op, *stem.config.block[:2], aot.compile_launch(stem, generation).count(r"LDG"))
+"""
+
+
+def test_a_lane_of_a_stem_knows_its_taps():
+    """It loads 27 elements for each of two pixels, of 24 weights and of 4 vectors: with lanes along the window's axis
+    it could not know which of its 32 elements are none, and would compare and address each of them."""
+    result = subprocess.run([sys.executable, "-c", COUNT_LOADS], env=uninterpreted(), capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["fused_mbconv 64 32 82"] * 3, result.stdout + result.stderr
+
+
+COUNT_COPIES = r"""
+import torch
+from effnet_kernels import precompile
+from effnet_kernels.benchmarking import ahead_of_time as aot
+
+for launch in precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, 90):
+    if launch.op == "fused_mbconv" and launch.constant("NEAR"):
+        found = aot.compile_launch(launch, 90)
+        near, past = found.count(r"LDGSTS\S*\.64"), found.count(r"LDGSTS\S*BYPASS\S*\.128")
+        print(launch.constant("C_MID"), near > 0, past > 0, near + past == found.count("LDGSTS"))
+        break
+"""
+
+
+def test_dense_windows_are_copied_through_the_l1():
+    """By 8 bytes, and weights past it, by 16."""
+    result = subprocess.run([sys.executable, "-c", COUNT_COPIES], env=uninterpreted(), capture_output=True, text=True)
+    assert result.stdout.split() == ["192", "True", "True", "True"], result.stdout + result.stderr
+
+
 COUNT_VARIANTS = """
 import torch
 from effnet_kernels import precompile

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from effnet_kernels.ops import triton_common
+from effnet_kernels.ops.fused_mbconv import triton as fused
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
 from tests.ops.cases import Fused, Pointwise
-from tests.ops.device import native
+from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_pool, check_value, each_value
 
@@ -38,6 +40,17 @@ def test_many_tiles(case, dtype):
         assert torch.equal(got, again), "two runs differ"
 
 
+@pytest.mark.parametrize("cin", [18, 24])  # copied by 4 and by 8 bytes
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_tiles_of_256_expanded_channels(cin, dtype, monkeypatch):
+    """Those of Hopper and Blackwell, whose x is copied through the L1."""
+    monkeypatch.setattr(triton_common, "chosen", {})
+    monkeypatch.setattr(fused, "default_config", lambda *_: triton_common.Config((128, 256, 32, 16), 16, 5))
+    oracle.check(native(build(Fused(2, (9, 11), cin=cin, mid=130, cout=cin, residual=True), dtype)), "triton")
+
+
 @each_value
 @pytest.mark.parametrize(
     "case",
@@ -65,8 +78,6 @@ def test_the_pool_adds_in_float32(dtype):
 @torch.no_grad()
 def test_a_planar_image_costs_the_stem_no_pass(monkeypatch):
     """What reaches the kernel is the image itself, strides and all."""
-    from effnet_kernels.ops import triton_common
-
     reached = []
     launch = triton_common.launch_kernel
     monkeypatch.setattr(
@@ -77,3 +88,18 @@ def test_a_planar_image_costs_the_stem_no_pass(monkeypatch):
     problem = native(build(Fused(2, (8, 9), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), torch.float32))
     oracle.check(problem, "triton")
     assert reached[0][1].stride() == problem.x.stride()
+
+
+@torch.no_grad()
+def test_planes_of_a_stem_farther_apart_than_32_bits_count(tmp_path):
+    """Channel 2 lies 2^31 elements and more behind channel 0. Counted in 32 bits it would lie as far before it."""
+    problem = build(Fused(1, (6, 7), cin=3, mid=12, cout=None, stride=(2, 2), layout="nchw"), FP16)
+    x, *rest = on_device(problem.args)
+    size = 2**32 + 2**10
+    if x.is_cuda:
+        memory = torch.zeros(size, dtype=FP16, device=x.device)
+    else:
+        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=FP16)
+    far = memory.as_strided((1, 3, 6, 7), (0, 2**30 + 8, 7, 1), 2**31).copy_(x)
+    got = problem.function(far, *rest, **problem.kwargs, backend="triton").cpu()
+    assert torch.equal(got, native(problem).call("triton")[0])
