@@ -42,7 +42,7 @@ def tile(dtype: torch.dtype, channels: int, kh: int, sh: int) -> Config:
     """(rows, columns, channels) of a tile and a thread for every 16 bytes, as in ``depthwise_conv_bn_act``."""
     block_c = channel_block(channels)
     columns = 8 if channels >= 640 else 16
-    rows = 8 if sh == 1 and 3 < kh <= 5 else 4
+    rows = 7 if sh == 1 and 3 < kh <= 5 else 4
     return Config((rows, columns, block_c), max(1, columns * block_c * dtype.itemsize // 512), 1)
 
 
@@ -50,11 +50,13 @@ SIZES = ("h", "w", "oh", "ow", "top", "left")
 
 
 @callee
-def activated(x_ptr, at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
-    """The input as the convolution sees it: zero outside the map."""
-    x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+def activated(at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
+    """The input at these pointers as the convolution sees it: zero outside the map."""
+    x = tl.load(at, mask=ok, other=0.0)
+    exact: tl.constexpr = x.dtype == tl.float32
+    x = x.to(tl.float32)
     if NORM:
-        x = tl.where(ok, batch_norm_act(x, scale, shift, ACT, x_ptr.dtype.element_ty == tl.float32), 0.0)
+        x = tl.where(ok, batch_norm_act(x, scale, shift, ACT, exact), 0.0)
     return x
 
 
@@ -76,7 +78,7 @@ def forward_kernel(
     part = (program // channel_blocks).to(tl.int64)
     tiles_w = tl.cdiv(ow, COLUMNS)
     tiles = tl.cdiv(oh, ROWS) * tiles_w
-    row = part % tiles // tiles_w * ROWS
+    row = (part % tiles // tiles_w).to(tl.int32) * ROWS
     column = (part % tiles_w).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)
     x_ptr += part // tiles * h * w * C
     y_ptr += part // tiles * oh * ow * C
@@ -93,31 +95,34 @@ def forward_kernel(
     # A loop at run time: unrolled, all loads of the window would be in flight at once and spill.
     for kw in range(KW):
         x_column = column * SW - left + kw
-        ok = ((x_column >= 0) & (x_column < w))[:, None] & c_ok
+        # Unsigned, what lies before the map is far behind it.
+        ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok
         taps = ()
         for kh in tl.static_range(KH):
             tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c < C, other=0.0)
             taps += (tap.to(tl.float32)[None, :],)
-        rows = ()
+        at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
         for i in tl.static_range((ROWS - 1) * SH + KH):
-            x_row = row * SH - top + i
-            at = x_row * w * C + (x_column[:, None] * C + c[None, :])
-            rows += (activated(x_ptr, at, ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
-        updated = ()
-        for o in tl.static_range(ROWS):
-            y = acc[o]
-            for kh in tl.static_range(KH):
-                y += rows[o * SH + kh] * taps[kh]
-            updated += (y,)
-        acc = updated
+            x_row = (row * SH - top + i).to(tl.uint32)
+            x = activated(at, ok & (x_row < h), scale, shift, NORM, ACT)
+            at += w.to(tl.int64) * C
+            updated = ()
+            for o in tl.static_range(ROWS):
+                if 0 <= i - o * SH and i - o * SH < KH:
+                    updated += (acc[o] + x * taps[i - o * SH],)
+                else:
+                    updated += (acc[o],)
+            acc = updated
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     kept = ()
     total = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
+    at = y_ptr + row.to(tl.int64) * ow * C + (column[:, None] * C + c[None, :])
     for o in tl.static_range(ROWS):
         y = narrow(acc[o], dtype)
         ok = (column < ow)[:, None] & c_ok & (row + o < oh)
-        tl.store(y_ptr + (row + o) * ow * C + (column[:, None] * C + c[None, :]), y, mask=ok)
+        tl.store(at, y, mask=ok)
+        at += ow.to(tl.int64) * C
         if STATISTICS:
             y = tl.where(ok, y.to(tl.float32), 0.0)
             total += y
@@ -162,7 +167,7 @@ def input_gradient_kernel(
     tiles_w = tl.cdiv((left + w - 1) // SW - first_column + 1, COLUMNS)
     tiles_h = tl.cdiv((top + h - 1) // SH - first_row + 1, ROWS)
     number = part // SW
-    row = first_row + number // tiles_w % tiles_h * ROWS
+    row = first_row + (number // tiles_w % tiles_h).to(tl.int32) * ROWS
     column = first_column + (number % tiles_w).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)
     n = number // tiles_w // tiles_h
     dy_ptr += n * oh * ow * C
@@ -175,27 +180,26 @@ def input_gradient_kernel(
     for m in range((KW + SW - 1) // SW):
         kw = m * SW + phase
         y_column = column - m
-        ok = ((y_column >= 0) & (y_column < ow))[:, None] & c_ok & (kw < KW)
+        ok = (y_column.to(tl.uint32) < ow)[:, None] & c_ok & (kw < KW)
         taps = ()
         for kh in tl.static_range(KH):
             tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=(c < C) & (kw < KW), other=0.0)
             taps += (tap.to(tl.float32)[None, :],)
-        rows = ()
+        at = dy_ptr + (row - above).to(tl.int64) * ow * C + (y_column[:, None] * C + c[None, :])
         for i in tl.static_range(ROWS + above):
-            y_row = row + (i - above)
-            at = y_row * ow * C + (y_column[:, None] * C + c[None, :])
-            rows += (tl.load(dy_ptr + at, mask=ok & (y_row >= 0) & (y_row < oh), other=0.0).to(tl.float32),)
-        updated = ()
-        for o in tl.static_range(ROWS * SH):
-            dx = acc[o]
-            for kh in tl.static_range(KH):
-                if (o + KH * SH - kh) % SH == 0:
-                    dx += rows[(o + KH * SH - kh) // SH - KH + above] * taps[kh]
-            updated += (dx,)
-        acc = updated
+            y_row = (row + (i - above)).to(tl.uint32)
+            dy = tl.load(at, mask=ok & (y_row < oh), other=0.0).to(tl.float32)
+            at += ow.to(tl.int64) * C
+            updated = ()
+            for o in tl.static_range(ROWS * SH):
+                if 0 <= o - (i - above) * SH and o - (i - above) * SH < KH:
+                    updated += (acc[o] + dy * taps[o - (i - above) * SH],)
+                else:
+                    updated += (acc[o],)
+            acc = updated
 
     x_column = column * SW + phase - left
-    x_ok = ((x_column >= 0) & (x_column < w))[:, None] & c_ok
+    x_ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok
     if NORM:
         scale = vector(vectors_ptr, 0, c, C)
         shift = vector(vectors_ptr, 1, c, C)
@@ -204,10 +208,9 @@ def input_gradient_kernel(
         sums = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
         products = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    at = (n * h + row * SH - top) * w * C + (x_column[:, None] * C + c[None, :])
     for o in tl.static_range(ROWS * SH):
-        x_row = row * SH + o - top
-        ok = x_ok & (x_row >= 0) & (x_row < h)
-        at = (n * h + x_row) * w * C + (x_column[:, None] * C + c[None, :])
+        ok = x_ok & ((row * SH - top + o).to(tl.uint32) < h)
         dx = acc[o]
         if NORM:
             x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -215,6 +218,7 @@ def input_gradient_kernel(
             sums += dx
             products += dx * ((x - mean) * rstd)
         tl.store(dx_ptr + at, narrow(dx, dtype), mask=ok)
+        at += w.to(tl.int64) * C
     if NORM:
         tl.store(sums_ptr + part * 2 * C + c, tl.sum(sums, 0), mask=c < C)
         tl.store(sums_ptr + (part * 2 + 1) * C + c, tl.sum(products, 0), mask=c < C)
@@ -258,17 +262,17 @@ def weight_gradient_kernel(
         window = ()
         for i in tl.static_range(overlap):
             x_row = first * SH - top + i
-            at = x_row * w * C + (x_column[:, None] * C + c[None, :])
-            window += (activated(x_ptr, at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
+            at = x_ptr + x_row * w * C + (x_column[:, None] * C + c[None, :])
+            window += (activated(at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
         row = first
         while row < end:
             seen = window
             for i in tl.static_range(overlap, KH):
                 x_row = row * SH - top + i
-                at = x_row * w * C + (x_column[:, None] * C + c[None, :])
-                seen += (activated(x_ptr, at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
-            at = row * ow * C + (column[:, None] * C + c[None, :])
-            dy = tl.load(dy_ptr + at, mask=y_ok, other=0.0).to(tl.float32)
+                at = x_ptr + x_row * w * C + (x_column[:, None] * C + c[None, :])
+                seen += (activated(at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
+            at = dy_ptr + row * ow * C + (column[:, None] * C + c[None, :])
+            dy = tl.load(at, mask=y_ok, other=0.0).to(tl.float32)
             updated = ()
             for kh in tl.static_range(KH):
                 updated += (acc[kh] + seen[kh] * dy,)
