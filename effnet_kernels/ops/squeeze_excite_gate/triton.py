@@ -143,8 +143,8 @@ def whole_kernel(
     while first < end:
         following = expand_weights(w_expand_ptr, c + BLOCK_G, end, R, SLICE_R)
         bias = tl.load(b_expand_ptr + c, mask=c < end, other=0.0).to(tl.float32)
-        products = v[0].to(tl.float32) * hidden[0][None, :]
-        for i in tl.static_range(1, SLICES):
+        products = tl.zeros((BLOCK_G, SLICE_R), tl.float32)
+        for i in tl.static_range(SLICES):
             products += v[i].to(tl.float32) * hidden[i][None, :]
         total = tl.gather(tl.sum(products, 1), tl.arange(0, BLOCK_G), 0)  # a channel in one lane, as above
         tl.store(gate_ptr + n * C + c, activate(total + bias, GATE), mask=c < end)
