@@ -122,14 +122,23 @@ def work(launch: Launch) -> Work:
 
 
 def _gate(launch: Launch, all_bytes: float) -> Work:
-    """Weights are read for each group of images; hidden units come in parts, which every slice of channels reads."""
+    """In one launch every program reads the first layer and the sums, and its share of the second layer.
+
+    In two, weights are read for each group of images; hidden units come in parts, which every slice of channels reads.
+    """
+    sizes = [float(t.numel() * t.itemsize) for t in launch.tensors if t is not None]
+    if launch.kernel.fn.__name__ == "whole_kernel":
+        gate, sums, w_reduce, b_reduce, w_expand, b_expand = sizes
+        images = launch.programs // int(launch.sizes[2])
+        shared = launch.programs / images * (sums + images * (w_reduce + b_reduce))
+        return Work(all_bytes, gate + shared + images * (w_expand + b_expand), 0)
     images, block_r, block_c = launch.config.block
     groups = -(-int(launch.sizes[0]) // images)
     if launch.kernel.fn.__name__ == "hidden_kernel":
-        parts, sums, *weights = (float(t.numel() * t.itemsize) for t in launch.tensors if t is not None)
+        parts, sums, *weights = sizes
         moved = parts + sums * -(-launch.constant("R") // block_r)
     else:
-        gate, parts, *weights = (float(t.numel() * t.itemsize) for t in launch.tensors if t is not None)
+        gate, parts, *weights = sizes
         moved = gate + parts * -(-launch.constant("C") // block_c)
     return Work(all_bytes - parts, moved + sum(weights) * groups, 0)
 

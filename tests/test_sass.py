@@ -161,7 +161,8 @@ print(json.dumps({
     "depthwise": counts([changed(depthwise, KW=kw) for kw in (3, 5)]),
     "pointwise": counts([changed(pointwise, C_IN=c_in) for c_in in (640, 1280)]),
     "pool": counts([changed(pool, map_pixels=pixels) for pixels in (49, 129)], aot.compile_launch(pool, 90)),
-    "gate": counts([changed(gate, tiles=tiles) for tiles in (16, 17)], aot.compile_launch(gate, 90)),
+    "gate": counts([changed(gate, tiles=tiles) for tiles in (4, 5)], aot.compile_launch(gate, 90)),
+    "shares": counts([changed(gate, blocks=blocks) for blocks in (1, 2)], aot.compile_launch(gate, 90)),
 }))
 """
 
@@ -186,8 +187,11 @@ def test_compiled_kernels_run_their_loops_as_often_as_the_launch_says():
     assert wide["HGMMA.64x64x16.F32"] == 1280 // 16
     assert sum(wide.values()) > 1.5 * sum(narrow.values())
 
-    # A second tile of pixels, and a second round of sums: of 16 tiles, 4 images and 128 channels on 128 lanes.
+    # A second tile of pixels, and a second round of sums: of 4 tiles and 2048 channels on 256 lanes. A second block of
+    # 256 channels, by 64 hidden units on as many lanes.
     (_, one), (_, two) = found["pool"]
     assert (one["HGMMA.64x128x16.F32"], two["HGMMA.64x128x16.F32"]) == (320 // 16, 2 * 320 // 16)
     (_, one), (_, two) = found["gate"]
-    assert two["LDG.E.128"] - one["LDG.E.128"] == 16 * 4 * 128 // (4 * 128)
+    assert two["LDG.E.128"] - one["LDG.E.128"] == 4 * 2048 // (4 * 256)
+    (_, one), (_, two) = found["shares"]
+    assert two["LDG.E.128"] - one["LDG.E.128"] == 64 * 256 // (8 * 256)

@@ -71,6 +71,7 @@ TRIPS: dict[tuple[str, str], Callable[[dict[str, Any]], int]] = {
     ("pointwise_conv_bn_act/triton.py", "for k0 in range(0, C_IN, BLOCK_K):"): lambda a: cdiv(a["C_IN"], a["BLOCK_K"]),
     ("pointwise_conv_bn_act/triton.py", "while first < map_pixels:"): lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]),
     ("squeeze_excite_gate/triton.py", "for first in range(0, R, BLOCK_R):"): lambda a: cdiv(a["R"], a["BLOCK_R"]),
+    ("squeeze_excite_gate/triton.py", "while first < end:"): lambda a: a["blocks"],
     ("triton_common.py", "while first < tiles:"): lambda a: max(0, cdiv(a["tiles"], a["TILES"]) - 1),
 }
 
@@ -200,7 +201,7 @@ def describe(launch: Launch) -> str:
     values = dict(zip(names, launch.constants, strict=True))
     channels = [values[name] for name in ("C_IN", "C", "C_MID", "C_OUT", "R") if values.get(name)]
     text = f"{launch.op} {'-'.join(map(str, channels))}"
-    if launch.op == "squeeze_excite_gate":
+    if launch.op == "squeeze_excite_gate" and launch.kernel.fn.__name__ != "whole_kernel":
         text += f" {launch.kernel.fn.__name__.removesuffix('_kernel')}"
     if "KH" in values:
         text += f" k{values['KH']} s{values['SH']}"

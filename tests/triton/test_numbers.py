@@ -38,6 +38,7 @@ TILED = [
     Depthwise(1, (9, 34), c=24, kernel=(5, 5), stride=(2, 2), padding="tf"),
     Depthwise(1, (3, 9), c=672, kernel=(3, 3)),
     Squeeze(2, (9, 31), c=130, reduced=6),
+    Squeeze(2, (5, 3), c=300, reduced=34),
     Squeeze(1, (3, 3), c=700, reduced=150),
     MBConv(2, (9, 18), cin=8, mid=48, cout=8, residual=True),
 ]
@@ -93,9 +94,11 @@ def test_activations_over_their_whole_range(act, dtype):
     [
         Depthwise(2, (5, 6), c=19, act="relu6"),
         Squeeze(2, (5, 5), c=19),
+        Squeeze(2, (5, 5), c=19, reduced=3, act="relu"),  # infinite hidden units beside one that there is not
+        Squeeze(2, (5, 5), c=19, reduced=70, act="relu"),
         MBConv(2, (5, 6), cin=17, mid=35, cout=18),
     ],
-    ids=lambda case: type(case).__name__,
+    ids=lambda case: f"{type(case).__name__}-{case}",
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):

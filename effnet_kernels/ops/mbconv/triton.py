@@ -1,8 +1,8 @@
-"""``mbconv`` in Triton: expand, depthwise with sums, gate, project. Five launches of the other ops' kernels.
+"""``mbconv`` in Triton: expand, depthwise with sums, gate, project. Launches of the other ops' kernels.
 
 The expanded map is written and read twice, 4 C_mid elements per pixel at stride 1, beside x and the result: the traffic
-called L2 in docs/performance.md. SE costs two launches but no pass over a map: the depthwise convolution leaves sums,
-the projection multiplies the gate in.
+called L2 in docs/performance.md. SE costs a launch or two but no pass over a map: the depthwise convolution leaves
+sums, the projection multiplies the gate in.
 
 Micro-batches: with ``L2_SHARE`` above 0 the block runs on slices of the batch, one after the other, whose expanded maps
 fit that share of the GPU's L2 and live in the same memory, so that they need not go out to DRAM. The results have the

@@ -64,7 +64,7 @@ def kernel(
 
 
 def launch(out: Tensor, x: Tensor, se: Sequence[Tensor], act: str, gate: str) -> None:
-    """Fill out: four launches."""
+    """Fill out: sums, gate and product are a launch each, the gate two where it has many weights."""
     x = to_nhwc(x)
     n, c, h, w = x.shape
     tile = config("squeeze_excite", default_config, (x.dtype, c), x.device)

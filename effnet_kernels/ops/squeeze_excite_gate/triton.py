@@ -1,15 +1,23 @@
-"""``squeeze_excite_gate`` in Triton: two small kernels, one for the hidden units and one for the gate.
+"""``squeeze_excite_gate`` in Triton: one launch, or two where there are many weights.
 
-Designed for latency: an image has only 4 C R operations, and a program that does them all waits for one load after
-another. Here a program takes a slice of the channels of a few images, so that one image has several programs, and asks
-for all it needs before it waits for any of it. The first kernel loads weights and the sums of tiles that the depthwise
-convolution leaves, and writes its slice's part of each hidden unit, 4 R bytes for an image and slice. The second one
-loads weights and the parts, and adds these up.
+Designed for latency: an image has only 4 C R operations, and a program that loads, waits and adds in turn spends its
+time waiting.
 
-Weights come from the L2 once for the images of a program: for each of the two, 2 C R bytes in 16 bit for four images,
-110 KB in B0's widest block. The order of all additions depends on C, R and the tile, never on the other images.
+Where a layer has up to 2^16 weights, a program computes all hidden units of one image and then the gate of its share of
+the channels. The launcher chooses how many programs share an image, by the number of images. None waits for another:
+each computes the hidden units, with all weights of the first layer, 2 C R bytes in 16 bits from the L2, and its share
+of as many of the second (1152-48: 110 KB each). Blocks of weights are under way before the sums of tiles are added up,
+and as many at any time after that.
+
+With more weights that would take longer than a second launch. There a program takes a slice of the channels of a few
+images and asks for all it needs before it waits for any of it. The first kernel loads weights and sums of tiles and
+writes its slice's part of each hidden unit, 4 R bytes for an image and slice. The second one loads weights and the
+parts, and adds these up. Weights come from the L2 once for the images of a program.
+
+The order of all additions depends on C, R and the tile, never on the other images or on how many programs there are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +31,7 @@ from effnet_kernels.ops.squeeze_excite_gate.op import fake
 from effnet_kernels.ops.triton_common import (
     Config,
     activate,
+    callee,
     cdiv,
     channel_block,
     config,
@@ -37,15 +46,111 @@ __all__ = ["default_config", "launch", "run", "supports"]
 
 
 def default_config(channels: int, reduced: int, chip: int) -> Config:
-    """(IMAGES, BLOCK_R, BLOCK_C) of both kernels: a thread has up to 64 weights, in 8 loads of 16 bytes if they are 2.
+    """(BLOCK_C, BLOCK_G) of one launch, (IMAGES, BLOCK_R, BLOCK_C) of two.
 
-    IMAGES: one where channels are few, for there maps are large and have many tiles. BLOCK_R: all hidden units, unless
+    One launch: all hidden units by BLOCK_C channels are up to 32 weights of a thread. ``num_stages`` of such blocks are
+    under way, up to 64 KB in 16 bits: more than the L2 gives a multiprocessor while it waits for the first. BLOCK_G:
+    small shares at batch 1, and not too many rounds of one program at batch 128.
+
+    Two launches: a thread has up to 64 weights, in 8 loads of 16 bytes if they are 2. BLOCK_R: all hidden units, unless
     there are very many. BLOCK_C: as many programs as a batch of 128 needs to reach all multiprocessors, and no more.
     """
-    images = 1 if channels * reduced < 2048 else 4
+    if channels * reduced <= 2**16 and channels <= 4096 and reduced <= 64:
+        block_c = min(128, next_power_of_2(channels))
+        stages = max(1, min(5, 2**15 // (next_power_of_2(reduced) * block_c)))
+        return Config((block_c, min(256, next_power_of_2(channels))), 8, stages)
     block_r = min(128, next_power_of_2(reduced))
     block_c = channel_block(channels) * (1 if channels < 768 else 2)
-    return Config((images, block_r, block_c), max(4, block_r * block_c // 2048), 1)
+    return Config((4, block_r, block_c), max(4, block_r * block_c // 2048), 1)
+
+
+SHARES = ["tiles", "pixels", "parts", "blocks"]
+SLICE = tl.constexpr(32)  # of hidden units, by which the second layer's sums are two-dimensional
+
+
+@callee
+def reduce_weights(ptr, r, block: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The first layer's for hidden units r and a block of channels, 0 where there are none."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.load(ptr + (r[:, None] * C + c[None, :]), mask=(r < R)[:, None] & (c < C)[None, :], other=0.0)
+
+
+@callee
+def expand_weights(ptr, c, end, R: tl.constexpr, SLICE_R: tl.constexpr):
+    """The second layer's for channels c and each slice of hidden units, 0 where there are none."""
+    slices = ()
+    for first in tl.static_range(0, R, SLICE_R):
+        r = first + tl.arange(0, SLICE_R)
+        mask = (c < end)[:, None] & (r < R)[None, :]
+        slices += (tl.load(ptr + (c[:, None] * R + r[None, :]), mask=mask, other=0.0),)
+    return slices
+
+
+@triton.jit(do_not_specialize=SHARES, do_not_specialize_on_alignment=SHARES)
+def whole_kernel(
+    gate_ptr,  # [N, C] float32
+    sums_ptr,  # [N, tiles, C] float32
+    w_reduce_ptr,  # [R, C]
+    b_reduce_ptr,  # [R]
+    w_expand_ptr,  # [C, R]
+    b_expand_ptr,  # [C]
+    tiles,
+    pixels,
+    parts,  # programs of an image
+    blocks,  # of channels for each of them, the last one may have fewer
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,  # at least C
+    BLOCK_R: tl.constexpr,  # at least R
+    AHEAD: tl.constexpr,  # blocks of weights under way
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    SLICE_R: tl.constexpr = SLICE if BLOCK_R > SLICE else BLOCK_R
+    SLICES: tl.constexpr = (R + SLICE_R - 1) // SLICE_R
+    program = tl.program_id(0)
+    image = program // parts
+    part = program - image * parts
+    n = image.to(tl.int64)
+    r = tl.arange(0, BLOCK_R)
+    w = ()
+    for block in tl.static_range(AHEAD):
+        w += (reduce_weights(w_reduce_ptr, r, block, C, R, BLOCK_C),)
+
+    column = tl.arange(0, WIDTH)
+    means = mean_of_sums(sums_ptr + n * tiles * C + column, column < C, tiles, pixels, C, TILES)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for block in tl.static_range((C + BLOCK_C - 1) // BLOCK_C):
+        if (block + AHEAD) * BLOCK_C < C:
+            w += (reduce_weights(w_reduce_ptr, r, block + AHEAD, C, R, BLOCK_C),)
+        mean = tl.gather(means, block * BLOCK_C + tl.arange(0, BLOCK_C), 0)
+        sums += w[block].to(tl.float32) * mean[None, :]
+
+    first = part * blocks * BLOCK_G
+    end = tl.minimum(first + blocks * BLOCK_G, C)
+    c = first + tl.arange(0, BLOCK_G)
+    v = expand_weights(w_expand_ptr, c, end, R, SLICE_R)  # under way while the first layer comes to its end
+    # Sums over a row of weights are in all lanes that share it. Gathered, a unit is in one lane, which alone evaluates
+    # the activation.
+    unit = tl.gather(tl.sum(sums, 1), r, 0) + tl.load(b_reduce_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+    unit = tl.where(r < R, activate(unit, ACT), 0.0)  # where there is none, an infinite mean has left a NaN
+    hidden = ()
+    for i in tl.static_range(SLICES):
+        hidden += (tl.gather(unit, i * SLICE_R + tl.arange(0, SLICE_R), 0),)
+    while first < end:
+        following = expand_weights(w_expand_ptr, c + BLOCK_G, end, R, SLICE_R)
+        bias = tl.load(b_expand_ptr + c, mask=c < end, other=0.0).to(tl.float32)
+        products = tl.zeros((BLOCK_G, SLICE_R), tl.float32)
+        for i in tl.static_range(SLICES):
+            products += v[i].to(tl.float32) * hidden[i][None, :]
+        total = tl.gather(tl.sum(products, 1), tl.arange(0, BLOCK_G), 0)  # a channel in one lane, as above
+        tl.store(gate_ptr + n * C + c, activate(total + bias, GATE), mask=c < end)
+        v = following
+        c += BLOCK_G
+        first += BLOCK_G
 
 
 SIZES = ["images", "tiles", "pixels"]
@@ -141,6 +246,18 @@ def gate_kernel(
         tl.store(gate_ptr + (n + i) * C + c, activate(total + bias, GATE), mask=(c < C) & (n + i < images))
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where there is none, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def shares(images: int, blocks: int, available: int) -> tuple[int, int]:
+    """How many programs share an image, and how many of its blocks of channels each has: one a multiprocessor."""
+    each = cdiv(blocks, max(1, available // max(1, images)))
+    return cdiv(blocks, each), each
+
+
 def launch_sums(
     gate: Tensor,  # [N, C], filled
     sums: Tensor,  # [N, tiles, C] float32
@@ -149,11 +266,26 @@ def launch_sums(
     act: str,
     gate_act: str,
 ) -> None:
-    """Two launches."""
+    """One launch or two, as the tile says."""
     n, tiles, c = sums.shape
     reduced = se[0].shape[0]
     w_reduce, b_reduce, w_expand, b_expand = dense(se)
     tile = config("squeeze_excite_gate", default_config, (c, reduced), gate.device)
+    if len(tile.block) == 2:
+        block_c, block_g = tile.block
+        block_r, width = next_power_of_2(reduced), next_power_of_2(max(c, block_c))
+        rows = max(1, (2048 if block_r <= 16 else 1024) * tile.num_warps // width)  # of sums at once: 64 or 32 a thread
+        programs, blocks = shares(n, cdiv(c, block_g), multiprocessors(gate.device))
+        ahead = min(tile.num_stages, cdiv(c, block_c))
+        launch_kernel(
+            whole_kernel,
+            n * programs,
+            (gate, sums, w_reduce, b_reduce, w_expand, b_expand),
+            (tiles, pixels, programs, blocks),
+            (c, reduced, CODES[act], CODES[gate_act], rows, width, block_r, ahead, *tile.block),
+            tile,
+        )
+        return
     images, block_r, block_c = tile.block
     slices = cdiv(c, block_c)
     parts = sums.new_empty((n, slices, reduced), dtype=torch.float32)

@@ -201,8 +201,24 @@ def test_pointwise_conv_bn_act_with_more_shared_memory_than_goes_without_asking(
     same_variant(launches)
 
 
-def gate_arguments(images: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return torch.empty(images, 64), (half(8, 64, 1, 1), half(8), half(64, 8, 1, 1), half(64))
+GATE_LAYERS = ("w_reduce_ptr", "b_reduce_ptr", "w_expand_ptr", "b_expand_ptr")
+
+
+def gate_arguments(images: int, channels: int, reduced: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    layers = half(reduced, channels, 1, 1), half(reduced), half(channels, reduced, 1, 1), half(channels)
+    return torch.empty(images, channels), layers
+
+
+def test_squeeze_excite_gate_in_one_launch():
+    launches = []
+    for images, parts, blocks in ((3, 2, 1), (100, 1, 2)):
+        mean, se = gate_arguments(images, 264, 8)
+        y, launch = one(gate.run, mean, se, "silu", "sigmoid", first=not launches)
+        sizes = {"tiles": 1, "pixels": 1, "parts": parts, "blocks": blocks}
+        tensors = {"gate_ptr": y, "sums_ptr": mean, **named(GATE_LAYERS, se)}
+        check(launch, gate.whole_kernel, images * parts, 8, **tensors, **sizes)
+        launches.append(launch)
+    same_variant(launches)
 
 
 def check_gate(launches: Sequence[Launch], y: Tensor, sums: Tensor, se: Sequence[Tensor], pixels: int) -> None:
@@ -211,26 +227,26 @@ def check_gate(launches: Sequence[Launch], y: Tensor, sums: Tensor, se: Sequence
     parts = int.from_bytes(bytes.fromhex(hidden.parameters[0]), "little")
     images = len(y)
     check(
-        hidden, gate.hidden_kernel, images, 4,
+        hidden, gate.hidden_kernel, -(-images // 4), 4,
         parts_ptr=parts, sums_ptr=sums, weight_ptr=se[0], images=images, tiles=1, pixels=pixels,
     )  # fmt: skip
     check(
-        last, gate.gate_kernel, images, 4,
+        last, gate.gate_kernel, -(-images // 4), 4,
         gate_ptr=y, parts_ptr=parts, b_reduce_ptr=se[1], weight_ptr=se[2], b_expand_ptr=se[3], images=images,
     )  # fmt: skip
 
 
-def test_squeeze_excite_gate():
+def test_squeeze_excite_gate_in_two_launches():
     found = []
     for images in (3, 5):
-        mean, se = gate_arguments(images)
+        mean, se = gate_arguments(images, 64, 72)
         y, launches = some(gate.run, mean, se, "silu", "sigmoid", first=[not found] * 2)
         check_gate(launches, y, mean, se, 1)
         found.append(launches)
     for same in zip(*found, strict=True):
         same_variant(same)
     for pixels in (2**31 + 3, 2**40):  # 64 bits for the one, 32 for the other
-        mean, se = gate_arguments(2)
+        mean, se = gate_arguments(2, 64, 72)
         y, sums = torch.empty_like(mean), mean[:, None]
         _, launches = some(gate.launch_sums, y, sums, pixels, se, "silu", "sigmoid", first=[pixels < 2**40, False])
         check_gate(launches, y, sums, se, pixels)
