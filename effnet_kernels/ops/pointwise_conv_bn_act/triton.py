@@ -58,8 +58,8 @@ SIZES = ("map_pixels", "eps")
 
 @callee
 def tile(
-    x_ptr, weight_ptr, gate_ptr, residual_ptr,  # of the image; weight_ptr of all
-    scale, shift, n, first, map_pixels,
+    x_ptr, weight_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, gate_ptr, residual_ptr,  # x, gate, residual: the image's
+    n, first, map_pixels, eps,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -70,6 +70,10 @@ def tile(
     dtype = x_ptr.dtype.element_ty
     m = first + tl.arange(0, BLOCK_M)
     rows = m.to(tl.int64)
+    exact: tl.constexpr = dtype == tl.float32
+    early: tl.constexpr = C_IN <= C_OUT  # under way during a short product; a long one needs the registers
+    if early:
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, exact)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k0 in range(0, C_IN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -80,7 +84,9 @@ def tile(
             gate = tl.load(gate_ptr + k[None, :], mask=k_ok, other=0.0)
             weight = narrow(weight.to(tl.float32) * gate.to(tl.float32), dtype)
         acc = dot(weight, tl.trans(x), acc)
-    y = batch_norm_act(acc, scale[:, None], shift[:, None], ACT, dtype == tl.float32)
+    if not early:
+        scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, exact)
+    y = batch_norm_act(acc, scale[:, None], shift[:, None], ACT, exact)
     mask = (n < C_OUT)[:, None] & (m < map_pixels)[None, :]
     at = rows[None, :] * C_OUT + n[:, None]
     if RESIDUAL:
@@ -115,13 +121,12 @@ def kernel(
         gate_ptr += image * C_IN
     if RESIDUAL:
         residual_ptr += image * map_pixels * C_OUT
-    # Under way during the product.
-    scale, shift = bn_affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n, n < C_OUT, dtype == tl.float32)
     if POOL:
         total = tl.zeros([BLOCK_N], tl.float32)
         while first < map_pixels:  # the interpreter has no range() up to an argument
             y, mask, _ = tile(
-                x_ptr, weight_ptr, gate_ptr, residual_ptr, scale, shift, n, first, map_pixels,
+                x_ptr, weight_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, gate_ptr, residual_ptr,
+                n, first, map_pixels, eps,
                 C_IN, C_OUT, ACT, GATE, RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             total += tl.sum(tl.where(mask, y, 0.0), 1)
@@ -130,7 +135,8 @@ def kernel(
         tl.store(y_ptr + image * C_OUT + n, narrow(total, dtype), mask=n < C_OUT)
     else:
         y, mask, at = tile(
-            x_ptr, weight_ptr, gate_ptr, residual_ptr, scale, shift, n, first, map_pixels,
+            x_ptr, weight_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, gate_ptr, residual_ptr,
+            n, first, map_pixels, eps,
             C_IN, C_OUT, ACT, GATE, RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tl.store(y_ptr + image * map_pixels * C_OUT + at, narrow(y, dtype), mask=mask)
