@@ -118,19 +118,17 @@ def kernel(
         # Unsigned, what lies before the map is far behind it.
         ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok[None, :]
         at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
-        updated = acc
         for i in tl.static_range((ROWS - 1) * SH + KH):
             x_row = (row * SH - top + i).to(tl.uint32)
             x = tl.load(at, mask=ok & (x_row < h), other=0.0).to(tl.float32)
             at += w.to(tl.int64) * C
-            before = updated
             updated = ()
             for o in tl.static_range(ROWS):
                 if 0 <= i - o * SH and i - o * SH < KH:
-                    updated += (before[o] + x * taps[i - o * SH],)
+                    updated += (acc[o] + x * taps[i - o * SH],)
                 else:
-                    updated += (before[o],)
-        acc = updated
+                    updated += (acc[o],)
+            acc = updated
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     exact: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
