@@ -35,6 +35,8 @@ def neighbours(scope: Scope, generation: int) -> Iterator[Launch]:
     for model, size, batch in (scope.flagship, *scope.models):
         if batch == scope.batch:
             found = precompile.distinct(precompile.record_model(model, size, batch, dtype, generation))
+            # A gate has more constants that follow from its tile.
+            found = [launch for launch in found if launch.op != "squeeze_excite_gate"]
             found = [launch for launch in found if launch.constants[-len(launch.config.block) :] == launch.config.block]
             for launch in sorted(found, key=_elements, reverse=True)[:CLASSES]:
                 yield from map(launch.with_tile, tuner.neighbours(launch.config))

@@ -16,7 +16,7 @@ import re
 import subprocess
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,8 @@ takes the longest of four times, as if they overlapped perfectly, and {launch:.0
 
 * *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
 * *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s; of the
-  windows of dense tiles with 256 expanded channels, copied through the L1, each pixel once in a program;
+  windows of dense tiles with 256 expanded channels, copied through the L1, each pixel once in a program, as if every
+  later copy found it there;
 * *tensor*: the products with all padding of tiles, at {hgmma:.0f} TFLOP/s (HGMMA) or {hmma:.0f} (HMMA);
 * *issue*: the instructions that warps issue, at {issue:.2f} per ns. Those of a loop count once per trip; slow paths of
   divisions and square roots, for subnormal and huge values, are taken not to run.
@@ -75,7 +76,7 @@ The launches that take at least 3% of their model's time:
 
 What that code issues: instructions of a lane per output, those of loops by their trips; barriers that a program passes;
 registers; warps on a multiprocessor. What stands first is of commit {before}. Launches that take at least 1% of their
-model's time.
+model's time, on the maps of the first of these models that has them.
 
 | launch | tile | instructions per output | barriers | registers | warps/SM |
 |---|---|---|---|---|---|
@@ -158,7 +159,7 @@ def _pointwise(launch: Launch, all_bytes: float) -> Work:
 
 
 def _fused(launch: Launch, all_bytes: float) -> Work:
-    """Each tap reads x from the L2, but where copies go through the L1 (``NEAR``): each program, each pixel once."""
+    """Each tap reads x from the L2, but where copies go through the L1: there each program does, each pixel once."""
     element = launch.dtype.itemsize
     c_in, c_mid, c_out = (launch.constant(name) for name in ("C_IN", "C_MID", "C_OUT"))
     block_m, block_mid, block_out, block_k = launch.config.block
@@ -168,7 +169,7 @@ def _fused(launch: Launch, all_bytes: float) -> Work:
     flat = -(-taps * c_in // block_k) * block_k
     depth = flat if launch.constant("FLAT") else taps * -(-c_in // block_k) * block_k
     windows = chunks * tiles * block_m * taps * c_in * element
-    if launch.constant("NEAR") and c_in % 4 == 0:
+    if block_mid == 256 and not launch.constant("FLAT") and c_in % 4 == 0:
         kh, kw, sh, sw = (launch.constant(name) for name in ("KH", "KW", "SH", "SW"))
         run = (block_m - 1) * sw + kw  # pixels of a row of x under a tile, as if its own were in one row
         width = int(launch.sizes[2])
@@ -281,7 +282,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--keep", action="store_true", help="write the counts, for later ones to be set beside")
     options = parser.parse_args()
-    earlier = json.loads(COUNTS.read_text()) if COUNTS.exists() else {"commit": "none", "launches": {}}
+    earlier: dict[str, Any] = {"commit": "none", "launches": {}}
+    if COUNTS.exists():
+        earlier = json.loads(COUNTS.read_text())
     issued: dict[str, Counts] = {}
     shown: set[str] = set()
     compiled: dict[tuple, Resources] = {}

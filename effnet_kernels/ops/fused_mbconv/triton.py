@@ -28,6 +28,9 @@ from effnet_kernels.ops.triton_common import batch_norm_act, bn_affine, callee, 
 
 supports = common.supports
 
+# Where the order of a tile in memory is not known, Triton 3.6 spreads lanes along its first axis, 3.8 along its last.
+# Pixels of a stem are on that axis: each lane then has whole windows, whose offsets are constants.
+WINDOW_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
 FLAT_BELOW = 16  # input channels; from here on a tap fills the depth of a matrix instruction
 
 
@@ -87,24 +90,26 @@ def window_gemm(
     weight_ptr += mid * (KH * KW * C_IN)
     mid_ok = (mid < C_MID)[:, None]
     if FLAT:
-        h = tl.where(ok, h, -KH)  # the windows of those that are none lie outside
-        # Pixels are the first axis: of two whose order in memory is not known Triton spreads lanes along that one.
+        h = tl.expand_dims(tl.where(ok, h, -KH), WINDOW_AXIS)  # the windows of those that are none lie outside
+        w = tl.expand_dims(w, WINDOW_AXIS)
+        x_ptr = tl.expand_dims(x_ptr, WINDOW_AXIS)
         if WIDE:
             stride_c = stride_c.to(tl.int64)
             stride_h = stride_h.to(tl.int64)
             stride_w = stride_w.to(tl.int64)
         for k0 in range(0, KH * KW * C_IN, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
+            k_ok = k < KH * KW * C_IN
+            weight = tl.load(weight_ptr[:, None] + k[None, :], mask=mid_ok & k_ok[None, :], other=0.0)
+            k = tl.expand_dims(k, 1 - WINDOW_AXIS)
             tap = k // C_IN
             kh = tap // KW
             kw = tap % KW
-            inside = (h[:, None] + kh[None, :]).to(tl.uint32) < height.to(tl.uint32)  # negative: large
-            inside &= (w[:, None] + kw[None, :]).to(tl.uint32) < width.to(tl.uint32)
+            inside = (h + kh).to(tl.uint32) < height.to(tl.uint32)  # negative: large
+            inside &= (w + kw).to(tl.uint32) < width.to(tl.uint32)
             at = kh * stride_h + kw * stride_w + (k % C_IN) * stride_c
-            k_ok = (k < KH * KW * C_IN)[None, :]
-            x = tl.load(x_ptr[:, None] + at[None, :], mask=inside & k_ok, other=0.0)
-            weight = tl.load(weight_ptr[:, None] + k[None, :], mask=mid_ok & k_ok, other=0.0)
-            acc = dot(weight, tl.trans(x), acc)
+            x = tl.load(x_ptr + at, mask=inside & tl.expand_dims(k_ok, 1 - WINDOW_AXIS), other=0.0)
+            acc = dot(weight, tl.trans(x) if WINDOW_AXIS == 1 else x, acc)
     else:
         blocks: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
         for step in range(KH * KW * blocks):
@@ -136,11 +141,12 @@ def kernel(
     height, width, out_height, out_width, stride_n, stride_c, stride_h, stride_w, top, left, eps, project_eps,
     C_IN: tl.constexpr, C_MID: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, ACT: tl.constexpr,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, NEAR: tl.constexpr, PROJECT: tl.constexpr, RESIDUAL: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, PROJECT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_MID: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype = x_ptr.dtype.element_ty
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    NEAR: tl.constexpr = BLOCK_MID == 256 and not exact  # one program fills the registers, much of the L1 is free
     BLOCK_N: tl.constexpr = BLOCK_OUT if PROJECT else BLOCK_MID
     channels: tl.constexpr = C_OUT if PROJECT else C_MID
     tiles_n: tl.constexpr = (channels + BLOCK_N - 1) // BLOCK_N
@@ -228,14 +234,13 @@ def launch(
     )
     stride_n, stride_c, stride_h, stride_w = x.stride()
     wide = flat and (c_in - 1) * stride_c + (kh - 1) * stride_h + (kw - 1) * stride_w >= 2**31  # within a window
-    near = not flat and x.dtype.itemsize == 2 and block_mid == 256  # 16 bits: one program fills the registers
     sizes = (
         images * out_height * out_width, x.shape[2], x.shape[3], out_height, out_width,
         stride_n, stride_c, stride_h, stride_w, padding[0], padding[2], float(eps), float(project_eps),
     )  # fmt: skip
     constants = (
         c_in, c_mid, c_out if project else 0, kh, kw, stride[0], stride[1], CODES[act],
-        flat, wide, near, project, residual, *config.block,
+        flat, wide, project, residual, *config.block,
     )  # fmt: skip
     tiles_n = cdiv(c_out, block_out) if project else cdiv(c_mid, block_mid)
     programs = cdiv(images * out_height * out_width, block_m) * tiles_n
