@@ -25,8 +25,8 @@ from effnet_kernels.ops.conv_block_train.triton_maps import norm_arguments, vect
 from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge, store_part
 from effnet_kernels.ops.triton_common import (
     Config,
+    activate,
     activate_gradient,
-    batch_norm_act,
     callee,
     cdiv,
     channel_block,
@@ -56,7 +56,7 @@ def activated(at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
     exact: tl.constexpr = x.dtype == tl.float32
     x = x.to(tl.float32)
     if NORM:
-        x = tl.where(ok, batch_norm_act(x, scale, shift, ACT, exact), 0.0)
+        x = tl.where(ok, activate(x * scale + shift, ACT, exact), 0.0)
     return x
 
 
@@ -262,17 +262,17 @@ def weight_gradient_kernel(
         window = ()
         for i in tl.static_range(overlap):
             x_row = first * SH - top + i
-            at = x_ptr + x_row * w * C + (x_column[:, None] * C + c[None, :])
-            window += (activated(at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
+            at = x_row * w * C + (x_column[:, None] * C + c[None, :])
+            window += (activated(x_ptr + at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
         row = first
         while row < end:
             seen = window
             for i in tl.static_range(overlap, KH):
                 x_row = row * SH - top + i
-                at = x_ptr + x_row * w * C + (x_column[:, None] * C + c[None, :])
-                seen += (activated(at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
-            at = dy_ptr + row * ow * C + (column[:, None] * C + c[None, :])
-            dy = tl.load(at, mask=y_ok, other=0.0).to(tl.float32)
+                at = x_row * w * C + (x_column[:, None] * C + c[None, :])
+                seen += (activated(x_ptr + at, x_ok & (x_row >= 0) & (x_row < h), scale, shift, NORM, ACT),)
+            at = row * ow * C + (column[:, None] * C + c[None, :])
+            dy = tl.load(dy_ptr + at, mask=y_ok, other=0.0).to(tl.float32)
             updated = ()
             for kh in tl.static_range(KH):
                 updated += (acc[kh] + seen[kh] * dy,)
