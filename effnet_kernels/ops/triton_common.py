@@ -69,11 +69,15 @@ def callee(function: Callable[..., Any]) -> Any:
 
 @callee
 def reciprocal_of_sum(x):
-    """1 / (1/4 + 2^x) by two hardware approximations within 2 ulp."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3E800000; rcp.approx.ftz.f32 $0, t; }",
-        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    """1 / (1/4 + 2^x) by two hardware approximations within 2 ulp; the interpreter has no assembly."""
+    if _INTERPRETED:
+        y = 1.0 / (0.25 + tl.exp2(x))
+    else:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3E800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return y
 
 
 @callee
@@ -84,7 +88,7 @@ def sigmoid(x, EXACT: tl.constexpr):
     |x| into n ln(2) + r, |r| <= ln(2) / 2, first: every product with the upper part of ln(2) is exact. A GPU's exp2 is
     zero instead of a subnormal number, where x times it would still be a normal one: it gets 64 - n, in -95 ... 64.
     """
-    if EXACT or _INTERPRETED:
+    if EXACT:
         a = tl.minimum(tl.abs(x), 110.0, propagate_nan=tl.PropagateNan.ALL)  # exp(-110) is 0 in float32
         n = tl.floor(a * 1.4426950408889634 + 0.5)
         r = (a - n * 0.693359375) + n * 2.12194440e-4
@@ -129,7 +133,7 @@ def batch_norm_act(x, scale, shift, ACT: tl.constexpr, EXACT: tl.constexpr):
     SiLU for a result of 16 bits is z / 4 * 1 / ((1 + exp(-z)) / 4), as in ``sigmoid``; a quarter of z costs nothing
     where scale and shift are quartered.
     """
-    if ACT == SILU and not (EXACT or _INTERPRETED):
+    if ACT == SILU and not EXACT:
         x = x * (scale * 0.25) + shift * 0.25
         x *= reciprocal_of_sum(tl.fma(x, -5.770780163555854, -2.0))  # 4 log2(e)
     else:
