@@ -43,7 +43,7 @@ def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: in
 
     Programs of one warp wait for nobody: on an H100 they are 10 to 50% faster than larger ones. ROWS is what the maps
     that published networks have at so many channels are multiples of, or nearly, with registers for the window's rows.
-    Measured there in float16; elsewhere the same, but for what would spill.
+    Measured there in float16, on B0's maps; elsewhere the same, but for what would spill.
     """
     block_c = channel_block(channels)
     if kh > 5:

@@ -1,15 +1,15 @@
-"""``squeeze_excite_gate`` in Triton: one launch, or two where there are many weights.
+"""``squeeze_excite_gate`` in Triton: one launch, or two where there are many weights or hidden units.
 
 Designed for latency: an image has only 4 C R operations, and a program that loads, waits and adds in turn spends its
 time waiting.
 
-Where a layer has up to 2^16 weights, a program computes all hidden units of one image and then the gate of its share of
-the channels. The launcher chooses how many programs share an image, by the number of images. None waits for another:
-each computes the hidden units, with all weights of the first layer, 2 C R bytes in 16 bits from the L2, and its share
-of as many of the second (1152-48: 110 KB each). Blocks of weights are under way before the sums of tiles are added up,
-and as many at any time after that.
+Where a layer has up to 128 KB of weights and 64 hidden units, a program computes all hidden units of one image and then
+the gate of its share of the channels. The launcher chooses how many programs share an image, by the number of images.
+None waits for another: each computes the hidden units, with all weights of the first layer, 2 C R bytes in 16 bits from
+the L2, and its share of as many of the second (1152-48: 110 KB each). Blocks of weights are under way before the sums
+of tiles are added up, and as many at any time after that.
 
-With more weights that would take longer than a second launch. There a program takes a slice of the channels of a few
+With more, that would take longer than a second launch. There a program takes a slice of the channels of a few
 images and asks for all it needs before it waits for any of it. The first kernel loads weights and sums of tiles and
 writes its slice's part of each hidden unit, 4 R bytes for an image and slice. The second one loads weights and the
 parts, and adds these up. Weights come from the L2 once for the images of a program.
@@ -45,19 +45,20 @@ from effnet_kernels.ops.triton_common import (
 __all__ = ["default_config", "launch", "run", "supports"]
 
 
-def default_config(channels: int, reduced: int, chip: int) -> Config:
-    """(BLOCK_C, BLOCK_G) of one launch, (IMAGES, BLOCK_R, BLOCK_C) of two.
+def default_config(dtype: torch.dtype, channels: int, reduced: int, chip: int) -> Config:
+    """(BLOCK_C, BLOCK_G) of one launch, (IMAGES, BLOCK_R, BLOCK_C) of two; ``dtype`` is that of the weights.
 
     One launch: all hidden units by BLOCK_C channels are up to 32 weights of a thread. ``num_stages`` of such blocks are
-    under way, up to 64 KB in 16 bits: more than the L2 gives a multiprocessor while it waits for the first. BLOCK_G:
-    small shares at batch 1, and not too many rounds of one program at batch 128.
+    under way, up to 64 KB: more than the L2 gives a multiprocessor while it waits for the first. BLOCK_G: small shares
+    at batch 1, and not too many rounds of one program at batch 128. More than 64 hidden units or 4096 channels would
+    not fit the registers.
 
     Two launches: a thread has up to 64 weights, in 8 loads of 16 bytes if they are 2. BLOCK_R: all hidden units, unless
     there are very many. BLOCK_C: as many programs as a batch of 128 needs to reach all multiprocessors, and no more.
     """
-    if channels * reduced <= 2**16 and channels <= 4096 and reduced <= 64:
+    if channels * reduced * dtype.itemsize <= 2**17 and channels <= 4096 and reduced <= 64:
         block_c = min(128, next_power_of_2(channels))
-        stages = max(1, min(5, 2**15 // (next_power_of_2(reduced) * block_c)))
+        stages = max(1, min(5, 2**16 // (next_power_of_2(reduced) * block_c * dtype.itemsize)))
         return Config((block_c, min(256, next_power_of_2(channels))), 8, stages)
     block_r = min(128, next_power_of_2(reduced))
     block_c = channel_block(channels) * (1 if channels < 768 else 2)
@@ -270,7 +271,7 @@ def launch_sums(
     n, tiles, c = sums.shape
     reduced = se[0].shape[0]
     w_reduce, b_reduce, w_expand, b_expand = dense(se)
-    tile = config("squeeze_excite_gate", default_config, (c, reduced), gate.device)
+    tile = config("squeeze_excite_gate", default_config, (w_reduce.dtype, c, reduced), gate.device)
     if len(tile.block) == 2:
         block_c, block_g = tile.block
         block_r, width = next_power_of_2(reduced), next_power_of_2(max(c, block_c))
