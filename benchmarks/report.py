@@ -21,7 +21,10 @@ from effnet_kernels.benchmarking.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 # Triton, batch 128, float16.
-PREDICTED = ("| | predicted, per image | measured | measured over predicted | on |", "|---|---:|---:|---:|---|")
+PREDICTED = (
+    "| | predicted for the kernels of today, per image | measured | measured over predicted | on, at commit |",
+    "|---|---:|---:|---:|---|",
+)
 MARKER = re.compile(r"(<!-- benchmark:(\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 TITLES = {"op": "Ops", "block": "Blocks", "model": "Whole models, one forward pass"}
 TITLES |= {
@@ -97,13 +100,12 @@ def beside(predictions: Mapping[str, float], result: dict[str, Any]) -> list[str
         found = measured["contenders"].get(f"{OURS} triton", {})
         if result["level"] == "model" and how == "batch 128, float16" and model in predictions and "median" in found:
             each = found["median"] / measured["batch"]
-            ratio = f"{each / predictions[model]:.2f}x"
             cells = (
                 model,
                 tables.seconds(predictions[model]),
                 tables.seconds(each),
-                ratio,
-                result["environment"]["device"],
+                f"{each / predictions[model]:.2f}x",
+                f"{result['environment']['device']}, {(result['environment'].get('commit') or 'unknown')[:7]}",
             )
             rows.append(f"| {' | '.join(cells)} |")
     return rows
