@@ -23,11 +23,10 @@ from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train.layers import Layer, Source
 from effnet_kernels.ops.conv_block_train.triton_maps import norm_arguments, vector
 from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge, store_part
+from effnet_kernels.ops.depthwise_conv_bn_act.triton import activated, filtered
 from effnet_kernels.ops.triton_common import (
     Config,
-    activate,
     activate_gradient,
-    callee,
     cdiv,
     channel_block,
     launch_kernel,
@@ -47,17 +46,6 @@ def tile(dtype: torch.dtype, channels: int, kh: int, sh: int) -> Config:
 
 
 SIZES = ("h", "w", "oh", "ow", "top", "left")
-
-
-@callee
-def activated(at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
-    """The input at these pointers as the convolution sees it: zero outside the map."""
-    x = tl.load(at, mask=ok, other=0.0)
-    exact: tl.constexpr = x.dtype == tl.float32
-    x = x.to(tl.float32)
-    if NORM:
-        x = tl.where(ok, activate(x * scale + shift, ACT, exact), 0.0)
-    return x
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
@@ -89,30 +77,10 @@ def forward_kernel(
         scale = vector(vectors_ptr, 0, c, C)
         shift = vector(vectors_ptr, 1, c, C)
 
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc += (tl.zeros((COLUMNS, BLOCK_C), tl.float32),)
-    # A loop at run time: unrolled, all loads of the window would be in flight at once and spill.
-    for kw in range(KW):
-        x_column = column * SW - left + kw
-        # Unsigned, what lies before the map is far behind it.
-        ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok
-        taps = ()
-        for kh in tl.static_range(KH):
-            tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c < C, other=0.0)
-            taps += (tap.to(tl.float32)[None, :],)
-        at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
-        for i in tl.static_range((ROWS - 1) * SH + KH):
-            x_row = (row * SH - top + i).to(tl.uint32)
-            x = activated(at, ok & (x_row < h), scale, shift, NORM, ACT)
-            at += w.to(tl.int64) * C
-            updated = ()
-            for o in tl.static_range(ROWS):
-                if 0 <= i - o * SH and i - o * SH < KH:
-                    updated += (acc[o] + x * taps[i - o * SH],)
-                else:
-                    updated += (acc[o],)
-            acc = updated
+    acc = filtered(
+        x_ptr, weight_ptr, c, row, column, h, w, top, left, scale, shift,
+        C, KH, KW, SH, SW, NORM, ACT, ROWS, COLUMNS, BLOCK_C,
+    )  # fmt: skip
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     kept = ()

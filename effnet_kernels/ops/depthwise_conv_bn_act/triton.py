@@ -23,8 +23,10 @@ from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.depthwise_conv_bn_act.op import fake
 from effnet_kernels.ops.triton_common import (
     Config,
+    activate,
     batch_norm_act,
     bn_affine,
+    callee,
     cdiv,
     channel_block,
     config,
@@ -57,6 +59,54 @@ def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: in
         rows = 7 if channels < 1200 else 6
     columns = 256 // block_c
     return Config((rows, columns, block_c), max(1, columns * block_c * dtype.itemsize // 512), 1)
+
+
+@callee
+def activated(at, ok, scale, shift, NORM: tl.constexpr, ACT: tl.constexpr):
+    """The input at these pointers as the convolution sees it: zero outside the map."""
+    x = tl.load(at, mask=ok, other=0.0)
+    exact: tl.constexpr = x.dtype == tl.float32
+    x = x.to(tl.float32)
+    if NORM:
+        x = tl.where(ok, activate(x * scale + shift, ACT, exact), 0.0)
+    return x
+
+
+@callee
+def filtered(
+    x_ptr, weight_ptr, c, row, column, h, w, top, left, scale, shift,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The convolution's sums for the channels c of one image's tile, ROWS times float32 [COLUMNS, BLOCK_C].
+
+    ``row`` is the first of the tile's rows. With ``NORM`` the input is normalised and activated as it is loaded.
+    """
+    acc = ()
+    for _ in tl.static_range(ROWS):
+        acc += (tl.zeros((COLUMNS, BLOCK_C), tl.float32),)
+    # A loop at run time: unrolled, all loads of the window would be in flight at once and spill.
+    for kw in range(KW):
+        taps = ()
+        for kh in tl.static_range(KH):
+            tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c < C, other=0.0)
+            taps += (tap.to(tl.float32)[None, :],)
+        x_column = column * SW - left + kw
+        # Unsigned, what lies before the map is far behind it.
+        ok = (x_column.to(tl.uint32) < w)[:, None] & (c < C)[None, :]
+        at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
+        for i in tl.static_range((ROWS - 1) * SH + KH):
+            x_row = (row * SH - top + i).to(tl.uint32)
+            x = activated(at, ok & (x_row < h), scale, shift, NORM, ACT)
+            at += w.to(tl.int64) * C
+            updated = ()
+            for o in tl.static_range(ROWS):
+                if 0 <= i - o * SH and i - o * SH < KH:
+                    updated += (acc[o] + x * taps[i - o * SH],)
+                else:
+                    updated += (acc[o],)
+            acc = updated
+    return acc
 
 
 SIZES = ["h", "w", "oh", "ow", "top", "left", "eps"]
@@ -105,30 +155,10 @@ def kernel(
     y_ptr += n * oh * ow * C
     c_ok = c < C
 
-    acc = ()
-    for _ in tl.static_range(ROWS):
-        acc += (tl.zeros((COLUMNS, BLOCK_C), tl.float32),)
-    # A loop at run time: unrolled, all loads of the window would be in flight at once and spill.
-    for kw in range(KW):
-        taps = ()
-        for kh in tl.static_range(KH):
-            tap = tl.load(weight_ptr + c * (KH * KW) + (kh * KW + kw), mask=c_ok, other=0.0)
-            taps += (tap.to(tl.float32)[None, :],)
-        x_column = column * SW - left + kw
-        # Unsigned, what lies before the map is far behind it.
-        ok = (x_column.to(tl.uint32) < w)[:, None] & c_ok[None, :]
-        at = x_ptr + (row * SH - top).to(tl.int64) * w * C + (x_column[:, None] * C + c[None, :])
-        for i in tl.static_range((ROWS - 1) * SH + KH):
-            x_row = (row * SH - top + i).to(tl.uint32)
-            x = tl.load(at, mask=ok & (x_row < h), other=0.0).to(tl.float32)
-            at += w.to(tl.int64) * C
-            updated = ()
-            for o in tl.static_range(ROWS):
-                if 0 <= i - o * SH and i - o * SH < KH:
-                    updated += (acc[o] + x * taps[i - o * SH],)
-                else:
-                    updated += (acc[o],)
-            acc = updated
+    acc = filtered(
+        x_ptr, weight_ptr, c, row, column, h, w, top, left, 1.0, 0.0,
+        C, KH, KW, SH, SW, False, ACT, ROWS, COLUMNS, BLOCK_C,
+    )  # fmt: skip
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     exact: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
