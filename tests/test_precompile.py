@@ -17,6 +17,7 @@ import triton
 from benchmarks import gpu_kernels, gpu_parts
 from effnet_kernels import MBConv, cli, precompile
 from effnet_kernels.ops import triton_common
+from effnet_kernels.ops.fused_mbconv import triton as fused_mbconv
 from tests.test_ahead_of_time import uninterpreted
 
 LAUNCHES = """
@@ -326,12 +327,23 @@ def test_an_optional_tile_fails_behind_others_of_the_same_kernel_and_grid(tmp_pa
         precompile.pack(tmp_path / "kernels.zip", [needed], 90, optional=[other])
 
 
-def test_the_tiles_that_are_tried_first():
+def record(model: str, size: int) -> list[precompile.Launch]:
+    return precompile.record_model(model, size, 2, torch.float16, 90)
+
+
+def test_the_tiles_that_are_tried_first(monkeypatch):
     """Those next to the chosen ones of the largest launches: as their launches would be with other tiles."""
     scope = gpu_parts.GPU._replace(models=())
     found = list(gpu_kernels.neighbours(scope, 90))
     assert len({launch.variant() for launch in found}) == len(found) > 3 * gpu_kernels.CLASSES
-    chosen = {launch.variant() for launch in precompile.record_model("efficientnet_b0", 64, 2, torch.float16, 90)}
+    chosen = {launch.variant() for launch in record("efficientnet_b0", 64)}
     assert not chosen & {launch.variant() for launch in found}
     depthwise = next(launch for launch in found if launch.op == "depthwise_conv_bn_act")
     assert tuple(map(depthwise.constant, ("ROWS", "COLUMNS", "BLOCK_C"))) == depthwise.config.block
+    assert {launch.op for launch in found} <= {"depthwise_conv_bn_act", "pointwise_conv_bn_act", "fused_mbconv"}
+    # A tile of 256 expanded channels has x copied another way, which no constant but the tile may say.
+    model = "tf_efficientnetv2_s"
+    dense = [launch for launch in record(model, 64) if launch.op == "fused_mbconv" and launch.constant("C_MID") == 96]
+    wider = dense[0].with_tile(triton_common.Config((128, 256, 64, 32), 16, 3))
+    monkeypatch.setattr(fused_mbconv, "default_config", lambda *_: wider.config)
+    assert wider.variant() in {launch.variant() for launch in record(model, 64)}

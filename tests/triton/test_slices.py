@@ -66,6 +66,22 @@ def test_a_gate_has_the_same_bits_beside_any_other_images(c, reduced):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "c", "reduced", "launches"),
+    [
+        (torch.float16, 1152, 48, 1),
+        (torch.bfloat16, 1024, 64, 1),  # 128 KB to the byte
+        (torch.float16, 1632, 68, 2),
+        (torch.float16, 480, 120, 2),  # few weights, but more hidden units than registers hold
+        (torch.float16, 5000, 8, 2),  # and so channels
+        (torch.float32, 960, 64, 2),
+        (torch.float32, 672, 28, 1),
+    ],
+)
+def test_bytes_of_weights_decide_how_many_launches_a_gate_is(dtype, c, reduced, launches):
+    assert {2: 1, 3: 2}[len(squeeze_excite_gate.default_config(dtype, c, reduced, 90).block)] == launches
+
+
+@pytest.mark.parametrize(
     ("images", "blocks", "available", "expected"),
     [
         (1, 5, 132, (5, 1)),  # a program for each block of channels
