@@ -339,7 +339,8 @@ def main() -> None:
     )  # fmt: skip
     if options.keep:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        COUNTS.write_text(json.dumps({"commit": commit, "launches": issued}, indent=1) + "\n")
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in issued.items())
+        COUNTS.write_text(f'{{\n "commit": "{commit}",\n "launches": {{\n{lines}\n }}\n}}\n')
     options.output.write_text(inserted(options.output.read_text() if options.output.exists() else "", text))
 
 
