@@ -696,7 +696,7 @@ def test_tables_plots_and_predictions_from_a_record(tmp_path):
     for _ in range(2):
         report.main(["--results", str(tmp_path), "--plots", str(tmp_path), str(document)])
     text = document.read_text()
-    assert text.count("| efficientnet_b0 @224 | 12.6 us | 7.8 us | 0.62x | a GPU |") == 1
+    assert text.count("| efficientnet_b0 @224 | 12.6 us | 7.8 us | 0.62x | a GPU, c0ffee |") == 1
     one = "1.00 ms |"
     assert f"| {first} | {one} {one} {one} 500.0 us |  | 1.00x | **0.50x** | 1000 | 50% |" in text
     assert "Who joined later is set against ours by its time in the same turns." in text
