@@ -7,7 +7,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 EXTRAS := timm,torchvision,demo,bench,peers,dev
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPU := $(filter-out csrc/cuda/% %_cuda.cpp,$(CPP))
 TEST_CPP := $(shell find tests/emulation tests/bf16 tests/sanitizers tests/triton -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.c')
 
 # One thread in each test process, or their thread pools fight over the cores.
@@ -15,11 +14,11 @@ TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 
 # GPUs to build the CUDA kernels for, where there is an nvcc: this machine's, else the H100. Each takes a core one or two
-# minutes, so that the whole list of setup.py is left to `make wheel`.
+# minutes, so that the whole list of csrc/toolchain.py is left to `make wheel`.
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction machine-code wheel clean help FORCE
+.PHONY: native demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction machine-code wheel clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -27,31 +26,23 @@ help:  ## list the targets
 $(VENV)/.requirements: constraints.txt pyproject.toml
 	@echo "==> environment in $(VENV), torch first (a large download the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --constraint constraints.txt torch setuptools wheel
+	@$(PIP) install --constraint constraints.txt torch setuptools wheel ninja
 	@touch $@
 
 # A library that does not build is an error, and so is one that the tests do not find. Only CUDA's may be missing: where
 # there is no nvcc.
 REQUIRE := EFFNET_KERNELS_REQUIRE_NATIVE=1
 
-# What a library is built from: names and contents of the sources, as they were when make began, and whatever else decides.
-# A stamp keeps it, for times of files tell neither of a file that is gone nor of one that came with an older time.
-digest = $(firstword $(shell { sha256sum setup.py $(sort $(1)); echo "$(2)"; } | sha256sum))
-changed = $(if $(filter $(1),$(shell cat $(2) 2>&-)),,FORCE)
+native: $(VENV)/.requirements
+	@$(REQUIRE) $(BIN)/python -m csrc.build
 
-NVCC := $(shell command -v nvcc) $(wildcard $(VENV)/lib/python*/site-packages/nvidia/*/bin/nvcc)
-STATE := $(call digest,$(CPP),$(CUDA_HOME) $(CUDA_PATH) $(NVCC) $(TORCH_CUDA_ARCH_LIST))
-GONE := $(filter-out $(STATE) $(wildcard effnet_kernels/*.so),$(shell cat $(VENV)/.installed 2>&-))
-LOAD := import sys, torch; [torch.ops.load_library(library) for library in sys.argv[1:]]
-
-$(VENV)/.installed: $(VENV)/.requirements $(call changed,$(STATE),$(VENV)/.installed) $(if $(GONE),FORCE)
-	@echo "==> effnet_kernels[$(EXTRAS)], native code included"
+$(VENV)/.installed: $(VENV)/.requirements setup.py | native
+	@echo "==> effnet_kernels[$(EXTRAS)]"
 	@$(REQUIRE) $(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
-	@$(BIN)/python -c "$(LOAD)" effnet_kernels/*.so
 	@$(BIN)/effnet-kernels info
-	@echo $(STATE) effnet_kernels/*.so > $@
+	@touch $@
 
-build: $(VENV)/.installed  ## install the package and build its native code
+build: native $(VENV)/.installed  ## install the package and build of its native code what has changed
 
 demo: build  ## run stock and patched models on a photograph; writes out/
 	@$(BIN)/effnet-kernels demo --out out $(DEMO_ARGS)
@@ -78,14 +69,8 @@ test-latest: build $(LATEST)/.requirements  ## run what asks torch for something
 	@$(REQUIRE) OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(LATEST)/bin/python -m pytest -q -n $(TEST_PROCESSES) \
 		--dist worksteal $(or $(PYTEST_ARGS),$(LATEST_TESTS))
 
-SANITIZED := build/sanitized/effnet_kernels/_native_cpu.so
-SANITIZED_STATE := $(call digest,$(CPU) tests/sanitizers/faults.cpp)
-$(SANITIZED): $(VENV)/.requirements $(call changed,$(SANITIZED_STATE),build/sanitized/.state)
-	@echo "==> CPU library with sanitizers: minutes"
-	@$(REQUIRE) EFFNET_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized
-	@echo $(SANITIZED_STATE) > build/sanitized/.state
-
-sanitize: build $(SANITIZED)  ## run the tests of the native and the emulated kernels under AddressSanitizer
+sanitize: build  ## run the tests of the native and the emulated kernels under AddressSanitizer
+	@$(BIN)/python -m csrc.build sanitized
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.asan -q tests/cuda $(PYTEST_ARGS)
 

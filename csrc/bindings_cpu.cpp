@@ -2,34 +2,10 @@
 // bindings the only files of csrc/ that know torch.
 #include "bindings_cpu.h"
 
-#include <atomic>
-
 #include "bindings_cpu_program.h"
-#include "cpu/train.h"
 
 namespace effnet {
 namespace {
-
-// ---- instruction set -------------------------------------------------------------------------------------
-
-int64_t widest() {
-  int64_t set = kInstructionSets - 1;
-  while (refusal(set) != nullptr) --set;
-  return set;
-}
-
-std::atomic<int64_t> chosen{widest()};
-
-// Codes count native.INSTRUCTION_SETS: 0 is "auto", the others follow one below.
-int64_t instruction_set() { return chosen.load() + 1; }
-
-// The reason why not, or nothing.
-std::string set_instruction_set(int64_t code) {
-  const int64_t set = code == 0 ? widest() : code - 1;
-  if (const char* reason = refusal(set)) return reason;
-  chosen.store(set);
-  return "";
-}
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
@@ -181,15 +157,12 @@ MBConvParams mbconv(Constants& constants, Tensor out, Tensor x, OptionalTensor e
 
 }  // namespace
 
-int64_t instruction_set_in_use() { return chosen.load(std::memory_order_relaxed); }
-
-const Kernels& kernels() { return *kernels_of(instruction_set_in_use()); }
-
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
+  m.def("instruction_sets() -> str");
   m.def("instruction_set() -> int");
-  m.def("set_instruction_set(int code) -> str");
+  m.def("set_instruction_set(int index) -> str");
 #define OP(op, arguments)                               \
   m.def(op "(Tensor(a!) " arguments ") -> ()");         \
   m.def("pack_" op "(Tensor " arguments ") -> Tensor"); \
@@ -216,6 +189,7 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&effnet::instruction_sets));
   m.impl("instruction_set", TORCH_BOX(&effnet::instruction_set));
   m.impl("set_instruction_set", TORCH_BOX(&effnet::set_instruction_set));
 }

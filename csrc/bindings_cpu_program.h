@@ -14,11 +14,9 @@
 #include <variant>
 
 #include "bindings_cpu.h"
+#include "cpu/instruction_sets.h"
 
 namespace effnet {
-
-const Kernels& kernels();  // of the instruction set in use
-int64_t instruction_set_in_use();
 
 // Constants one behind the other, in scratch memory or at `memory`: made there, or there already, or, where
 // there is no memory, only counted.

@@ -3,18 +3,11 @@
 // A norm comes as its [4, C] vectors and the name of its activation, a gradient as the tensors of
 // layers.Gradient. Nothing is allocated here.
 #include "bindings_cpu.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/train.h"
 
 namespace effnet {
 namespace {
-
-const TrainKernels& kernels() {
-#if defined(EFFNET_X86)
-  if (instruction_set_in_use() >= kAvx512) return *train_kernels_avx512();
-  if (instruction_set_in_use() == kAvx2) return *train_kernels_avx2();
-#endif
-  return *train_kernels_generic();
-}
 
 float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(),
@@ -76,7 +69,7 @@ TrainGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& raw,
 void statistics(Tensor out, Tensor raw) {
   const Tensor4 y = trained_map("raw", raw);
   float* to = floats("out", out, {2, y.size[1]});
-  if (!empty(y)) kernels().statistics(y, to, pool());
+  if (!empty(y)) train_kernels().statistics(y, to, pool());
 }
 
 void norm(Tensor out, Tensor statistics, Tensor gamma, Tensor beta, double eps) {
@@ -85,20 +78,20 @@ void norm(Tensor out, Tensor statistics, Tensor gamma, Tensor beta, double eps) 
   bn.gamma = vector("gamma", gamma, channels);
   bn.beta = vector("beta", beta, channels);
   bn.eps = static_cast<float>(eps);
-  kernels().norm(floats("statistics", statistics, {2, channels}), bn, channels,
-                 floats("out", out, {4, channels}));
+  train_kernels().norm(floats("statistics", statistics, {2, channels}), bn, channels,
+                       floats("out", out, {4, channels}));
 }
 
 void coefficients(Tensor out, Tensor norm, Tensor moments, int64_t count) {
   const int64_t channels = norm.dim() > 1 ? norm.size(1) : 0;
-  kernels().coefficients(floats("norm", norm, {4, channels}), floats("moments", moments, {2, channels}),
-                         channels, count, floats("out", out, {3, channels}));
+  train_kernels().coefficients(floats("norm", norm, {4, channels}), floats("moments", moments, {2, channels}),
+                               channels, count, floats("out", out, {3, channels}));
 }
 
 void pool_map(Tensor out, Tensor raw, OptionalTensor norm, std::string act) {
   const TrainSource x = source_of(raw, norm, act, std::nullopt);
   float* to = floats("out", out, {x.raw.size[0], x.raw.size[1]});
-  if (!empty(x.raw)) kernels().pool(x, to, pool());
+  if (!empty(x.raw)) train_kernels().pool(x, to, pool());
 }
 
 void apply(Tensor out, Tensor raw, OptionalTensor norm, std::string act, OptionalTensor gate,
@@ -106,21 +99,21 @@ void apply(Tensor out, Tensor raw, OptionalTensor norm, std::string act, Optiona
   const TrainSource x = source_of(raw, norm, act, gate);
   const Tensor4 y = same_map("out", out, x.raw);
   const void* add = residual ? same_map("residual", *residual, x.raw).data : nullptr;
-  if (!empty(y)) kernels().apply(x, add, y, pool());
+  if (!empty(y)) train_kernels().apply(x, add, y, pool());
 }
 
 void moments(Tensor out, OptionalTensor grad, OptionalTensor raw, Tensor norm, std::string act,
              OptionalTensor gate, OptionalTensor bias) {
   const TrainGradient g = gradient_of(grad, raw, norm, act, gate, bias);
   float* to = floats("out", out, {2, g.shape().size[1]});
-  if (!empty(g.shape())) kernels().moments(g, to, pool());
+  if (!empty(g.shape())) train_kernels().moments(g, to, pool());
 }
 
 void gate_moments(Tensor out, Tensor grad, Tensor raw, Tensor norm, std::string act) {
   const TrainSource x = source_of(raw, norm, act, std::nullopt);
   const Tensor4 g = same_map("grad", grad, x.raw);
   float* to = floats("out", out, {5, x.raw.size[0], x.raw.size[1]});
-  if (!empty(g)) kernels().gate_moments(g, x, to, pool());
+  if (!empty(g)) train_kernels().gate_moments(g, x, to, pool());
 }
 
 void raw_gradient(Tensor out, OptionalTensor grad, OptionalTensor raw, Tensor norm, std::string act,
@@ -128,7 +121,7 @@ void raw_gradient(Tensor out, OptionalTensor grad, OptionalTensor raw, Tensor no
   const TrainGradient g = gradient_of(grad, raw, norm, act, gate, bias);
   const Tensor4 dy = same_map("out", out, g.shape());
   const float* pqr = floats("coefficients", coefficients, {3, dy.size[1]});
-  if (!empty(dy)) kernels().raw_gradient(g, pqr, dy, pool());
+  if (!empty(dy)) train_kernels().raw_gradient(g, pqr, dy, pool());
 }
 
 Tensor4 depthwise_weight(const Tensor& weight, const Tensor4& x) {
@@ -152,7 +145,7 @@ void depthwise(Tensor out, OptionalTensor measured, Tensor raw, OptionalTensor n
   p.weight = depthwise_weight(weight, p.y);
   p.window = window(stride, padding, p.x.raw, p.weight, p.y);
   if (measured) p.statistics = floats("statistics", *measured, {2, p.y.size[1]});
-  if (!empty(p.y)) kernels().depthwise(p, pool());
+  if (!empty(p.y)) train_kernels().depthwise(p, pool());
 }
 
 void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTensor sums, OptionalTensor grad,
@@ -177,7 +170,7 @@ void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTenso
     STD_TORCH_CHECK(x_norm && dx, "moments need x_norm and dx");
     p.moments = floats("moments", *sums, {2, y.size[1]});
   }
-  if (!empty(y)) kernels().depthwise_backward(p, pool());
+  if (!empty(y)) train_kernels().depthwise_backward(p, pool());
 }
 
 }  // namespace

@@ -19,7 +19,6 @@ _CUDA_LIBRARY = Path(__file__).with_name("_native_cuda.so")
 _DRIVERS = {12: 525, 13: 580}
 # Machine code for these, which are no cards but parts of a Tegra chip, runs there alone, and no other code does.
 _TEGRA = ((8, 7), (10, 1), (11, 0))
-INSTRUCTION_SETS = ("auto", "generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @functools.cache
@@ -136,9 +135,15 @@ def _ask(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those that the CPU library was built for, each of which includes the ones before it."""
+    return tuple(_ask(torch.ops.effnet_kernels_cpu.instruction_sets).split())
+
+
 def instruction_set() -> str:
-    """The instruction set in use, one of ``INSTRUCTION_SETS`` less ``auto``."""
-    return INSTRUCTION_SETS[_ask(torch.ops.effnet_kernels_cpu.instruction_set)]
+    """The instruction set in use."""
+    return instruction_sets()[_ask(torch.ops.effnet_kernels_cpu.instruction_set)]
 
 
 def set_instruction_set(name: str) -> None:
@@ -147,8 +152,9 @@ def set_instruction_set(name: str) -> None:
     Raises:
         ValueError: no such instruction set, or this machine cannot run it, and why.
     """
-    if name not in INSTRUCTION_SETS:
-        raise ValueError(f"instruction set must be one of {INSTRUCTION_SETS}, got {name!r}")
-    refusal = _ask(torch.ops.effnet_kernels_cpu.set_instruction_set, INSTRUCTION_SETS.index(name))
+    known = ("auto", *instruction_sets())
+    if name not in known:
+        raise ValueError(f"instruction set must be one of {known}, got {name!r}")
+    refusal = _ask(torch.ops.effnet_kernels_cpu.set_instruction_set, known.index(name) - 1)
     if refusal:
         raise ValueError(f"instruction set {name!r} cannot run on this machine: {refusal}")

@@ -49,7 +49,7 @@ def cuda_fault() -> str | None:
         command = [sys.executable, "-c", code, str(native._CUDA_LIBRARY)]
         loaded = subprocess.run(command, capture_output=True, text=True, check=False)
         return None if loaded.returncode == 0 else loaded.stderr.strip().splitlines()[-1]
-    from setup import NoCudaError, asked_architectures, find_nvcc
+    from csrc.toolchain import NoCudaError, asked_architectures, find_nvcc
 
     try:
         (nvcc, _), _ = find_nvcc(), asked_architectures()

@@ -14,6 +14,6 @@ def _runs(isa: str) -> bool:
     return True
 
 
-NATIVE = [isa for isa in native.INSTRUCTION_SETS[1:] if native.cpu_available()[0] and _runs(isa)]
-LACKING = [isa for isa in build.MACROS if isa not in NATIVE]
+NATIVE = [isa for isa in native.instruction_sets() if _runs(isa)] if native.cpu_available()[0] else []
+LACKING = [isa for isa in build.EMULATE if isa not in NATIVE]
 EMULATED = LACKING if build.unavailable() is None else []

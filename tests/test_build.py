@@ -2,6 +2,7 @@
 
 import filecmp
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import setup
+from csrc import build, toolchain
 from effnet_kernels import native
 from tests.conftest import cuda_fault
 
@@ -27,10 +28,13 @@ FILES = [
 PLANTED = 'static int planted = "no number";\n'
 LIBRARIES = ("_native_cpu.so", "_native_cuda.so")
 
-# Stand for a compiler that finds no fault and links to this package's CPU library, and for nvcc.
+# Stand for a compiler that finds no fault, says what a file includes, and links to this package's CPU library, and for
+# nvcc.
 COMPILER = """#!/bin/sh
 echo "$@" >> "$0.log"
+case "$*" in *" -c "*) g++ "$@" -MM 2>/dev/null;; esac
 while [ $# -gt 1 ]; do
+  case "$1" in *.cpp) [ -e "$1" ] || exit 1;; esac
   case "$1 $2" in
   "-o "*.so) cp {library} "$2";;
   "-o "*) echo object > "$2";;
@@ -92,8 +96,7 @@ class Tree:
     def faultless(self, library: Path = native._CPU_LIBRARY) -> None:
         """From here on the C++ compiler takes everything, at once, and makes this library of it."""
         compiler = self.script("faultless", COMPILER.format(library=library))
-        compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler)
-        self.environment = self.environment | compilers
+        self.environment = self.environment | {"CXX": compiler}
 
     def plant(self, file: str) -> None:
         source = self.root / "csrc" / file
@@ -107,8 +110,16 @@ class Tree:
 
     def build(self, required: bool) -> subprocess.CompletedProcess[str]:
         """As an editable install does it."""
-        command = (str(self.python), "setup.py", "-q", "build_ext", "--inplace", "--build-lib", str(self.built))
+        command = (str(self.python), "setup.py", "-q", "build_ext", "--inplace")
         return self.run(*command, EFFNET_KERNELS_REQUIRE_NATIVE=str(int(required)))
+
+    def compiled(self) -> set[str]:
+        """What a build compiles and links."""
+        log = self.bin / "faultless.log"
+        log.unlink(missing_ok=True)
+        result = self.build(required=True)
+        assert result.returncode == 0, result.stdout
+        return set(re.findall(r" -o (\S+)", log.read_text())) if log.exists() else set()
 
     def wheel(self) -> list[str]:
         """The libraries in a wheel."""
@@ -119,10 +130,6 @@ class Tree:
             names = [name for name in archive.namelist() if name.endswith(".so")]
             assert all(archive.read(name) == native._CPU_LIBRARY.read_bytes() for name in names)
         return sorted(Path(name).name for name in names)
-
-    def changed(self) -> bool:
-        """Whether ``make`` would build."""
-        return self.run("make", "--question", "build").returncode != 0
 
     def libraries(self) -> list[str]:
         """Those beside the sources, all of this build."""
@@ -149,7 +156,7 @@ def test_an_error_in_cpp_costs_an_install_its_backend(tree):
     tree.plant("cpu/common.h")
     result = tree.build(required=False)
     assert result.returncode == 0, result.stdout
-    assert "_native_cpu was not built, its backend will be missing" in result.stdout
+    assert "_native_cpu.so was not built, its backend will be missing" in result.stdout
     assert tree.libraries() == []
 
 
@@ -232,7 +239,7 @@ def toolkits(tree, monkeypatch):
 
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tree.root / "wheels"))
     monkeypatch.setattr(os, "environ", tree.environment)
-    monkeypatch.setattr(setup, "INSTALLED", tree.root)
+    monkeypatch.setattr(toolchain, "INSTALLED", tree.root)
     monkeypatch.setitem(tree.environment, "TORCH_CUDA_ARCH_LIST", "8.0 12.0+PTX")
     tree.nvcc()
     return install
@@ -243,19 +250,19 @@ def test_a_portable_wheel_takes_the_newest_toolkit_for_older_drivers(tree, toolk
     toolkits("cuda-11.8", "11.8")
     toolkits("cuda-12.6", "12.6", unknown="120")
     toolkits("cuda-13.2", "13.2")
-    monkeypatch.setattr(setup, "PORTABLE", True)
-    assert setup.find_nvcc() == on_path, "no other one knows all architectures"
+    monkeypatch.setattr(toolchain, "PORTABLE", True)
+    assert toolchain.find_nvcc() == on_path, "no other one knows all architectures"
     toolkits("cuda-12.8", "12.8")
     newest = toolkits("cuda-12.10", "12.10")
     without_runtime = toolkits("cuda-12.12", "12.12")
     shutil.rmtree(without_runtime.parents[1] / "lib64")
-    assert setup.find_nvcc() == (newest, (12, 10))
-    monkeypatch.setattr(setup, "PORTABLE", False)
-    assert setup.find_nvcc() == on_path, "as it was told"
-    monkeypatch.setattr(setup, "PORTABLE", True)
+    assert toolchain.find_nvcc() == (newest, (12, 10))
+    monkeypatch.setattr(toolchain, "PORTABLE", False)
+    assert toolchain.find_nvcc() == on_path, "as it was told"
+    monkeypatch.setattr(toolchain, "PORTABLE", True)
     told = toolkits("told", "13.1")
     monkeypatch.setitem(tree.environment, "CUDA_HOME", str(told.parents[1]))
-    assert setup.find_nvcc() == (told, (13, 1))
+    assert toolchain.find_nvcc() == (told, (13, 1))
 
 
 def test_a_portable_wheel_that_needs_a_new_driver_says_so(tree):
@@ -280,9 +287,9 @@ def test_the_runtime_is_of_the_compilers_version(tree, monkeypatch):
     runtime.touch()
     tree.nvcc()
     (tree.bin / "toolkit" / "lib64" / "libcudart_static.a").unlink()
-    assert setup.cuda_folders(tree.bin / "nvcc", 13)[1] == runtime
+    assert toolchain.cuda_folders(tree.bin / "nvcc", 13)[1] == runtime
     with pytest.raises(RuntimeError, match=r"libcudart_static\.a is in none of"):
-        setup.cuda_folders(tree.bin / "nvcc", 12)
+        toolchain.cuda_folders(tree.bin / "nvcc", 12)
 
 
 with_make = pytest.mark.skipif(
@@ -313,33 +320,14 @@ def test_make_has_an_environment_of_its_own_for_the_newest_torch(tree):
 
 
 @with_make
-def test_make_notices_every_change_and_every_error(tree):
+def test_make_builds_and_an_error_stops_it(tree):
     good = tree.environment
     tree.faultless()
     result = tree.run("make", "build")
     assert result.returncode == 0, result.stdout
     assert tree.libraries() == ["_native_cpu.so"]
-    assert not tree.changed()
     assert re.search("EFFNET_KERNELS_REQUIRE_NATIVE=1 .*pytest", tree.run("make", "--dry-run", "test").stdout)
     assert re.search("EFFNET_KERNELS_PORTABLE=1 .*-m build", tree.run("make", "--dry-run", "wheel").stdout)
-
-    source, library = tree.root / "csrc" / "cpu" / "scratch.cpp", tree.root / "effnet_kernels" / "_native_cpu.so"
-    before, times = source.read_text(), source.stat()
-    library.rename(tree.root / "moved")
-    assert tree.changed(), "a library is gone"
-    (tree.root / "moved").rename(library)
-    source.write_text(before + "\n")
-    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert tree.changed(), "a file has come with its older time"
-    source.write_text(before)
-    source.rename(source.with_name("scratch2.cpp"))
-    assert tree.changed(), "a file has another name"
-    source.with_name("scratch2.cpp").rename(source)
-    tree.environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
-    assert tree.changed(), "another GPU is meant"
-    tree.environment["TORCH_CUDA_ARCH_LIST"] = "9.0a"
-    assert not tree.changed()
-
     tree.environment = good
     tree.plant("cpu/common.h")
     result = tree.run("make", "test")
@@ -347,17 +335,82 @@ def test_make_notices_every_change_and_every_error(tree):
     assert "planted" in result.stdout
     assert "==> tests" not in result.stdout
     assert tree.libraries() == []
-    assert tree.changed()
 
 
-@with_make
-def test_make_with_a_library_that_does_not_load(tree):
+def test_what_has_changed_is_built_and_nothing_else(tree):
+    tree.faultless()
+    everything = tree.compiled()
+    assert {"_native_cpu.so", "scratch.o", "bindings_cpu.o", "kernels-generic.o"} < everything
+    assert tree.compiled() == set(), "an untouched tree"
+
+    header = tree.root / "csrc" / "cpu" / "train.h"
+    os.utime(header)
+    changed = tree.compiled()
+    assert {"bindings_cpu_train.o", "kernels_train-generic.o", "_native_cpu.so"} < changed
+    assert not changed & {"scratch.o", "bindings_cpu.o", "kernels-generic.o"}
+
+    source, library = tree.root / "csrc" / "cpu" / "scratch.cpp", tree.root / "effnet_kernels" / "_native_cpu.so"
+    before, times = source.read_text(), source.stat()
+    source.write_text(before + "\n")
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert tree.compiled() == {"scratch.o", "_native_cpu.so"}, "other content has come with an older time"
+    source.rename(source.with_name("arena.cpp"))
+    result = tree.build(required=True)
+    assert result.returncode != 0, "a file has another name"
+    assert not library.exists()
+    source.with_name("arena.cpp").rename(source)
+    assert tree.compiled() <= {"scratch.o", "_native_cpu.so"}
+    library.unlink()
+    assert tree.compiled() == set(), "only the copy beside the sources is gone"
+    assert tree.libraries() == ["_native_cpu.so"]
+    library.write_text("stale\n")
+    assert tree.compiled() == set(), "it is another one"
+    assert tree.libraries() == ["_native_cpu.so"]
+    tree.script("newer", (tree.bin / "faultless").read_text().replace("$0.log", str(tree.bin / "faultless.log")))
+    tree.environment["CXX"] = str(tree.bin / "newer")
+    assert tree.compiled() == everything, "another compiler"
+
+
+def test_another_gpu_is_another_library(tree):
+    tree.faultless()
+    tree.nvcc()
+    assert any(name.endswith("_native_cuda.so") for name in tree.compiled())
+    tree.environment["TORCH_CUDA_ARCH_LIST"] = "8.0"
+    changed = tree.compiled()
+    assert {"stem.o", "_native_cuda.so"} < changed
+    assert "_native_cpu.so" not in changed
+    assert tree.compiled() == set()
+    (tree.bin / "nvcc").write_text((tree.bin / "nvcc").read_text().replace("release 13.0", "release 13.1"))
+    assert {"stem.o", "_native_cuda.so"} < tree.compiled(), "its compiler is another version"
+
+
+def test_a_library_that_does_not_load_is_not_kept(tree):
     (tree.bin / "broken.so").write_text("not a library")
     tree.faultless(tree.bin / "broken.so")
-    result = tree.run("make", "build")
+    result = tree.build(required=True)
     assert result.returncode != 0
     assert "Could not load this library" in result.stdout
-    assert tree.changed()
+    assert tree.libraries() == []
+
+
+def test_editors_are_told_how_each_file_is_compiled(tree):
+    tree.faultless()
+    result = tree.run(str(tree.python), "-m", "csrc.build")
+    assert result.returncode == 0, result.stdout
+    commands = json.loads((tree.root / "build" / "compile_commands.json").read_text())
+    files = {Path(entry["file"]).name for entry in commands}
+    assert {"kernels.cpp", "kernels_train.cpp", "bindings_cpu.cpp", "instruction_sets.cpp", "scratch.cpp"} <= files
+    assert all("-I" in entry["command"] for entry in commands)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang")
+@pytest.mark.parametrize("isa", build.known_sets())
+def test_clang_takes_the_kernels(isa):
+    flags = [*build.SHIPPED, *build.machine_flags(isa), f"-DEFFNET_ISA={isa}", "-fsyntax-only"]
+    for source in ("kernels.cpp", "kernels_train.cpp"):
+        command = ["clang++", *flags, str(build.CSRC / "cpu" / source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_the_tests_do_not_start_without_the_cpu_library(tmp_path):

@@ -170,21 +170,6 @@ struct Kernels {
   void (*mbconv)(const MBConvParams&, const Pool&);
 };
 
-// The instruction sets that kernels.cpp is compiled for; kAmx includes AVX-512 BF16, which includes AVX-512.
-enum InstructionSet : int64_t { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx, kInstructionSets };
-
-// Why an instruction set cannot be used here, or nullptr where it can.
-const char* refusal(int64_t instruction_set);
-
-// The build for an instruction set that is not refused.
-const Kernels* kernels_of(int64_t instruction_set);
-
-const Kernels* kernels_generic();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512_bf16();  // bf16 maps are multiplied as they are, in pairs; fp32 maps as above
-const Kernels* kernels_amx();          // likewise, in tiles
-
 // Scratch memory of one thread, released in reverse order of taking by the destructor. The memory is
 // kept for the next call: fresh pages cost more than the kernels that would touch them.
 class Scratch {

@@ -136,6 +136,18 @@ struct Packed {
   int64_t floats() const { return round_up(n, kWidth) * k; }
 };
 
+// Lanes of a and, from kWidth on, of b, by constants.
+EFFNET_INLINE vf shuffled(vf a, vf b, vi from) {
+#if defined(__clang__)
+  vf lanes{};
+#pragma GCC unroll 16
+  for (int l = 0; l < kWidth; ++l) lanes[l] = from[l] < kWidth ? a[from[l]] : b[from[l] - kWidth];
+  return lanes;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // kWidth x kWidth transpose in registers, log2(kWidth) rounds of pairwise exchanges at distance kApart.
 template <int kApart = 1>
 static inline void transpose(vf (&rows)[kWidth]) {
@@ -149,8 +161,8 @@ static inline void transpose(vf (&rows)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) {
     if (i & kApart) continue;
     const vf a = rows[i], b = rows[i + kApart];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kApart] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffled(a, b, low);
+    rows[i + kApart] = shuffled(a, b, high);
   }
   if constexpr (2 * kApart < kWidth) transpose<2 * kApart>(rows);
 }

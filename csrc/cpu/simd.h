@@ -13,18 +13,6 @@
 
 #include "common.h"
 
-#if defined(__AMX_BF16__)
-#define EFFNET_ISA amx
-#elif defined(__AVX512BF16__)
-#define EFFNET_ISA avx512_bf16
-#elif defined(__AVX512F__)
-#define EFFNET_ISA avx512
-#elif defined(__AVX2__)
-#define EFFNET_ISA avx2
-#else
-#define EFFNET_ISA generic
-#endif
-
 // For what must not become a call inside a loop over vectors.
 #define EFFNET_INLINE static inline __attribute__((always_inline))
 

@@ -64,11 +64,4 @@ struct TrainKernels {
   void (*depthwise_backward)(const TrainDepthwiseBackward&, const Pool&);
 };
 
-const TrainKernels* train_kernels_generic();
-const TrainKernels* train_kernels_avx2();
-const TrainKernels* train_kernels_avx512();
-
-// The InstructionSet in use.
-int64_t instruction_set_in_use();
-
 }  // namespace effnet

@@ -19,7 +19,7 @@ ODD = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, LARGEST, -LARGEST, INF, -INF, NAN]
 pairs = [(a, b) for a in ODD for b in ODD]
 
 
-@pytest.fixture(params=["of AVX2"] if build.lacks(build.AVX512) else ["of AVX2", "of AVX-512"])
+@pytest.fixture(params=["of_avx2"] if build.lacks("avx512") else ["of_avx2", "of_avx512"])
 def instructions(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return build.single_instructions(request.param)
 

@@ -22,7 +22,7 @@ UNIT = 300
 SMALLEST_NORMAL = 1 << UNIT - 126
 
 
-EMULATED = ["of AVX2"] if build.lacks(build.AVX512) else ["of AVX2", "of AVX-512"]
+EMULATED = ["of_avx2"] if build.lacks("avx512") else ["of_avx2", "of_avx512"]
 
 
 @pytest.fixture(params=EMULATED)
@@ -30,7 +30,7 @@ def emulated(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return build.single_instructions(request.param)
 
 
-@pytest.fixture(params=[*EMULATED, *(["the processor's"] if "avx512_bf16" in NATIVE else [])])
+@pytest.fixture(params=[*EMULATED, *(["natively"] if "avx512_bf16" in NATIVE else [])])
 def instructions(request: pytest.FixtureRequest) -> ctypes.CDLL:
     return build.single_instructions(request.param)
 

@@ -30,7 +30,7 @@ def test_ops(isa):
     result = subprocess.run(
         [*command, "-p", "tests.bf16.emulated", "tests/ops", "-k", cases(isa)],
         cwd=build.ROOT,
-        env={**os.environ, "PYTHONPATH": str(build.ROOT), "EMULATED_SETS": isa},
+        env={**os.environ, "PYTHONPATH": str(build.ROOT), "EMULATED_SET": isa},
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from effnet_kernels import native
 
-LIBRARY = Path(__file__).resolve().parents[2] / "build" / "sanitized" / "effnet_kernels" / "_native_cpu.so"
+LIBRARY = Path(__file__).resolve().parents[2] / "build" / "sanitized" / "_native_cpu.so"
 
 native._CPU_LIBRARY = LIBRARY
 available, reason = native.cpu_available()
