@@ -138,7 +138,7 @@ class Description:
 
     def __init__(self) -> None:
         self.text = io.StringIO()
-        self.ninja = Writer(self.text, width=119)
+        self.ninja = Writer(self.text, width=119)  # type: ignore[arg-type]  # a stream: its annotation is wrong
         self.compilers: dict[str, str] = {}
         self.rule("cxx", f"{CXX} -MD -MF $out.d $flags -c $in -o $out", compiler=CXX)
         self.rule("link", f"{CXX} -shared $before $in $flags -o $out")
@@ -149,26 +149,26 @@ class Description:
         self.rule("link_emulation", f"{CXX} -shared $before $in $flags $$(nm -u $in | {symbols} | sort -u) -o $out")
 
     def rule(self, name: str, command: str, compiler: str | None = None) -> None:
-        depfile = {"depfile": "$out.d", "deps": "gcc"} if compiler else {}
-        self.ninja.rule(name, command, description=f"{name} $out", **depfile)
+        depfile, deps = ("$out.d", "gcc") if compiler else (None, None)
+        self.ninja.rule(name, command, description=f"{name} $out", depfile=depfile, deps=deps)
         if compiler:
             version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
             self.compilers[name] = f"{shutil.which(compiler)}\n{version}"
 
     def compiled(self, output: str, source: Path, flags: list[str], rule: str = "cxx") -> str:
         variables = {"flags": words(flags)}
-        self.ninja.build(output, rule, str(source), implicit=f"{rule}.compiler", variables=variables)
+        self.ninja.build([output], rule, [str(source)], implicit=[f"{rule}.compiler"], variables=variables)
         return output
 
     def linked(
         self, output: str, objects: list[str], flags: list[str], rule: str = "link", before: Sequence[str] = ()
     ) -> str:
-        self.ninja.build(output, rule, objects, variables={"flags": words(flags), "before": words(before)})
+        self.ninja.build([output], rule, objects, variables={"flags": words(flags), "before": words(before)})
         return output
 
     def loaded(self, library: str) -> None:
         """A target that is there once the library has been loaded: one that does not load is not built."""
-        self.ninja.build(f"{library}.loaded", "load", library)
+        self.ninja.build([f"{library}.loaded"], "load", [library])
 
 
 def cpu(
@@ -326,7 +326,7 @@ def build(family: str, *targets: str, starts: Callable[[], None] = lambda: None,
             write(folder / f"{rule}.compiler", version)
         write(folder / "build.ninja", description.text.getvalue())
         notice_contents(folder / "contents.json")
-        command = [Path(ninja.BIN_DIR, "ninja"), "-C", folder, f"-j{CORES}", *targets]
+        command = [f"{ninja.BIN_DIR}/ninja", "-C", str(folder), f"-j{CORES}", *targets]
         planned = subprocess.run([*command, "-n"], capture_output=True, text=True, check=False)
         if "no work to do" not in planned.stdout:
             starts()
@@ -378,7 +378,7 @@ def compile_commands() -> None:
     commands = []
     for family in ("cpu", "cuda"):
         if (BUILD / family / "build.ninja").exists():
-            tool = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD / family, "-t", "compdb", "cxx", "nvcc"]
+            tool = [f"{ninja.BIN_DIR}/ninja", "-C", str(BUILD / family), "-t", "compdb", "cxx", "nvcc"]
             text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
             commands += json.loads(text[text.index("[") :])
     write(BUILD / "compile_commands.json", json.dumps(commands, indent=1))

@@ -77,7 +77,7 @@ def find_nvcc() -> tuple[Path, tuple[int, int]]:
 
 def dry_run(nvcc: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
     """What nvcc says that it would do; it fails where it does not know an architecture."""
-    command = [nvcc, "--dryrun", *flags, "-c", "-x", "cu", os.devnull]
+    command = [str(nvcc), "--dryrun", *flags, "-c", "-x", "cu", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
