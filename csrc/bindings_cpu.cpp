@@ -36,7 +36,7 @@ std::string set_instruction_set(int64_t code) {
 float* fp32_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows,
                   ", ", cols, "]");
-  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
+  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == DType::kFloat32, name,
                   " must be contiguous float32");
   return static_cast<float*>(t.data_ptr());
 }

@@ -59,14 +59,14 @@ inline int act_code(const char* name, const std::string& act) {
   return kIdentity;
 }
 
-inline Type type_of(const char* name, const Tensor& t) {
+inline DType type_of(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   const auto type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
                   " must be float32, bfloat16 or float16");
-  return type == ScalarType::BFloat16 ? Type::kBFloat16
-         : type == ScalarType::Half   ? Type::kFloat16
-                                      : Type::kFloat32;
+  return type == ScalarType::BFloat16 ? DType::kBFloat16
+         : type == ScalarType::Half   ? DType::kFloat16
+                                      : DType::kFloat32;
 }
 
 inline void* memory(const char* name, const Tensor& t) {

@@ -96,9 +96,9 @@ class Constants {
 
   Matrix copy(const Vector& v, int64_t n) { return dense(v.type, v.data, 0, v.stride, 1, n); }
 
-  Matrix dense(Type type, const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  Matrix dense(DType type, const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
     float* to = take(rows * cols);
-    if (type == Type::kFloat32) {
+    if (type == DType::kFloat32) {
       copy_dense(static_cast<const float*>(data), row, col, rows, cols, to);
     } else {  // the values do not matter
       copy_dense(static_cast<const uint16_t*>(data), row, col, rows, cols, reinterpret_cast<uint16_t*>(to));

@@ -22,7 +22,7 @@ float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> 
   int64_t i = 0;
   for (int64_t size : shape)
     STD_TORCH_CHECK(t.size(i++) == size, name, " must have size ", size, " in dimension ", i - 1);
-  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
+  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == DType::kFloat32, name,
                   " must be contiguous float32");
   return static_cast<float*>(t.data_ptr());
 }
@@ -30,7 +30,7 @@ float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> 
 // A map of a type that there are training kernels for.
 Tensor4 trained_map(const char* name, const Tensor& t) {
   const Tensor4 out = map(name, t);
-  STD_TORCH_CHECK(out.type != Type::kFloat16, name,
+  STD_TORCH_CHECK(out.type != DType::kFloat16, name,
                   " must be float32 or bfloat16: no kernel trains in float16");
   return out;
 }

@@ -4,14 +4,11 @@
 #include <atomic>
 #include <cstdint>
 
+#include "types.h"
+
 namespace effnet {
 
-// The codes of effnet_kernels/ops/activations.py.
-enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
-
-// What maps, weights and vectors are made of. Sums are float32.
-enum class Type : int { kFloat32, kBFloat16, kFloat16 };
-
+// The elements of maps, weights and vectors, beside float. Sums are float.
 struct bf16 {
   uint16_t bits;
 };
@@ -20,11 +17,21 @@ struct fp16 {
   uint16_t bits;
 };
 
+template <>
+inline constexpr DType kDTypeOf<bf16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<fp16> = DType::kFloat16;
+
+template <class F>
+static inline auto with_type(DType dtype, F&& f) {
+  return with_type<bf16, fp16, float>(dtype, f);
+}
+
 // A strided tensor in memory. Maps are indexed [n][c][h][w], convolution weights [o][i][kh][kw];
 // strides are in elements. data == nullptr: not given.
 struct Tensor4 {
   void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};
   int64_t stride[4] = {0, 0, 0, 0};
 };
@@ -33,14 +40,14 @@ struct Tensor4 {
 // given.
 struct Weight {
   const float* packed = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};  // [o][i][kh][kw]
 };
 
 // A vector of one value per channel.
 struct Vector {
   const void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t stride = 1;
 };
 
@@ -59,7 +66,7 @@ struct Affine {
 // Dense.
 struct Matrix {
   const void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
 };
 
 struct SqueezeExcite {

@@ -5,6 +5,7 @@
 // mbconv. So the window needs no border cases and the expanded map exists only as those few rows.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 
 namespace effnet {

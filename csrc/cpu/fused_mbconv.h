@@ -6,6 +6,7 @@
 // stays in cache between the two products.
 #pragma once
 
+#include "activations.h"
 #include "winograd.h"
 
 namespace effnet {

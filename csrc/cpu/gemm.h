@@ -12,6 +12,7 @@
 // is in L1 or L2.
 #pragma once
 
+#include "activations.h"
 #include "gemm_amx.h"
 #include "operands.h"
 
@@ -191,7 +192,7 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p, f
   }
 }
 
-static inline Packed packed_as(const int64_t (&size)[4], Type type, const float* data) {
+static inline Packed packed_as(const int64_t (&size)[4], DType type, const float* data) {
   const int64_t in = with_type(type, [&](auto of) { return words<decltype(of)>(size[1]); });
   return {data, size[0], in * size[2] * size[3]};
 }

@@ -2,7 +2,8 @@
 // Reads x once per block of pixels and writes y once.
 #pragma once
 
-#include "squeeze_excite.h"
+#include "activations.h"
+#include "gemm.h"
 
 namespace effnet {
 namespace EFFNET_ISA {

@@ -3,6 +3,7 @@
 // twice, the second time from cache where an image fits one.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 
 namespace effnet {

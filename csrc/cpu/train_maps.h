@@ -6,7 +6,11 @@
 // not depend on the number of threads.
 #pragma once
 
-#include "simd.h"
+#include <cmath>
+
+#include "activations.h"
+#include "batch_norm.h"
+#include "parallel.h"
 #include "train.h"
 
 namespace effnet {

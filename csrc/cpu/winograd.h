@@ -13,6 +13,8 @@
 // is usual in its channel (`measure`), or whose sums are not finite, are taken tap by tap (`repair`).
 #pragma once
 
+#include <cmath>
+
 #include "gemm.h"
 
 namespace effnet {
