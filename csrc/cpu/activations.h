@@ -19,8 +19,8 @@ alignas(64) constexpr float kExp2Low[16] = {0.0f,          4.62855e-08f,  -1.199
 #endif
 
 // x = 1 + exp(-x), at most 0.8 ulp: exp(-x) is never rounded on its own. Infinity where that overflows, NaN
-// of NaN. Several vectors in step: one alone is a chain of 60 cycles, and a core does not look far enough
-// ahead to fill them.
+// of NaN. Several vectors at once: one alone is a chain of dependent instructions of 60 cycles, longer than a
+// core looks ahead.
 template <int kN>
 EFFNET_INLINE void one_plus_exp_negated(vf (&x)[kN]) {
 #if defined(__AVX512F__)
@@ -220,6 +220,30 @@ static inline void activate_rows(int act, const float* from, int64_t n, int64_t 
           [&](int64_t j, int, vf x) { store(row + j * step, x); });
     }
   });
+}
+
+// An activation and its derivative; at the kinks the choice is torch's.
+struct Curve {
+  vf value, slope;
+};
+
+template <int kAct>
+EFFNET_INLINE Curve curve(vf z) {
+  const vf zero = {}, one = splat(1.0f);
+  if constexpr (kAct == kRelu) return {activate<kRelu>(z), z <= 0.0f ? zero : one};
+  if constexpr (kAct == kRelu6) {
+    const vf slope = z <= 0.0f ? zero : one;
+    return {activate<kRelu6>(z), z >= 6.0f ? zero : slope};
+  }
+  if constexpr (kAct == kSilu) {
+    const vf s = activate<kSigmoid>(z);
+    return {z * s, s * (1.0f + z * (1.0f - s))};
+  }
+  if constexpr (kAct == kHardswish) {
+    const vf inner = z / 3.0f + 0.5f, low = z <= -3.0f ? zero : inner;
+    return {activate<kHardswish>(z), z >= 3.0f ? one : low};
+  }
+  return {z, one};
 }
 
 }  // namespace EFFNET_ISA

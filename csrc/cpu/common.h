@@ -69,7 +69,7 @@ struct Matrix {
   DType type = DType::kFloat32;
 };
 
-struct SqueezeExcite {
+struct SqueezeExciteWeights {
   int64_t channels = 0, reduced = 0;  // channels == 0: not given
   Matrix w_reduce, b_reduce;          // [R][C], [R]
   Matrix w_expand, b_expand;          // [C][R], [C]
@@ -86,11 +86,11 @@ struct Chunk {
   uint64_t address, bytes, digest;
 };
 
-// What digests are made with; drawn once for each process.
+// The keys of the digests, drawn once for each process.
 constexpr int64_t kDigestKeys = 256;
 const uint32_t* digest_keys();  // 64-byte aligned
 
-// Chunks to be compared on the side, each by one thread.
+// Chunks to compare while kernels run, each by one thread.
 struct Watch {
   const Chunk* chunks;
   int64_t count;
@@ -109,7 +109,7 @@ struct PointwiseParams {
   Tensor4 x, y;  // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
   Weight weight;
   Tensor4 residual;             // optional
-  bool residual_is_x = false;   // of kept calls: x of each
+  bool residual_is_x = false;   // in a recorded call: the residual is its x
   const float* gate = nullptr;  // [N][C_in], optional
   Affine bn;
   int act = kIdentity;
@@ -129,12 +129,12 @@ struct GateParams {
   const float* mean = nullptr;  // [N][C]
   float* gate = nullptr;        // [N][C]
   int64_t n = 0;
-  SqueezeExcite se;
+  SqueezeExciteWeights se;
 };
 
 struct SqueezeExciteParams {
   Tensor4 x, y;
-  SqueezeExcite se;
+  SqueezeExciteWeights se;
 };
 
 struct FusedMBConvParams {
@@ -153,7 +153,7 @@ struct MBConvParams {
   Weight expand;  // optional
   Weight weight, project;
   Affine expand_bn, bn, project_bn;
-  SqueezeExcite se;  // optional
+  SqueezeExciteWeights se;  // optional
   Window window;
   int act = kIdentity, project_act = kIdentity;
   bool residual = false;
@@ -192,8 +192,8 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();  // bf16 maps are multiplied as they are, in pairs; fp32 maps as above
 const Kernels* kernels_amx();          // likewise, in tiles
 
-// Scratch memory of one thread, released in reverse order of taking by the destructor. The memory is
-// kept for the next call: fresh pages cost more than the kernels that would touch them.
+// Scratch memory of one thread. The destructor releases what was taken, the last first. The memory stays
+// allocated for the next call: new pages cost more than the kernels that would use them.
 class Scratch {
  public:
   Scratch();

@@ -32,19 +32,19 @@ namespace EFFNET_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;    // floats in a vector
-constexpr int kMaxRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators of 32 registers
+constexpr int kMr = 12;       // MR of the GEMM microkernel: 12 x 2 accumulators of 32 registers
 constexpr int kTogether = 4;  // vectors that are activated together
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
-constexpr int kMaxRows = 6;  // 6 x 2 of 16 registers
+constexpr int kMr = 6;  // 6 x 2 of 16 registers
 constexpr int kTogether = 4;
 #else
 constexpr int kWidth = 4;
-constexpr int kMaxRows = 6;
+constexpr int kMr = 6;
 constexpr int kTogether = 2;
 #endif
 constexpr int kVectors = 2;                // vectors in a channel slice
-constexpr int kSlice = kVectors * kWidth;  // channels in a slice
+constexpr int kSlice = kVectors * kWidth;  // channels in a slice, and NR of the microkernel
 static_assert(kTogether % kVectors == 0, "a member of a group is always of the same column");
 
 typedef float vf __attribute__((vector_size(kWidth * 4)));
