@@ -9,24 +9,18 @@ namespace {
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-float* fp32_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " must have shape [", rows,
-                  ", ", cols, "]");
-  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
-                  " must be contiguous float32");
-  return static_cast<float*>(t.data_ptr());
+// A map of these sizes, in the dtype of x.
+Tensor4 map_beside(const Tensor4& x, const char* name, const Tensor& t, Sizes sizes) {
+  check_sizes(name, t, sizes);
+  const Tensor4 out = map(name, t);
+  STD_TORCH_CHECK(out.type == x.type, name, " must have the dtype of x");
+  return out;
 }
 
-void check_residual(bool residual, const Tensor4& x, const Tensor4& y) {
+void check_residual(bool residual, const Tensor& x, const Tensor& out) {
   if (!residual) return;
   check_nhwc("x with residual", x);
-  check_size("out with residual", y, {x.size[0], x.size[1], x.size[2], x.size[3]});
-}
-
-void check_out(const Tensor4& y, const Tensor4& x, int64_t channels) {
-  STD_TORCH_CHECK(y.type == x.type, "out must have the dtype of x");
-  STD_TORCH_CHECK(y.size[0] == x.size[0] && y.size[1] == channels, "out must have shape [", x.size[0], ", ",
-                  channels, ", ...]");
+  check_sizes("out with residual", out, x.sizes());
 }
 
 // ---- ops -------------------------------------------------------------------------------------------------
@@ -36,25 +30,21 @@ PointwiseParams pointwise_conv_bn_act(Constants& constants, Tensor out, Tensor x
                                       OptionalTensor residual, bool pool_map) {
   PointwiseParams p;
   p.x = map("x", x);
-  const int64_t n = p.x.size[0], in = p.x.size[1], channels = w.dim() > 0 ? w.size(0) : 0;
+  const int64_t n = p.x.size[0], in = p.x.size[1], channels = first_size(w);
   p.weight = constants.weight("weight", w, p.x, {channels, in, 1, 1});
   p.bn = constants.batch_norm("bn", bn, eps, channels);
   p.act = act_code("act", act);
   p.pool = pool_map;
   if (pool_map) {
-    STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "out must be contiguous [N, C]");
+    check_sizes("out", out, {n, channels});
+    STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
     p.y = output(out);
+    STD_TORCH_CHECK(p.y.type == p.x.type, "out must have the dtype of x");
   } else {
-    p.y = map("out", out);
-    check_size("out", p.y, {n, channels, p.x.size[2], p.x.size[3]});
+    p.y = map_beside(p.x, "out", out, {n, channels, p.x.size[2], p.x.size[3]});
   }
-  check_out(p.y, p.x, channels);
-  if (gate) p.gate = fp32_matrix("gate", *gate, n, in);
-  if (residual) {
-    p.residual = map("residual", *residual);
-    check_size("residual", p.residual, {n, channels, p.x.size[2], p.x.size[3]});
-    STD_TORCH_CHECK(p.residual.type == p.x.type, "residual must have the dtype of x");
-  }
+  if (gate) p.gate = floats("gate", *gate, {n, in});
+  if (residual) p.residual = map_beside(p.x, "residual", *residual, {n, channels, p.x.size[2], p.x.size[3]});
   return p;
 }
 
@@ -63,15 +53,15 @@ DepthwiseParams depthwise_conv_bn_act(Constants& constants, Tensor out, Tensor m
                                       std::vector<int64_t> padding, std::string act, bool with_mean) {
   DepthwiseParams p;
   p.x = map("x", x);
-  p.y = map("out", out);
-  const int64_t channels = p.x.size[1];
-  check_out(p.y, p.x, channels);
-  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
+  const int64_t n = p.x.size[0], channels = p.x.size[1];
+  check_dim("weight", w, 4);
   p.weight = constants.weight("weight", w, p.x, {channels, 1, w.size(2), w.size(3)});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
+  const WindowOf window = window_of(p.x.size, p.weight.size, stride, padding);
+  p.window = window.window;
+  p.y = map_beside(p.x, "out", out, {n, channels, window.oh, window.ow});
   p.bn = constants.batch_norm("bn", bn, eps, channels);
   p.act = act_code("act", act);
-  if (with_mean) p.mean = fp32_matrix("mean", mean, p.x.size[0], channels);
+  if (with_mean) p.mean = floats("mean", mean, {n, channels});
   return p;
 }
 
@@ -80,12 +70,12 @@ void squeeze_excite_gate(Tensor out, Tensor mean, Tensors se, std::string act, s
   const SharedPool pool;
   Scratch scratch;
   GateParams p;
-  STD_TORCH_CHECK(mean.dim() == 2, "mean must have shape [N, C]");
+  check_dim("mean", mean, 2);
   p.n = mean.size(0);
   const int64_t channels = mean.size(1);
   p.se = Constants(k, pool, scratch).squeeze_excite(se, act, gate, channels);
-  p.mean = fp32_matrix("mean", mean, p.n, channels);
-  p.gate = fp32_matrix("out", out, p.n, channels);
+  p.mean = floats("mean", mean, {p.n, channels});
+  p.gate = floats("out", out, {p.n, channels});
   if (p.n * channels > 0) k.squeeze_excite_gate(p, pool);
 }
 
@@ -93,9 +83,7 @@ SqueezeExciteParams squeeze_excite(Constants& constants, Tensor out, Tensor x, T
                                    std::string gate) {
   SqueezeExciteParams p;
   p.x = map("x", x);
-  p.y = map("out", out);
-  check_out(p.y, p.x, p.x.size[1]);
-  check_size("out", p.y, {p.x.size[0], p.x.size[1], p.x.size[2], p.x.size[3]});
+  p.y = map_beside(p.x, "out", out, p.x.size);
   p.se = constants.squeeze_excite(se, act, gate, p.x.size[1]);
   return p;
 }
@@ -106,23 +94,23 @@ FusedMBConvParams fused_mbconv(Constants& constants, Tensor out, Tensor x, Tenso
                                bool residual) {
   FusedMBConvParams p;
   p.x = tensor4("x", x);
-  p.y = map("out", out);
-  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
+  check_dim("weight", w, 4);
   const int64_t mid = w.size(0);
   p.weight = constants.weight("weight", w, p.x, {mid, p.x.size[1], w.size(2), w.size(3)});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
+  const WindowOf window = window_of(p.x.size, p.weight.size, stride, padding);
+  p.window = window.window;
   p.winograd = constants.winograd(w, p.window);
   p.bn = constants.batch_norm("bn", bn, eps, mid);
   p.act = act_code("act", act);
   int64_t channels = mid;
   if (project) {
-    channels = project->dim() > 0 ? project->size(0) : 0;
+    channels = first_size(*project);
     p.project = constants.weight("project_weight", *project, p.x, {channels, mid, 1, 1});
     p.project_bn = constants.batch_norm("project_bn", project_bn, project_eps, channels);
   }
-  check_out(p.y, p.x, channels);
+  p.y = map_beside(p.x, "out", out, {p.x.size[0], channels, window.oh, window.ow});
   p.residual = residual;
-  check_residual(residual, p.x, p.y);
+  check_residual(residual, x, out);
   return p;
 }
 
@@ -133,25 +121,24 @@ MBConvParams mbconv(Constants& constants, Tensor out, Tensor x, OptionalTensor e
                     std::string project_act, bool residual) {
   MBConvParams p;
   p.x = map("x", x);
-  p.y = map("out", out);
-  STD_TORCH_CHECK(w.dim() == 4, "weight must have 4 dimensions, got ", w.dim());
-  const int64_t in = p.x.size[1], mid = expand ? w.size(0) : in,
-                channels = project.dim() > 0 ? project.size(0) : 0;
+  check_dim("weight", w, 4);
+  const int64_t in = p.x.size[1], mid = expand ? w.size(0) : in, channels = first_size(project);
   if (expand) {
     p.expand = constants.weight("expand_weight", *expand, p.x, {mid, in, 1, 1});
     p.expand_bn = constants.batch_norm("expand_bn", expand_bn, expand_eps, mid);
   }
   p.weight = constants.weight("weight", w, p.x, {mid, 1, w.size(2), w.size(3)});
-  p.window = window(stride, padding, p.x, p.weight, p.y);
+  const WindowOf window = window_of(p.x.size, p.weight.size, stride, padding);
+  p.window = window.window;
   p.bn = constants.batch_norm("bn", bn, eps, mid);
   if (!se.empty()) p.se = constants.squeeze_excite(se, se_act, se_gate, mid);
   p.project = constants.weight("project_weight", project, p.x, {channels, mid, 1, 1});
   p.project_bn = constants.batch_norm("project_bn", project_bn, project_eps, channels);
   p.act = act_code("act", act);
   p.project_act = act_code("project_act", project_act);
-  check_out(p.y, p.x, channels);
+  p.y = map_beside(p.x, "out", out, {p.x.size[0], channels, window.oh, window.ow});
   p.residual = residual;
-  check_residual(residual, p.x, p.y);
+  check_residual(residual, x, out);
   return p;
 }
 
@@ -167,22 +154,12 @@ STABLE_TORCH_LIBRARY(effnet_kernels_cpu, m) {
   m.def(op "(Tensor(a!) " arguments ") -> ()");         \
   m.def("pack_" op "(Tensor " arguments ") -> Tensor"); \
   m.def("keep_" op "(Tensor packed, Tensor " arguments ") -> Tensor")
-  OP("pointwise_conv_bn_act",
-     "out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, Tensor? gate, Tensor? residual, bool "
-     "pool");
-  OP("depthwise_conv_bn_act",
-     "out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, "
-     "str act, bool with_mean");
-  OP("squeeze_excite", "out, Tensor x, Tensor[] se, str act, str gate");
-  OP("fused_mbconv",
-     "out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act, "
-     "Tensor? project_weight, Tensor[] project_bn, float project_eps, bool residual");
-  OP("mbconv",
-     "out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor weight, "
-     "Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, str se_act, "
-     "str se_gate, Tensor project_weight, Tensor[] project_bn, float project_eps, "
-     "str project_act, bool residual");
-  m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
+  OP("pointwise_conv_bn_act", "out, " EFFNET_POINTWISE_CONV_BN_ACT);
+  OP("depthwise_conv_bn_act", "out, Tensor(b!) mean, " EFFNET_DEPTHWISE_CONV_BN_ACT);
+  OP("squeeze_excite", "out, " EFFNET_SQUEEZE_EXCITE);
+  OP("fused_mbconv", "out, " EFFNET_FUSED_MBCONV);
+  OP("mbconv", "out, " EFFNET_MBCONV);
+  m.def("squeeze_excite_gate(Tensor(a!) out, " EFFNET_SQUEEZE_EXCITE_GATE ") -> ()");
   m.def("digest(Tensor[] sources) -> Tensor");
   m.def("unchanged(Tensor table) -> bool");
   m.def("replay(Tensor program, Tensor table, Tensor(a!) out, Tensor x) -> bool");
@@ -196,10 +173,10 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cpu, CPU, m) {
   m.impl("squeeze_excite_gate", TORCH_BOX(&effnet::squeeze_excite_gate));
-#define CALLS_OF(op)                                              \
-  m.impl(#op, TORCH_BOX(&effnet::Op<&effnet::op>::call));         \
-  m.impl("pack_" #op, TORCH_BOX(&effnet::Op<&effnet::op>::pack)); \
-  m.impl("keep_" #op, TORCH_BOX(&effnet::Op<&effnet::op>::keep))
+#define CALLS_OF(op)                                                   \
+  m.impl(#op, TORCH_BOX(&effnet::OpCalls<&effnet::op>::call));         \
+  m.impl("pack_" #op, TORCH_BOX(&effnet::OpCalls<&effnet::op>::pack)); \
+  m.impl("keep_" #op, TORCH_BOX(&effnet::OpCalls<&effnet::op>::keep))
   CALLS_OF(pointwise_conv_bn_act);
   CALLS_OF(depthwise_conv_bn_act);
   CALLS_OF(squeeze_excite);

@@ -1,10 +1,10 @@
-// Calls of the ops, made at once or kept to be made again.
+// Calls of the ops: made at once, or recorded and repeated.
 //
-// A call has two parts. Its constants, packed weights, folded norms and the matrices of
-// squeeze-and-excitation, are made of the caller's tensors in the order that the kernels read; kernels know
-// nothing else of a weight. With them the parameters are complete but for the maps. What is kept of a call is
-// a tensor for each part, which nobody writes to any more; a program is a list of kept calls, each on the map
-// that the one before gave.
+// A call has two parts. Its constants (packed weights, folded norms, the matrices of squeeze-and-excitation)
+// are made from the caller's tensors, in the order that the kernels read; kernels see no weight in another
+// form. With the constants the parameters are complete except for the maps. A recorded call is one tensor for
+// each part, and neither is written to again. A program is a list of recorded calls; each takes the map that
+// the one before it gives.
 #pragma once
 
 #include <array>
@@ -18,8 +18,8 @@
 
 namespace effnet {
 
-// Constants one behind the other, in scratch memory or at `memory`: made there, or there already, or, where
-// there is no memory, only counted.
+// The constants of a call, one after the other, in scratch memory or at `memory`. With `make` they are made
+// there; without, they are there already, or, where there is no memory, only counted.
 class Constants {
  public:
   Constants(const Kernels& kernels, const Pool& pool, Scratch& scratch)
@@ -30,8 +30,8 @@ class Constants {
   int64_t floats() const { return used_; }
 
   Weight weight(const char* name, const Tensor& t, const Tensor4& x, const int64_t (&wanted)[4]) {
+    check_sizes(name, t, wanted);
     const Tensor4 source = tensor4(name, t);
-    check_size(name, source, wanted);
     STD_TORCH_CHECK(source.type == x.type, name, " must have the dtype of x");
     float* packed = take(kernels_.packed_floats(source));
     if (make_ && !empty(source)) kernels_.pack(source, packed, pool_);
@@ -49,8 +49,7 @@ class Constants {
   }
 
   Affine batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) {
-    STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
-                    " tensors");
+    check_batch_norm(name, bn);
     const BatchNorm norm{vector(name, bn[0], channels), vector(name, bn[1], channels),
                          vector(name, bn[2], channels), vector(name, bn[3], channels),
                          static_cast<float>(eps)};
@@ -60,12 +59,10 @@ class Constants {
     return {folded, folded + floats / 2};
   }
 
-  SqueezeExcite squeeze_excite(const Tensors& se, const std::string& act, const std::string& gate,
-                               int64_t channels) {
-    STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(),
-                    " tensors");
-    const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
-    SqueezeExcite out;
+  SqueezeExciteWeights squeeze_excite(const Tensors& se, const std::string& act, const std::string& gate,
+                                      int64_t channels) {
+    const int64_t reduced = check_squeeze_excite(se);
+    SqueezeExciteWeights out;
     out.channels = channels;
     out.reduced = reduced;
     out.w_reduce = matrix("se.w_reduce", se[0], reduced, channels);
@@ -87,16 +84,16 @@ class Constants {
   }
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+    check_sizes(name, t, {rows, cols, 1, 1});
     const Tensor4 w = tensor4(name, t);
-    check_size(name, w, {rows, cols, 1, 1});
     return dense(w.type, w.data, w.stride[0], w.stride[1], rows, cols);
   }
 
   Matrix copy(const Vector& v, int64_t n) { return dense(v.type, v.data, 0, v.stride, 1, n); }
 
-  Matrix dense(Type type, const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  Matrix dense(DType type, const void* data, int64_t row, int64_t col, int64_t rows, int64_t cols) {
     float* to = take(rows * cols);
-    if (type == Type::kFloat32) {
+    if (type == DType::kFloat32) {
       copy_dense(static_cast<const float*>(data), row, col, rows, cols, to);
     } else {  // the values do not matter
       copy_dense(static_cast<const uint16_t*>(data), row, col, rows, cols, reinterpret_cast<uint16_t*>(to));
@@ -136,22 +133,23 @@ inline void run(const Kernels& k, const SqueezeExciteParams& p, const Pool& pool
 inline void run(const Kernels& k, const FusedMBConvParams& p, const Pool& pool) { k.fused_mbconv(p, pool); }
 inline void run(const Kernels& k, const MBConvParams& p, const Pool& pool) { k.mbconv(p, pool); }
 
-// The parameters of a kept call, for any maps of their form. Kept calls one behind the other are a program.
-struct Kept {
+// A call with its parameters, for any maps of the same form. Several of them one after the other are a
+// program.
+struct RecordedCall {
   uint64_t mark = kMark;
   const Kernels* kernels;
   std::variant<PointwiseParams, DepthwiseParams, SqueezeExciteParams, FusedMBConvParams, MBConvParams> params;
 
   static constexpr uint64_t kMark = 0x6b657074'63616c6c;
 };
-static_assert(std::is_trivially_copyable_v<Kept> && sizeof(Kept) % sizeof(int64_t) == 0);
+static_assert(std::is_trivially_copyable_v<RecordedCall> && sizeof(RecordedCall) % sizeof(int64_t) == 0);
 
 // The calls of one op: kMake(constants, out, ...) gives their parameters.
 template <auto kMake>
-struct Op;
+struct OpCalls;
 
 template <class Params, class... Args, Params (*kMake)(Constants&, Tensor, Args...)>
-struct Op<kMake> {
+struct OpCalls<kMake> {
   static void call(Tensor out, Args... args) {
     const Kernels& k = kernels();
     const SharedPool pool;
@@ -187,8 +185,8 @@ struct Op<kMake> {
     }
     if constexpr (std::is_same_v<Params, DepthwiseParams>) p.mean = nullptr;
     const Tensor kept =
-        torch::stable::new_empty(out, {int64_t{sizeof(Kept) / sizeof(int64_t)}}, ScalarType::Long);
-    new (kept.data_ptr()) Kept{Kept::kMark, &k, p};
+        torch::stable::new_empty(out, {int64_t{sizeof(RecordedCall) / sizeof(int64_t)}}, ScalarType::Long);
+    new (kept.data_ptr()) RecordedCall{RecordedCall::kMark, &k, p};
     return kept;
   }
 };
@@ -200,7 +198,7 @@ inline bool same_form(const Tensor4& a, const Tensor4& b) {
 
 inline Tensor4 output(const Tensor& t) {  // a map, or [N, C] as the kernels that pool have it
   if (t.dim() != 2) return tensor4("out", t);
-  return {t.data_ptr(), type_of("out", t), {t.size(0), t.size(1), 1, 1}, {t.size(1), 1, 1, 1}};
+  return {memory("out", t), dtype_of("out", t), {t.size(0), t.size(1), 1, 1}, {t.size(1), 1, 1, 1}};
 }
 
 // ---- sources ---------------------------------------------------------------------------------------------
@@ -257,17 +255,17 @@ inline bool unchanged(Tensor table) {
 
 // ---- programs --------------------------------------------------------------------------------------------
 
-// Makes the kept calls one after the other, from x to out. The answer is no, and out undefined, if the memory
-// is not what the table says, which is looked at meanwhile, or if another instruction set is in use. Maps in
-// between are dense [N, H, W, C] and live in two buffers that take turns: what one call has just read, the
-// next but one writes.
+// Repeats the recorded calls one after the other, from x to out. Returns false, with out undefined, if
+// another instruction set is in use or if the memory is not what the table says, which is compared meanwhile.
+// The maps between two calls are dense [N, H, W, C] and lie in two buffers in turn.
 inline bool replay(Tensor program, Tensor table, Tensor out, Tensor x) {
   const Kernels& k = kernels();
-  const int64_t bytes = program.numel() * int64_t{sizeof(int64_t)}, count = bytes / int64_t{sizeof(Kept)};
+  const int64_t bytes = program.numel() * int64_t{sizeof(int64_t)},
+                count = bytes / int64_t{sizeof(RecordedCall)};
   STD_TORCH_CHECK(program.is_cpu() && program.scalar_type() == ScalarType::Long && program.is_contiguous() &&
-                      count > 0 && bytes % int64_t{sizeof(Kept)} == 0,
+                      count > 0 && bytes % int64_t{sizeof(RecordedCall)} == 0,
                   "program must be of keep_*");
-  const auto* const kept = static_cast<const Kept*>(program.data_ptr());
+  const auto* const calls = static_cast<const RecordedCall*>(program.data_ptr());
   Watch memory;
   watch(table, memory);
   SharedPool pool;
@@ -277,8 +275,8 @@ inline bool replay(Tensor program, Tensor table, Tensor out, Tensor x) {
   int64_t elements[2] = {0, 0};
   const Tensor4* before = &from;
   for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(kept[i].mark == Kept::kMark, "program must be of keep_*");
-    if (kept[i].kernels != &k) return false;
+    STD_TORCH_CHECK(calls[i].mark == RecordedCall::kMark, "program must be of keep_*");
+    if (calls[i].kernels != &k) return false;
     std::visit(
         [&](const auto& p) {
           STD_TORCH_CHECK(same_form(p.x, *before),
@@ -287,7 +285,7 @@ inline bool replay(Tensor program, Tensor table, Tensor out, Tensor x) {
           int64_t& most = elements[i % 2];
           if (i + 1 < count) most = std::max(most, p.y.size[0] * p.y.size[1] * p.y.size[2] * p.y.size[3]);
         },
-        kept[i].params);
+        calls[i].params);
   }
   STD_TORCH_CHECK(same_form(to, *before), "out must be what the last of the calls gives");
   const Tensor buffers[] = {torch::stable::new_empty(x, {elements[0]}),
@@ -303,7 +301,7 @@ inline bool replay(Tensor program, Tensor table, Tensor out, Tensor x) {
           if (!empty(p.y)) run(k, p, pool);
           from = p.y;
         },
-        kept[i].params);
+        calls[i].params);
   }
   if (memory.next.load() < memory.count) k.finish(pool);
   return memory.same.load();

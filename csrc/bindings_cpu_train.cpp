@@ -9,28 +9,17 @@
 namespace effnet {
 namespace {
 
-float* floats(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
-  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, " must have ", shape.size(),
-                  " dimensions");
-  int64_t i = 0;
-  for (int64_t size : shape)
-    STD_TORCH_CHECK(t.size(i++) == size, name, " must have size ", size, " in dimension ", i - 1);
-  STD_TORCH_CHECK(t.is_contiguous() && type_of(name, t) == Type::kFloat32, name,
-                  " must be contiguous float32");
-  return static_cast<float*>(t.data_ptr());
-}
-
 // A map of a type that there are training kernels for.
 Tensor4 trained_map(const char* name, const Tensor& t) {
   const Tensor4 out = map(name, t);
-  STD_TORCH_CHECK(out.type != Type::kFloat16, name,
+  STD_TORCH_CHECK(out.type != DType::kFloat16, name,
                   " must be float32 or bfloat16: no kernel trains in float16");
   return out;
 }
 
 Tensor4 same_map(const char* name, const Tensor& t, const Tensor4& like) {
+  check_sizes(name, t, like.size);
   const Tensor4 out = trained_map(name, t);
-  check_size(name, out, {like.size[0], like.size[1], like.size[2], like.size[3]});
   STD_TORCH_CHECK(out.type == like.type, name, " must have the dtype of the other maps");
   return out;
 }
@@ -73,7 +62,7 @@ void statistics(Tensor out, Tensor raw) {
 }
 
 void norm(Tensor out, Tensor statistics, Tensor gamma, Tensor beta, double eps) {
-  const int64_t channels = gamma.dim() > 0 ? gamma.size(0) : 0;
+  const int64_t channels = first_size(gamma);
   BatchNorm bn;
   bn.gamma = vector("gamma", gamma, channels);
   bn.beta = vector("beta", beta, channels);
@@ -126,14 +115,18 @@ void raw_gradient(Tensor out, OptionalTensor grad, OptionalTensor raw, Tensor no
 
 Tensor4 depthwise_weight(const Tensor& weight, const Tensor4& x) {
   const Tensor4 w = tensor4("weight", weight);
-  check_size("weight", w, {x.size[1], 1, w.size[2], w.size[3]});
+  check_sizes("weight", weight, {x.size[1], 1, w.size[2], w.size[3]});
   STD_TORCH_CHECK(w.type == x.type, "weight must have the dtype of the maps");
   return w;
 }
 
-void check_window(const Tensor4& x, const Tensor4& y) {
+Window window(const Tensor4& x, const Tensor4& weight, const Tensor4& y, Sizes stride, Sizes padding) {
   STD_TORCH_CHECK(x.size[0] == y.size[0] && x.size[1] == y.size[1] && x.type == y.type,
                   "input and output of a depthwise convolution must agree in N, C and dtype");
+  const WindowOf out = window_of(x.size, weight.size, stride, padding);
+  STD_TORCH_CHECK(y.size[2] == out.oh && y.size[3] == out.ow, "out must have size [", out.oh, ", ", out.ow,
+                  "] in its last dimensions");
+  return out.window;
 }
 
 void depthwise(Tensor out, OptionalTensor measured, Tensor raw, OptionalTensor norm, std::string act,
@@ -141,9 +134,8 @@ void depthwise(Tensor out, OptionalTensor measured, Tensor raw, OptionalTensor n
   TrainDepthwise p;
   p.x = source_of(raw, norm, act, std::nullopt);
   p.y = trained_map("out", out);
-  check_window(p.x.raw, p.y);
   p.weight = depthwise_weight(weight, p.y);
-  p.window = window(stride, padding, p.x.raw, p.weight, p.y);
+  p.window = window(p.x.raw, p.weight, p.y, stride, padding);
   if (measured) p.statistics = floats("statistics", *measured, {2, p.y.size[1]});
   if (!empty(p.y)) train_kernels().depthwise(p, pool());
 }
@@ -162,9 +154,7 @@ void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTenso
   STD_TORCH_CHECK(x || !(dweight || x_norm), "x must be given: dweight and x_norm need it");
   if (x) p.x = source_of(*x, x_norm, x_act, std::nullopt);
   if (dx) p.dx = x ? same_map("dx", *dx, p.x.raw) : trained_map("dx", *dx);
-  const Tensor4& in = x ? p.x.raw : p.dx;
-  check_window(in, y);
-  p.window = window(stride, padding, in, p.weight, y);
+  p.window = window(x ? p.x.raw : p.dx, p.weight, y, stride, padding);
   if (dweight) p.dweight = floats("dweight", *dweight, {y.size[1], 1, p.weight.size[2], p.weight.size[3]});
   if (sums) {
     STD_TORCH_CHECK(x_norm && dx, "moments need x_norm and dx");
@@ -175,8 +165,6 @@ void depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTenso
 
 }  // namespace
 }  // namespace effnet
-
-#define EFFNET_GRADIENT "Tensor? grad, Tensor? raw, Tensor norm, str act, Tensor? gate, Tensor? bias"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effnet_kernels_cpu, m) {
   m.def("train_statistics(Tensor(a!) out, Tensor raw) -> ()");

@@ -47,7 +47,7 @@ void depthwise_conv_bn_act(Tensor out, Tensor mean, Tensor x, Tensor weight, Ten
   const OnDeviceOf device(x);
   const Call call = call_of("x", x, 4);
   const int64_t n = x.size(0), c = x.size(1);
-  const WindowOf window = window_of(x, weight, stride, padding);
+  const WindowOf window = window_of(x.sizes(), weight, stride, padding);
   DepthwiseParams p;
   p.dtype = call.dtype;
   p.x = call.map("x", x, {n, c, x.size(2), x.size(3)});
@@ -121,7 +121,7 @@ void fused_mbconv(Tensor out, Tensor x, Tensor weight, Tensors bn, double eps, s
   const OnDeviceOf device(x);
   const Call call = call_of("x", x, 4);
   const int64_t n = x.size(0), c_in = x.size(1), c_mid = first_size(weight);
-  const WindowOf window = window_of(x, weight, stride, padding);
+  const WindowOf window = window_of(x.sizes(), weight, stride, padding);
   FusedMBConvParams p;
   p.dtype = call.dtype;
   p.x = x.data_ptr();
@@ -153,7 +153,7 @@ ExpandDepthwiseParams expand_depthwise_params(const Call& call, const Tensor& x,
                                               const std::vector<int64_t>& stride,
                                               const std::vector<int64_t>& padding, const std::string& act) {
   const int64_t n = x.size(0), c_in = x.size(1), h = x.size(2), w = x.size(3), c_mid = first_size(weight);
-  const WindowOf window = window_of(x, weight, stride, padding);
+  const WindowOf window = window_of(x.sizes(), weight, stride, padding);
   ExpandDepthwiseParams e;
   e.dtype = call.dtype;
   e.x = call.map("x", x, {n, c_in, h, w});
@@ -190,8 +190,8 @@ DepthwiseParams depthwise_params(const ExpandDepthwiseParams& e, const void* x) 
   return d;
 }
 
-// Expansion, if there is one, and depthwise convolution in one kernel, for whoever has other kernels for the
-// rest of an MBConv. How many sums an image has; -1: the two convolutions are no business of one kernel.
+// Expansion, if there is one, and depthwise convolution in one kernel, for callers that have other kernels
+// for the rest of an MBConv. Returns how many sums an image has; -1: no kernel does both convolutions.
 int64_t expand_depthwise_tiles(Tensor x, OptionalTensor expand, Tensors expand_bn, double expand_eps,
                                Tensor weight, Tensors bn, double eps, std::vector<int64_t> stride,
                                std::vector<int64_t> padding, std::string act) {
@@ -255,7 +255,7 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
   g.tiles = at_once ? plan.tiles : depthwise_tiles(depthwise_params(e, e.x));
   const Tensor sums = empty_fp32(x, {n, se.empty() ? 0 : g.tiles, c_mid});
   if (!se.empty()) g.sums = e.sums = static_cast<float*>(sums.data_ptr());
-  Tensor expanded = filtered;  // whatever it holds lives until all is enqueued
+  Tensor expanded = filtered;  // what it holds has to live until all is enqueued
   if (at_once) {
     check("mbconv", launch_expand_depthwise(e, plan, device.stream()));
   } else {
@@ -290,36 +290,18 @@ void mbconv(Tensor out, Tensor x, OptionalTensor expand, Tensors expand_bn, doub
 }  // namespace
 }  // namespace effnet::cuda
 
-// Outputs come first; then the arguments of effnet_kernels::<op>, less the backend.
 STABLE_TORCH_LIBRARY(effnet_kernels_cuda, m) {
   m.def("built_for() -> str");
   m.def("toolkit() -> int");
   m.def("driver() -> int");
-  m.def(
-      "pointwise_conv_bn_act(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, str act, "
-      "Tensor? gate, Tensor? residual, bool pool) -> ()");
-  m.def(
-      "depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, Tensor x, Tensor weight, Tensor[] bn, "
-      "float eps, int[] stride, int[] padding, str act, bool with_mean) -> ()");
-  m.def("squeeze_excite_gate(Tensor(a!) out, Tensor mean, Tensor[] se, str act, str gate) -> ()");
-  m.def("squeeze_excite(Tensor(a!) out, Tensor x, Tensor[] se, str act, str gate) -> ()");
-  m.def(
-      "fused_mbconv(Tensor(a!) out, Tensor x, Tensor weight, Tensor[] bn, float eps, int[] stride, "
-      "int[] padding, str act, Tensor? project_weight, Tensor[] project_bn, float project_eps, "
-      "bool residual) -> ()");
-  m.def(
-      "expand_depthwise_tiles(Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, Tensor "
-      "weight, "
-      "Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> int");
-  m.def(
-      "expand_depthwise(Tensor(a!) out, Tensor(b!)? sums, Tensor x, Tensor? expand_weight, Tensor[] "
-      "expand_bn, "
-      "float expand_eps, Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act) -> ()");
-  m.def(
-      "mbconv(Tensor(a!) out, Tensor x, Tensor? expand_weight, Tensor[] expand_bn, float expand_eps, "
-      "Tensor weight, Tensor[] bn, float eps, int[] stride, int[] padding, str act, Tensor[] se, "
-      "str se_act, str se_gate, Tensor project_weight, Tensor[] project_bn, float project_eps, "
-      "str project_act, bool residual) -> ()");
+  m.def("pointwise_conv_bn_act(Tensor(a!) out, " EFFNET_POINTWISE_CONV_BN_ACT ") -> ()");
+  m.def("depthwise_conv_bn_act(Tensor(a!) out, Tensor(b!) mean, " EFFNET_DEPTHWISE_CONV_BN_ACT ") -> ()");
+  m.def("squeeze_excite_gate(Tensor(a!) out, " EFFNET_SQUEEZE_EXCITE_GATE ") -> ()");
+  m.def("squeeze_excite(Tensor(a!) out, " EFFNET_SQUEEZE_EXCITE ") -> ()");
+  m.def("fused_mbconv(Tensor(a!) out, " EFFNET_FUSED_MBCONV ") -> ()");
+  m.def("expand_depthwise_tiles(" EFFNET_EXPAND_DEPTHWISE ") -> int");
+  m.def("expand_depthwise(Tensor(a!) out, Tensor(b!)? sums, " EFFNET_EXPAND_DEPTHWISE ") -> ()");
+  m.def("mbconv(Tensor(a!) out, " EFFNET_MBCONV ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CompositeExplicitAutograd, m) {

@@ -6,25 +6,14 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <climits>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "arguments.h"
 #include "cuda/api.h"
 
 namespace effnet::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- device and stream -----------------------------------------------------------------------------------
 
@@ -56,8 +45,8 @@ class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& x)
       : device_(device_of(x)), guard_(device_), stream_(current_stream(device_)) {
-    // This library's own runtime goes by the thread's current context, and where there is none by a number of
-    // its own.
+    // This library's own CUDA runtime uses the thread's current context or, if there is none, its own device
+    // number.
     int current = 0;
     check("cudaGetDevice", cudaGetDevice(&current));
     if (current != device_) check("cudaSetDevice", cudaSetDevice(device_));
@@ -86,29 +75,6 @@ class OnDeviceOf {
 
 // ---- arguments -------------------------------------------------------------------------------------------
 
-inline int act_code(const char* name, const std::string& act) {
-  static const char* const names[] = {"identity",  "relu",    "relu6",      "silu",
-                                      "hardswish", "sigmoid", "hardsigmoid"};
-  for (int code = 0; code <= kHardsigmoid; ++code)
-    if (act == names[code]) return code;
-  STD_TORCH_CHECK(false, name, " is no activation that the CUDA kernels know: ", act);
-  return kIdentity;
-}
-
-inline DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-      return DType::kFloat32;
-  }
-}
-
 // Of the tensors of one call: they lie on the device of x, and those that are not fp32 have its dtype.
 struct Call {
   const Tensor& x;
@@ -121,7 +87,7 @@ struct Call {
   }
 
   // Memory in the dtype of x, dense in the order of its dimensions.
-  void* dense(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  void* dense(const char* name, const Tensor& t, Sizes sizes) const {
     check_sizes(name, t, sizes);
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
     STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " must have the dtype of x");
@@ -129,16 +95,14 @@ struct Call {
   }
 
   // [N, C, H, W] in the dtype of x, dense as [N, H, W, C].
-  void* map(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  void* map(const char* name, const Tensor& t, Sizes sizes) const {
     check_sizes(name, t, sizes);
     STD_TORCH_CHECK(dtype_of(name, t) == dtype, name, " must have the dtype of x");
-    const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-    STD_TORCH_CHECK(t.stride(0) == h * w * c && t.stride(1) == 1 && t.stride(2) == w * c && t.stride(3) == c,
-                    name, " must be dense in [N, H, W, C] memory");
+    check_nhwc(name, t);
     return t.data_ptr();
   }
 
-  Param param(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  Param param(const char* name, const Tensor& t, Sizes sizes) const {
     check_sizes(name, t, sizes);
     STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
     const DType type = dtype_of(name, t);
@@ -147,27 +111,23 @@ struct Call {
     return {t.data_ptr(), type == DType::kFloat32};
   }
 
-  float* fp32(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
-    check_sizes(name, t, sizes);
-    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
-                    " must be contiguous float32");
-    return static_cast<float*>(t.data_ptr());
+  float* fp32(const char* name, const Tensor& t, Sizes sizes) const {
+    check_device(name, t);
+    return effnet::fp32(name, t, sizes);
   }
 
   BatchNorm batch_norm(const char* name, const Tensors& bn, double eps, int64_t channels) const {
-    STD_TORCH_CHECK(bn.size() == 4, name, " must be gamma, beta, running_mean, running_var; got ", bn.size(),
-                    " tensors");
+    check_batch_norm(name, bn);
     return {param(name, bn[0], {channels}), param(name, bn[1], {channels}), param(name, bn[2], {channels}),
             param(name, bn[3], {channels}), static_cast<float>(eps)};
   }
 
-  SqueezeExcite squeeze_excite(const Tensors& se, const char* act_name, const std::string& act,
-                               const char* gate_name, const std::string& gate, int64_t channels) const {
-    STD_TORCH_CHECK(se.size() == 4, "se must be w_reduce, b_reduce, w_expand, b_expand; got ", se.size(),
-                    " tensors");
-    const int64_t reduced = se[0].dim() > 0 ? se[0].size(0) : 0;
+  SqueezeExciteWeights squeeze_excite(const Tensors& se, const char* act_name, const std::string& act,
+                                      const char* gate_name, const std::string& gate,
+                                      int64_t channels) const {
+    const int64_t reduced = check_squeeze_excite(se);
     STD_TORCH_CHECK(reduced > 0 && reduced <= INT_MAX, "se.w_reduce must have at least one row");
-    SqueezeExcite out;
+    SqueezeExciteWeights out;
     out.w_reduce = param("se.w_reduce", se[0], {reduced, channels, 1, 1});
     out.b_reduce = param("se.b_reduce", se[1], {reduced});
     out.w_expand = param("se.w_expand", se[2], {channels, reduced, 1, 1});
@@ -179,24 +139,18 @@ struct Call {
   }
 
  private:
-  void check_sizes(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+  void check_sizes(const char* name, const Tensor& t, Sizes sizes) const {
     check_device(name, t);
-    STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(),
-                    " dimensions, got ", t.dim());
-    for (size_t i = 0; i < sizes.size(); ++i)
-      STD_TORCH_CHECK(t.size(static_cast<int64_t>(i)) == sizes[i], name, " must have size ", sizes[i],
-                      " in dimension ", i, ", got ", t.size(static_cast<int64_t>(i)));
+    effnet::check_sizes(name, t, sizes);
   }
 };
 
 inline Call call_of(const char* name, const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+  check_dim(name, x, dim);
   for (int64_t i = 1; i < dim; ++i)
     STD_TORCH_CHECK(x.size(i) <= INT_MAX, name, " must be smaller than 2^31 in dimension ", i);
   return {x, dtype_of(name, x)};
 }
-
-inline int64_t first_size(const Tensor& t) { return t.dim() > 0 ? t.size(0) : 0; }
 
 inline int narrow(const char* name, int64_t value) {
   STD_TORCH_CHECK(value >= 0 && value <= INT_MAX, name, " must be between 0 and 2^31 - 1, got ", value);
@@ -208,36 +162,19 @@ struct WindowOf {
   int oh, ow;
 };
 
-// `size` of the map: [N, C, H, W].
-inline WindowOf window_of(const std::vector<int64_t>& size, const Tensor& weight,
-                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  STD_TORCH_CHECK(weight.dim() == 4, "weight must have 4 dimensions, got ", weight.dim());
-  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0,
-                  "stride must be two positive numbers");
-  STD_TORCH_CHECK(padding.size() == 4, "padding must be top, bottom, left, right");
-  for (int64_t p : padding)
-    STD_TORCH_CHECK(p >= 0 && p < (1 << 30), "padding must not be negative nor exceed 2^30, got ", p);
-  int64_t out[2];
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t kernel = weight.size(2 + axis);
-    const int64_t room = size[2 + axis] + padding[2 * axis] + padding[2 * axis + 1] - kernel;
-    STD_TORCH_CHECK(kernel > 0 && room >= 0, "weight must fit the padded map");
-    out[axis] = room / stride[axis] + 1;
-    STD_TORCH_CHECK(out[axis] < INT_MAX - 1024,
-                    "the result must have fewer than 2^31 - 1024 rows and columns");
-  }
+// x: sizes of the map, [N, C, H, W].
+inline WindowOf window_of(Sizes x, const Tensor& weight, Sizes stride, Sizes padding) {
+  check_dim("weight", weight, 4);
+  const auto [oh, ow] = window_result(x, weight.sizes(), stride, padding);
+  STD_TORCH_CHECK(std::max(oh, ow) < INT_MAX - 1024,
+                  "the result must have fewer than 2^31 - 1024 rows and columns");
   return {{narrow("weight", weight.size(2)), narrow("weight", weight.size(3)), narrow("stride", stride[0]),
            narrow("stride", stride[1]), narrow("padding", padding[0]), narrow("padding", padding[2])},
-          narrow("out", out[0]),
-          narrow("out", out[1])};
+          narrow("out", oh),
+          narrow("out", ow)};
 }
 
-inline WindowOf window_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
-                          const std::vector<int64_t>& padding) {
-  return window_of({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding);
-}
-
-inline Tensor empty_fp32(const Tensor& like, const std::vector<int64_t>& sizes) {
+inline Tensor empty_fp32(const Tensor& like, Sizes sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 

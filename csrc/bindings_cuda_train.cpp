@@ -10,7 +10,7 @@ void train_depthwise(Tensor out, OptionalTensor statistics, Tensor x, OptionalTe
   const OnDeviceOf device(x);
   const Call call = call_of("x", x, 4);
   const int64_t n = x.size(0), c = x.size(1);
-  const WindowOf window = window_of(x, weight, stride, padding);
+  const WindowOf window = window_of(x.sizes(), weight, stride, padding);
   TrainDepthwiseParams p;
   p.dtype = call.dtype;
   p.window = window.window;
@@ -28,8 +28,6 @@ void train_depthwise(Tensor out, OptionalTensor statistics, Tensor x, OptionalTe
   check("train_depthwise", launch_train_depthwise(p, device.stream()));
 }
 
-// The gradient is that of effnet_kernels/ops/conv_block_train/layers.py: grad, raw, the norm's vectors, its
-// activation, gate and bias.
 void train_depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTensor moments,
                               OptionalTensor grad, OptionalTensor raw, Tensor norm, std::string act,
                               OptionalTensor gate, OptionalTensor bias, Tensor coefficients, OptionalTensor x,
@@ -77,10 +75,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effnet_kernels_cuda, m) {
   m.def(
       "train_depthwise(Tensor(a!) out, Tensor(b!)? statistics, Tensor x, Tensor? x_norm, str x_act, "
       "Tensor weight, int[] stride, int[] padding) -> ()");
-  m.def(
-      "train_depthwise_backward(Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? moments, Tensor? grad, "
-      "Tensor? raw, Tensor norm, str act, Tensor? gate, Tensor? bias, Tensor coefficients, Tensor? x, "
-      "Tensor? x_norm, str x_act, Tensor weight, int[] size, int[] stride, int[] padding) -> ()");
+  m.def("train_depthwise_backward(Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? moments, " EFFNET_GRADIENT
+        ", Tensor coefficients, Tensor? x, "
+        "Tensor? x_norm, str x_act, Tensor weight, int[] size, int[] stride, int[] padding) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels_cuda, CUDA, m) {

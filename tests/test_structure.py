@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import effnet_kernels as ek
+from effnet_kernels.ops import activations
 from tests.models import images, timm_model
 
 PACKAGE = Path(ek.__file__).parent
@@ -98,6 +99,18 @@ def test_one_file_keeps_things_across_calls():
     assert not found
     keeping = [path.name for path, tree in sources("**/*.py").items() if "_effnet_kernels_kept" in ast.dump(tree)]
     assert keeping == ["program.py"]
+
+
+def test_activations_are_one_list():
+    """The C++ sources have the codes and names of Python."""
+    text = (ROOT / "csrc" / "types.h").read_text()
+    enum, names = (
+        re.search(pattern, text, re.DOTALL)[1]
+        for pattern in (r"enum Act : int \{(.*?)\}", r"kActNames\[\] = \{(.*?)\}")
+    )
+    assert [name.lower() for name in re.findall(r"\bk(\w+)", enum)] == list(activations.CODES)
+    assert re.findall(r'"(\w+)"', names) == list(activations.CODES)
+    assert list(activations.CODES.values()) == list(range(len(activations.CODES)))
 
 
 def test_kernels_see_constants_alone():

@@ -4,14 +4,11 @@
 #include <atomic>
 #include <cstdint>
 
+#include "types.h"
+
 namespace effnet {
 
-// The codes of effnet_kernels/ops/activations.py.
-enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
-
-// What maps, weights and vectors are made of. Sums are float32.
-enum class Type : int { kFloat32, kBFloat16, kFloat16 };
-
+// The elements of maps, weights and vectors, beside float. Sums are float.
 struct bf16 {
   uint16_t bits;
 };
@@ -20,11 +17,21 @@ struct fp16 {
   uint16_t bits;
 };
 
+template <>
+inline constexpr DType kDTypeOf<bf16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<fp16> = DType::kFloat16;
+
+template <class F>
+static inline auto with_type(DType dtype, F&& f) {
+  return with_type<bf16, fp16, float>(dtype, f);
+}
+
 // A strided tensor in memory. Maps are indexed [n][c][h][w], convolution weights [o][i][kh][kw];
 // strides are in elements. data == nullptr: not given.
 struct Tensor4 {
   void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};
   int64_t stride[4] = {0, 0, 0, 0};
 };
@@ -33,14 +40,14 @@ struct Tensor4 {
 // given.
 struct Weight {
   const float* packed = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t size[4] = {0, 0, 0, 0};  // [o][i][kh][kw]
 };
 
 // A vector of one value per channel.
 struct Vector {
   const void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
   int64_t stride = 1;
 };
 
@@ -59,10 +66,10 @@ struct Affine {
 // Dense.
 struct Matrix {
   const void* data = nullptr;
-  Type type = Type::kFloat32;
+  DType type = DType::kFloat32;
 };
 
-struct SqueezeExcite {
+struct SqueezeExciteWeights {
   int64_t channels = 0, reduced = 0;  // channels == 0: not given
   Matrix w_reduce, b_reduce;          // [R][C], [R]
   Matrix w_expand, b_expand;          // [C][R], [C]
@@ -79,11 +86,11 @@ struct Chunk {
   uint64_t address, bytes, digest;
 };
 
-// What digests are made with; drawn once for each process.
+// The keys of the digests, drawn once for each process.
 constexpr int64_t kDigestKeys = 256;
 const uint32_t* digest_keys();  // 64-byte aligned
 
-// Chunks to be compared on the side, each by one thread.
+// Chunks to compare while kernels run, each by one thread.
 struct Watch {
   const Chunk* chunks;
   int64_t count;
@@ -102,7 +109,7 @@ struct PointwiseParams {
   Tensor4 x, y;  // y: [N][C_out][H][W], or [N][C_out][1][1] when pooled
   Weight weight;
   Tensor4 residual;             // optional
-  bool residual_is_x = false;   // of kept calls: x of each
+  bool residual_is_x = false;   // in a recorded call: the residual is its x
   const float* gate = nullptr;  // [N][C_in], optional
   Affine bn;
   int act = kIdentity;
@@ -122,12 +129,12 @@ struct GateParams {
   const float* mean = nullptr;  // [N][C]
   float* gate = nullptr;        // [N][C]
   int64_t n = 0;
-  SqueezeExcite se;
+  SqueezeExciteWeights se;
 };
 
 struct SqueezeExciteParams {
   Tensor4 x, y;
-  SqueezeExcite se;
+  SqueezeExciteWeights se;
 };
 
 struct FusedMBConvParams {
@@ -146,7 +153,7 @@ struct MBConvParams {
   Weight expand;  // optional
   Weight weight, project;
   Affine expand_bn, bn, project_bn;
-  SqueezeExcite se;  // optional
+  SqueezeExciteWeights se;  // optional
   Window window;
   int act = kIdentity, project_act = kIdentity;
   bool residual = false;
@@ -170,8 +177,8 @@ struct Kernels {
   void (*mbconv)(const MBConvParams&, const Pool&);
 };
 
-// Scratch memory of one thread, released in reverse order of taking by the destructor. The memory is
-// kept for the next call: fresh pages cost more than the kernels that would touch them.
+// Scratch memory of one thread. The destructor releases what was taken, the last first. The memory stays
+// allocated for the next call: new pages cost more than the kernels that would use them.
 class Scratch {
  public:
   Scratch();

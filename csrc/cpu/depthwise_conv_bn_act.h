@@ -5,6 +5,7 @@
 // mbconv. So the window needs no border cases and the expanded map exists only as those few rows.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 
 namespace effnet {
@@ -117,8 +118,8 @@ static inline WindowRow choose_window_row(const Depthwise& d) {
   }
 }
 
-// Input rows brought at a time: about as many pixels as fill several GEMM tiles.
-static inline int64_t rows_at_once(int64_t w) { return div_up(7 * kMaxRows - kMaxRows / 2, w); }
+// Input rows brought at a time: about as many pixels as fill several microkernels.
+static inline int64_t rows_at_once(int64_t w) { return div_up(7 * kMr - kMr / 2, w); }
 
 // Rows of a map slice at places of their own: pixel x of row i is at (*this)(i) + x * kSlice.
 struct Ring {

@@ -1,5 +1,5 @@
-// Whether memory has changed: 64 bits of all of it, compared by the threads that compute, between their
-// tiles.
+// Whether memory has changed: the threads that compute also digest it, between two products, and compare the
+// 64 bits of each chunk with those of before.
 #pragma once
 
 #include <algorithm>
@@ -91,8 +91,8 @@ class Digest {
   return all.value();
 }
 
-// A thread's share in a Watch: the chunk that it is at, piece by piece. It looks at what the caches were
-// asked for when it asks for more.
+// A thread's part of a Watch: one chunk at a time, piece by piece. A piece is prefetched first, and digested
+// when the next one is asked for.
 class Watcher {
  public:
   explicit Watcher(Watch* watch) : before_(current()) {
@@ -106,13 +106,13 @@ class Watcher {
   Watcher(const Watcher&) = delete;
   Watcher& operator=(const Watcher&) = delete;
 
-  // What a tile of this thread may fetch, that many bytes; or null.
+  // What a product of this thread may prefetch, that many bytes; or null.
   static const float* ahead(int64_t bytes) {
     Watcher* const watcher = current();
     return watcher == nullptr ? nullptr : watcher->ask(bytes);
   }
 
-  // Looks at all that nobody has looked at.
+  // Digests all chunks that no thread has begun.
   void finish() {
     while (begin()) look(chunk_->bytes);
   }

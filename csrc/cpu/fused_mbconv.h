@@ -6,6 +6,7 @@
 // stays in cache between the two products.
 #pragma once
 
+#include "activations.h"
 #include "winograd.h"
 
 namespace effnet {
@@ -51,7 +52,7 @@ static void copy_window_rows(const Tensor4& x, int64_t image, int64_t first, int
       const T* line = row + c * x.stride[1];
       Out* column = inside + place<T>(c, channels);
       for (int64_t i = 0; i < copied; ++i) {
-        if constexpr (kPairs<T>)
+        if constexpr (kVnniPairs<T>)
           column[i * pixel] = line[i * x.stride[3]];
         else
           column[i * pixel] = to_float(line[i * x.stride[3]]);
@@ -83,7 +84,7 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   const T* residual = p.residual ? at<const T>(p.x, image) : nullptr;
   const int64_t first_pixel = oy * ow;
   const int act = act_for(p.x.type, p.act);
-  const Store<T> conv_out{y, residual, mid_channels, act};
+  const Epilogue<T> conv_epilogue{y, residual, mid_channels, act};
 
   WinogradStrip strip{window, width, in, rows, ow, whole_rows / 2, whole_ow / 2, nullptr, nullptr};
   float* line = nullptr;  // sums of the strip without a projection
@@ -96,7 +97,6 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
   }
 
   for (int64_t slice = 0; slice < slices; ++slice) {
-    const float* panel = f.expand.panel(slice);
     const int64_t cols = f.expand.cols(slice), channel = slice * kSlice,
                   n = min64(kSlice, mid_channels - channel);
     float* const of_slice = project ? mid + slice * pixels * kSlice : line;
@@ -105,35 +105,35 @@ static void fused_mbconv_strip(const FusedMBConvParams& p, const FusedMBConv& f,
       strip.convolve(f.expand, f.winograd.weights, slice, p.bn, step,
                      [&](int64_t r) { return of_slice + r * ow * step; });
       if (!project) {
-        conv_out(line, pixels, first_pixel, channel, n);
+        conv_epilogue(line, pixels, first_pixel, channel, n);
         continue;
       }
     } else {
-      TileSetup<T> setup(taps);
+      MicrokernelSetup<T> setup(taps);
       for (int64_t r = 0; r < rows; ++r) {
         const float* a = window + r * sh * row_words;
         if (!project) {
-          multiply(a, sw * in, taps, ow, f.expand, panel, slice, p.bn, conv_out, first_pixel + r * ow);
+          multiply({a, sw * in, taps, ow}, f.expand, slice, p.bn, conv_epilogue, first_pixel + r * ow);
           continue;
         }
         float* to = of_slice + r * ow * kSlice;
-        for_each_tile(ow, setup, [&](int64_t begin, int64_t count) {
-          run_tile<T>(count, cols, a + begin * sw * in, sw * in, taps, panel, p.bn.scale + channel,
-                      p.bn.shift + channel, to + begin * kSlice, kSlice);
+        for_each_block(ow, setup, [&](int64_t begin, int64_t count) {
+          run_microkernel<T>(count, cols,
+                             {a + begin * sw * in, sw * in, taps, f.expand.panel(slice),
+                              from_channel(p.bn, channel), to + begin * kSlice, kSlice});
         });
       }
       if (!project) continue;
     }
     activate_all(act, of_slice, pixels * cols, kSlice / cols);
-    if constexpr (kPairs<T>) to_operand<T>(of_slice, pixels, n, nullptr);
+    if constexpr (kVnniPairs<T>) to_operand<T>(of_slice, pixels, n, nullptr);
   }
   if (!project) return;
   const Taps mid_taps{slices, pixels * kSlice, words<T>(kSlice),
                       words<T>(mid_channels - (slices - 1) * kSlice)};
-  const Store<T> store_to{y, residual, f.project.n, kIdentity};
+  const Epilogue<T> epilogue{y, residual, f.project.n, kIdentity};
   for (int64_t panel = 0; panel < f.project.panels(); ++panel)
-    multiply(mid, kSlice, mid_taps, pixels, f.project, f.project.panel(panel), panel, p.project_bn, store_to,
-             first_pixel);
+    multiply({mid, kSlice, mid_taps, pixels}, f.project, panel, p.project_bn, epilogue, first_pixel);
 }
 
 static void fused_mbconv(const FusedMBConvParams& p, const Pool& pool) {

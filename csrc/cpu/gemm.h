@@ -1,17 +1,18 @@
 // The one matrix product behind every convolution here: rows of pixels times a panel of packed weights.
 //
-//   c[i][:] = (sum over t, k of a[i * a_stride + t * tap_stride + k] * panel[t][k][:]) * scale + shift
+//   c[i][:] = (sum over t, k of a[i * a_stride + t * taps.stride + k] * panel[t][k][:]) * scale + shift
 //
 // A "tap" is a stretch of A that is contiguous in memory: all channels of a pixel for a 1x1 convolution,
 // one row of a kxk window for a dense one, one channel slice of a blocked map for a projection.
 //
-// Elements of a and panel are words (operands.h): fp32 values, or pairs of bf16 with their two products.
+// Elements of a and panel are words (operands.h): fp32 values, or VNNI pairs of bf16.
 //
-// A tile of kMaxRows x 2 vectors of accumulators stays in registers: per step of k, 2 loads of weights and
-// 12 broadcasts feed 24 FMAs (AVX-512), so the FMA units are the limit as long as the panel, K x 32 floats,
-// is in L1 or L2.
+// The microkernel has MR = kMr rows and NR = kSlice columns, two vectors. Its accumulators stay in registers:
+// on AVX-512 a step of k loads 2 vectors of weights and broadcasts 12 words for 24 FMAs, so the FMA units are
+// the limit as long as the panel, K x 32 floats, is in L1 or L2.
 #pragma once
 
+#include "activations.h"
 #include "gemm_amx.h"
 #include "operands.h"
 
@@ -24,14 +25,15 @@ constexpr int64_t kCacheLine = 16;  // words
 // or from memory, and a network's are larger than any cache of a core. Faster than that, the lines that are
 // on their way would keep the loads of the product waiting.
 template <class T, int kRows, int kCols, bool kAhead>
-static void tile(const float* a, int64_t a_stride, const Taps& taps, const float* panel, const float* scale,
-                 const float* shift, float* c, int64_t c_stride, const float* ahead) {
+static void microkernel(const Product& p, const float* ahead) {
+  const int64_t a_stride = p.a_stride;
+  const float* panel = p.panel;
   vf acc[kRows][kCols] = {};
-  for (int64_t t = 0; t < taps.count; ++t) {
-    const int64_t depth = t + 1 < taps.count ? taps.k : taps.k_last;
+  for (int64_t t = 0; t < p.taps.count; ++t) {
+    const int64_t depth = t + 1 < p.taps.count ? p.taps.k : p.taps.k_last;
     // Three rows to a pointer: base, base + stride and base + 2 * stride are addressing modes.
     const float* rows[(kRows + 2) / 3];
-    for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + t * taps.stride + g * 3 * a_stride;
+    for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = p.a + t * p.taps.stride + g * 3 * a_stride;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k, panel += kCols * kWidth) {
       if (kAhead && k % 2 == 1) __builtin_prefetch(ahead, 0, 2), ahead += kCacheLine;
@@ -46,6 +48,9 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
       }
     }
   }
+  const auto [scale, shift] = p.affine;
+  float* const c = p.c;
+  const int64_t c_stride = p.c_stride;
 #pragma GCC unroll 8
   for (int j = 0; j < kCols; ++j) {
     const vf s = load(scale + j * kWidth), b = load(shift + j * kWidth);
@@ -55,70 +60,71 @@ static void tile(const float* a, int64_t a_stride, const Taps& taps, const float
 }
 
 template <class T, int kRows>
-static void tiles_up_to(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
-                        const float* panel, const float* scale, const float* shift, float* c,
-                        int64_t c_stride, const float* ahead) {
+static void microkernel_up_to(int64_t rows, int64_t cols, const Product& p, const float* ahead) {
   if (rows == kRows) {
-    const auto run = cols == 1 ? tile<T, kRows, 1, false>
-                     : ahead   ? tile<T, kRows, kVectors, true>
-                               : tile<T, kRows, kVectors, false>;
-    return run(a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+    const auto run = cols == 1 ? microkernel<T, kRows, 1, false>
+                     : ahead   ? microkernel<T, kRows, kVectors, true>
+                               : microkernel<T, kRows, kVectors, false>;
+    return run(p, ahead);
   }
-  if constexpr (kRows > 1)
-    tiles_up_to<T, kRows - 1>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+  if constexpr (kRows > 1) microkernel_up_to<T, kRows - 1>(rows, cols, p, ahead);
 }
 
-// Rows of a tile at most, and what a thread has to set up around its tiles.
+// MR, and what a thread sets up around its microkernels.
 template <class T>
-constexpr int64_t kTileRows = kMaxRows;
+constexpr int64_t kMrOf = kMr;
 template <class T>
-struct TileSetup {
-  explicit TileSetup(const Taps&) {}
+struct MicrokernelSetup {
+  explicit MicrokernelSetup(const Taps&) {}
   void set(int64_t) {}
 };
 #if defined(__AMX_BF16__)
 template <>
-constexpr int64_t kTileRows<bf16> = kAmxRows;
+constexpr int64_t kMrOf<bf16> = kAmxRows;
 template <>
-struct TileSetup<bf16> : AmxShapes {
-  using AmxShapes::AmxShapes;
+struct MicrokernelSetup<bf16> : AmxTileShapes {
+  using AmxTileShapes::AmxTileShapes;
 };
 #endif
 
-// `rows` <= kTileRows<T> rows of c by `cols` <= kVectors vectors, inside for_each_tile. A tile that has
+// `rows` <= kMrOf<T> rows of c by `cols` <= kVectors vectors, inside for_each_block. A product that has
 // nothing to fetch for itself fetches what is to be watched.
 template <class T>
-static inline void run_tile(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const Taps& taps,
-                            const float* panel, const float* scale, const float* shift, float* c,
-                            int64_t c_stride, const float* ahead = nullptr) {
+static inline void run_microkernel(int64_t rows, int64_t cols, const Product& p,
+                                   const float* ahead = nullptr) {
   if (ahead == nullptr && cols == kVectors)
-    ahead = Watcher::ahead(taps.total() / 2 * sizeof(float) * kCacheLine);
+    ahead = Watcher::ahead(p.taps.total() / 2 * sizeof(float) * kCacheLine);
 #if defined(__AMX_BF16__)
-  if constexpr (kPairs<T>) {
-    const auto run = cols == 1 ? amx_tile<1> : amx_tile<kVectors>;
-    return run(rows, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+  if constexpr (kVnniPairs<T>) {
+    const auto run = cols == 1 ? amx_microkernel<1> : amx_microkernel<kVectors>;
+    return run(rows, p, ahead);
   }
 #endif
-  tiles_up_to<Operand<T>, kMaxRows>(rows, cols, a, a_stride, taps, panel, scale, shift, c, c_stride, ahead);
+  microkernel_up_to<Operand<T>, kMr>(rows, cols, p, ahead);
 }
 
-// Splits [0, n) into the fewest tiles of at most kTileRows<T> rows, as even as they come.
+// Splits [0, n) into the fewest blocks of at most kMrOf<T> rows, as even as they come.
 template <class T, class Body>
-static inline void for_each_tile(int64_t n, TileSetup<T>& setup, const Body& body) {
-  int64_t tiles = div_up(n, kTileRows<T>);
-  for (int64_t begin = 0; begin < n; --tiles) {
-    const int64_t rows = div_up(n - begin, tiles);
+static inline void for_each_block(int64_t n, MicrokernelSetup<T>& setup, const Body& body) {
+  int64_t blocks = div_up(n, kMrOf<T>);
+  for (int64_t begin = 0; begin < n; --blocks) {
+    const int64_t rows = div_up(n - begin, blocks);
     setup.set(rows);
     body(begin, rows);
     begin += rows;
   }
 }
 
-// What tile number `tile` of a panel fetches of the next one, [k][kSlice]: the second tile begins, when the
-// first has brought the panel itself.
-static inline const float* ahead_of(const float* next, int64_t tile, int64_t k) {
-  constexpr int64_t kTiles = 2 * kSlice / kCacheLine;
-  return next == nullptr || tile < 1 || tile > kTiles ? nullptr : next + (tile - 1) * (k / 2) * kCacheLine;
+// What block number `block` fetches of the next panel, [k][kSlice]: the second block begins, when the first
+// has brought the panel itself.
+static inline const float* ahead_of(const float* next, int64_t block, int64_t k) {
+  constexpr int64_t kBlocks = 2 * kSlice / kCacheLine;
+  return next == nullptr || block < 1 || block > kBlocks ? nullptr
+                                                         : next + (block - 1) * (k / 2) * kCacheLine;
+}
+
+static inline Affine from_channel(const Affine& affine, int64_t channel) {
+  return {affine.scale + channel, affine.shift + channel};
 }
 
 // Weights packed for the kernels: panels of kSlice output channels (the last one of a single vector where
@@ -172,7 +178,7 @@ static inline void transpose(vf (&rows)[kWidth]) {
 template <class T>
 static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p, float* data) {
   const int64_t cols = packed.cols(p), width = cols * kWidth, channels = weight.size[1];
-  const int64_t in = words<T>(channels), whole = kPairs<T> ? channels / 2 : channels;
+  const int64_t in = words<T>(channels), whole = kVnniPairs<T> ? channels / 2 : channels;
   const int64_t so = weight.stride[0], si = weight.stride[1];
   float* out = data + p * kSlice * packed.k;
   for (int64_t y = 0; y < weight.size[2]; ++y) {
@@ -203,7 +209,7 @@ static void pack_panel(const Tensor4& weight, const Packed& packed, int64_t p, f
   }
 }
 
-static inline Packed packed_as(const int64_t (&size)[4], Type type, const float* data) {
+static inline Packed packed_as(const int64_t (&size)[4], DType type, const float* data) {
   const int64_t in = with_type(type, [&](auto of) { return words<decltype(of)>(size[1]); });
   return {data, size[0], in * size[2] * size[3]};
 }
@@ -223,9 +229,9 @@ static inline Packed packed_of(const Weight& weight) {
   });
 }
 
-// What follows the affine step when a tile leaves for the output: activation, residual, rounding to T.
+// Behind a product and its affine step: activation, residual, rounding to T.
 template <class T>
-struct Store {
+struct Epilogue {
   T* y;               // first pixel
   const T* residual;  // may be null
   int64_t channels;   // of y and residual: the stride of a pixel
@@ -247,19 +253,28 @@ struct Store {
   }
 };
 
-// `pixels` rows of A against panel p of the packed weights, leaving through `out`; `next` is the panel that
-// follows in this thread, if any.
+// `count` pixels, the rows of A.
+struct Pixels {
+  const float* a;
+  int64_t stride;
+  const Taps& taps;
+  int64_t count;
+};
+
+// The pixels times panel number `panel` of the packed weights. `out` takes them as those from `first_pixel`
+// on; `next` is the panel that follows in this thread, if any.
 template <class T>
-static inline void multiply(const float* a, int64_t a_stride, const Taps& taps, int64_t pixels,
-                            const Packed& packed, const float* panel, int64_t p, const Affine& affine,
-                            const Store<T>& out, int64_t first_pixel, const float* next = nullptr) {
-  const int64_t channel = p * kSlice, n = min64(kSlice, packed.n - channel);
+static inline void multiply(const Pixels& pixels, const Packed& packed, int64_t panel, const Affine& affine,
+                            const Epilogue<T>& out, int64_t first_pixel, const float* next = nullptr) {
+  const int64_t channel = panel * kSlice, n = min64(kSlice, packed.n - channel);
   int64_t number = 0;
-  TileSetup<T> setup(taps);
-  for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
-    alignas(64) float c[kTileRows<T> * kSlice];
-    run_tile<T>(rows, packed.cols(p), a + begin * a_stride, a_stride, taps, panel, affine.scale + channel,
-                affine.shift + channel, c, packed.width(p), ahead_of(next, number++, packed.k));
+  MicrokernelSetup<T> setup(pixels.taps);
+  for_each_block(pixels.count, setup, [&](int64_t begin, int64_t rows) {
+    alignas(64) float c[kMrOf<T> * kSlice];
+    run_microkernel<T>(rows, packed.cols(panel),
+                       {pixels.a + begin * pixels.stride, pixels.stride, pixels.taps, packed.panel(panel),
+                        from_channel(affine, channel), c, packed.width(panel)},
+                       ahead_of(next, number++, packed.k));
     out(c, rows, first_pixel + begin, channel, n);
   });
 }

@@ -1,4 +1,5 @@
-// The tile of gemm.h on AMX: 16 rows of pixels by two vectors of output channels, pairs of bf16 as operands.
+// The microkernel of gemm.h on AMX: 16 rows of pixels by two vectors of output channels, VNNI pairs of bf16
+// as operands.
 //
 // Per step of 16 words, one tile load of A and two of the panel feed two products. A tap whose length is no
 // multiple of 16 ends in a step of its own with smaller tiles, so nothing beyond the operands is ever read
@@ -25,15 +26,15 @@ EFFNET_INLINE void stores_are_done(const void* p) { asm volatile("" ::"r"(p) : "
 // The shapes of this thread's tile registers, for products over `taps`: set when first needed, changed when
 // the number of rows does, released at the end, for other libraries use them too. A thread has one of these
 // at a time.
-class AmxShapes {
+class AmxTileShapes {
  public:
   // Every tap but the last is of whole steps, or all are of one length.
-  explicit AmxShapes(const Taps& taps) : last_step_(taps.k_last % kAmxWords) {}
-  ~AmxShapes() {
+  explicit AmxTileShapes(const Taps& taps) : last_step_(taps.k_last % kAmxWords) {}
+  ~AmxTileShapes() {
     if (rows_ > 0) _tile_release();
   }
-  AmxShapes(const AmxShapes&) = delete;
-  AmxShapes& operator=(const AmxShapes&) = delete;
+  AmxTileShapes(const AmxTileShapes&) = delete;
+  AmxTileShapes& operator=(const AmxTileShapes&) = delete;
 
   void set(int64_t rows) {
     if (rows == rows_) return;
@@ -61,12 +62,16 @@ class AmxShapes {
   int64_t rows_ = 0, last_step_;
 };
 
-// As tile() of gemm.h. The number of rows is the one in the registers' shapes.
+// As microkernel() of gemm.h. The number of rows is the one in the registers' shapes.
 template <int kCols>
-static void amx_tile(int64_t rows, const float* a, int64_t a_stride, const Taps& taps, const float* panel,
-                     const float* scale, const float* shift, float* c, int64_t c_stride, const float* ahead) {
+static void amx_microkernel(int64_t rows, const Product& p, const float* ahead) {
   constexpr int64_t kPanelBytes = kCols * kWidth * sizeof(float);
-  const int64_t a_bytes = a_stride * sizeof(float), c_bytes = c_stride * sizeof(float);
+  const Taps taps = p.taps;
+  const float *const a = p.a, *panel = p.panel;
+  const auto [scale, shift] = p.affine;
+  float* const c = p.c;
+  const int64_t a_bytes = p.a_stride * sizeof(float), c_stride = p.c_stride,
+                c_bytes = c_stride * sizeof(float);
   stores_are_done(a);
   _tile_zero(0);
   if constexpr (kCols == 2) _tile_zero(1);
@@ -75,7 +80,7 @@ static void amx_tile(int64_t rows, const float* a, int64_t a_stride, const Taps&
     const float* from = a + t * taps.stride;
     int64_t k = 0;
     for (; k + kAmxWords <= depth; k += kAmxWords, panel += kAmxWords * kCols * kWidth) {
-      if (ahead)  // a cache line, which is also 16 words, for every second word of k, as in tile()
+      if (ahead)  // a cache line, which is also 16 words, for every second word of k, as in microkernel()
         for (int64_t line = 0; line < kAmxWords; line += 2, ahead += kAmxWords)
           __builtin_prefetch(ahead, 0, 2);
       _tile_loadd(2, from + k, a_bytes);

@@ -1,4 +1,5 @@
 // Compiled once per instruction set; each build gives one table of kernels.
+#include "batch_norm.h"
 #include "depthwise_conv_bn_act.h"
 #include "fused_mbconv.h"
 #include "mbconv.h"

@@ -39,17 +39,17 @@ static void expand_slice(const MBConvParams& p, const MBConv& m, const T* x, con
   }
   const int64_t k = words<T>(in), width = cols * kWidth;
   const Taps taps{1, 0, k, k};
-  TileSetup<T> setup(taps);
+  MicrokernelSetup<T> setup(taps);
   const float *panel = m.expand.panel(slice), *ahead = m.expand.next(next);
-  const float *scale = p.expand_bn.scale + slice * kSlice, *shift = p.expand_bn.shift + slice * kSlice;
+  const Affine affine = from_channel(p.expand_bn, slice * kSlice);
   Scratch scratch;
   float* line = scratch.take(rows_at_once(w) * w * kSlice);
   const auto fill = [&](int64_t iy, int64_t n, const Ring& ring) {
     const float* a = rows + iy * w * k;
     int64_t number = 0;
-    for_each_tile(n * w, setup, [&](int64_t begin, int64_t count) {
-      run_tile<T>(count, cols, a + begin * k, k, taps, panel, scale, shift, line + begin * width, width,
-                  iy == 0 ? ahead_of(ahead, number++, k) : nullptr);
+    for_each_block(n * w, setup, [&](int64_t begin, int64_t count) {
+      run_microkernel<T>(count, cols, {a + begin * k, k, taps, panel, affine, line + begin * width, width},
+                         iy == 0 ? ahead_of(ahead, number++, k) : nullptr);
     });
     activate_rows(m.depthwise.act, line, n, w * cols, kSlice / cols, [&](int64_t y) { return ring(iy + y); });
   };
@@ -70,7 +70,7 @@ static inline int64_t bands_of(const MBConvParams& p, const Depthwise& d, int64_
 // One image without SE, band by band.
 template <class T>
 static void mbconv_bands(const MBConvParams& p, const MBConv& m, const T* x, const float* rows,
-                         const Store<T>& store_to, int64_t bands, const Pool& pool) {
+                         const Epilogue<T>& epilogue, int64_t bands, const Pool& pool) {
   Depthwise d = m.depthwise;
   d.strips = bands;  // nobody asks for their sums, so they may depend on the threads
   const int64_t slices = d.slices();
@@ -87,12 +87,11 @@ static void mbconv_bands(const MBConvParams& p, const MBConv& m, const T* x, con
             depthwise_strips(d, slice, band, band + 1, sums, 0, fill, target, finish);
           },
           [&](int64_t oy) { return of_slice + (oy - top) * d.ow * kSlice; });
-      if (kPairs<T>) to_operand<T>(of_slice, pixels, min64(kSlice, d.channels - slice * kSlice), nullptr);
+      if (kVnniPairs<T>) to_operand<T>(of_slice, pixels, min64(kSlice, d.channels - slice * kSlice), nullptr);
     }
     const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
     for (int64_t panel = 0; panel < m.project.panels(); ++panel)
-      multiply(mid, kSlice, taps, pixels, m.project, m.project.panel(panel), panel, p.project_bn, store_to,
-               top * d.ow);
+      multiply({mid, kSlice, taps, pixels}, m.project, panel, p.project_bn, epilogue, top * d.ow);
   });
 }
 
@@ -101,14 +100,15 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
   const Depthwise& d = m.depthwise;
   const int64_t in = p.x.size[1], out = m.project.n, pixels = d.oh * d.ow, slices = d.slices();
   const T* x = at<const T>(p.x, image);
-  const Store<T> store_to{at<T>(p.y, image), p.residual ? x : nullptr, out, act_for(p.x.type, p.project_act)};
+  const Epilogue<T> epilogue{at<T>(p.y, image), p.residual ? x : nullptr, out,
+                             act_for(p.x.type, p.project_act)};
   const Pool alone;
   Scratch scratch;
 
   const float* rows = nullptr;  // x in words, for the expand GEMM
   if (p.expand.packed) rows = rows_of(x, d.h * d.w, in, static_cast<const float*>(nullptr), scratch);
   if (const int64_t bands = bands_of(p, d, pool.threads); bands > 1) {
-    mbconv_bands(p, m, x, rows, store_to, bands, pool);
+    mbconv_bands(p, m, x, rows, epilogue, bands, pool);
     return;
   }
 
@@ -120,14 +120,14 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
                  [&](int64_t oy) { return mid + (slice * pixels + oy * d.ow) * kSlice; });
   });
 
-  const float* weights = m.project.data;
+  Packed project = m.project;
   const bool gated = p.se.channels > 0;
   if (gated) {
     gate_of_image(p.se, mean, gate, pool);
     for (int64_t c = d.channels; c < slices * kSlice; ++c) gate[c] = 0;
   }
   // Pairs have to be made of the map in any case, and gated weights would be rounded where stock's are not.
-  const bool of_map = kPairs<T> || (gated && pixels <= out);
+  const bool of_map = kVnniPairs<T> || (gated && pixels <= out);
   const bool small = d.channels * (of_map ? pixels : out) < (1 << 16);
   if (of_map) {
     parallel(small ? alone : pool, slices, [&](int64_t slice) {
@@ -140,17 +140,17 @@ static void mbconv_image(const MBConvParams& p, const MBConv& m, int64_t image, 
       const float* from = m.project.panel(panel);
       scale_panel(from, m.project.k, m.project.cols(panel), gate, scaled + (from - m.project.data));
     });
-    weights = scaled;
+    project.data = scaled;
   }
 
   const Taps taps{slices, pixels * kSlice, words<T>(kSlice), words<T>(d.channels - (slices - 1) * kSlice)};
-  const int64_t panels = m.project.panels();
+  const int64_t panels = project.panels();
   const int64_t blocks = div_up(pixels, kPixelBlock);
   parallel(pool, blocks * panels, [&](int64_t i) {
     const int64_t panel = i % panels, block = i / panels, first = pixels * block / blocks;
-    multiply(mid + first * kSlice, kSlice, taps, pixels * (block + 1) / blocks - first, m.project,
-             weights + (m.project.panel(panel) - m.project.data), panel, p.project_bn, store_to, first,
-             weights == m.project.data ? m.project.next(panel + pool.threads) : nullptr);
+    multiply({mid + first * kSlice, kSlice, taps, pixels * (block + 1) / blocks - first}, project, panel,
+             p.project_bn, epilogue, first,
+             project.data == m.project.data ? project.next(panel + pool.threads) : nullptr);
   });
 }
 

@@ -41,7 +41,7 @@ static inline void parallel_images(const Pool& pool, int64_t n, const Body& body
   for (int64_t image = rounds; image < n; ++image) body(image, pool);
 }
 
-// What is left of a watch when everything is computed.
+// Digests what is left of a watch when everything is computed.
 [[maybe_unused]] static void finish(const Pool& pool) {
   parallel(pool, pool.threads, [&](int64_t) { Watcher(pool.watch).finish(); });
 }

@@ -2,13 +2,14 @@
 // Reads x once per block of pixels and writes y once.
 #pragma once
 
-#include "squeeze_excite.h"
+#include "activations.h"
+#include "gemm.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 
-// A block of pixels as rows of words that the tiles can read: x itself where nothing needs doing, else a copy
-// with the gate multiplied in.
+// A block of pixels as rows of words that the microkernel can read: x itself where nothing needs doing, else
+// a copy with the gate multiplied in.
 template <class T>
 static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels, const float* gate,
                                    Scratch& scratch) {
@@ -28,7 +29,7 @@ static inline const float* rows_of(const T* x, int64_t pixels, int64_t channels,
   return rows;
 }
 
-constexpr int64_t kPixelBlock = 8 * kMaxRows;
+constexpr int64_t kPixelBlock = 8 * kMr;
 
 template <class T>
 static void pointwise_image(const PointwiseParams& p, const Packed& packed, int64_t image, const Pool& pool) {
@@ -36,19 +37,19 @@ static void pointwise_image(const PointwiseParams& p, const Packed& packed, int6
   const int64_t k = words<T>(in);
   const Taps taps{1, 0, k, k};
   const T* x = at<const T>(p.x, image);
-  const Store<T> store_to{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr, out,
-                          act_for(p.x.type, p.act)};
+  const Epilogue<T> epilogue{at<T>(p.y, image), p.residual.data ? at<const T>(p.residual, image) : nullptr,
+                             out, act_for(p.x.type, p.act)};
   const int64_t blocks = div_up(pixels, kPixelBlock);
   parallel(pool, blocks, [&](int64_t block) {
     const int64_t first = pixels * block / blocks, n = pixels * (block + 1) / blocks - first;
     Scratch scratch;
     const float* a = rows_of(x + first * in, n, in, p.gate ? p.gate + image * in : nullptr, scratch);
     for (int64_t panel = 0; panel < packed.panels(); ++panel)
-      multiply(a, k, taps, n, packed, packed.panel(panel), panel, p.bn, store_to, first);
+      multiply({a, k, taps, n}, packed, panel, p.bn, epilogue, first);
   });
 }
 
-// The head: the map is averaged tile by tile and never written.
+// The head: the map is averaged block by block and never written.
 template <class T>
 static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed, int64_t image,
                                  const Pool& pool) {
@@ -62,11 +63,12 @@ static void pointwise_pool_image(const PointwiseParams& p, const Packed& packed,
   parallel(pool, packed.panels(), [&](int64_t panel) {
     const int64_t channel = panel * kSlice, n = min64(kSlice, out - channel), cols = packed.cols(panel);
     vf total[kVectors] = {};
-    TileSetup<T> setup(taps);
-    for_each_tile(pixels, setup, [&](int64_t begin, int64_t rows) {
-      alignas(64) float c[kTileRows<T> * kSlice];
-      run_tile<T>(rows, cols, a + begin * k, k, taps, packed.panel(panel), p.bn.scale + channel,
-                  p.bn.shift + channel, c, cols * kWidth);
+    MicrokernelSetup<T> setup(taps);
+    for_each_block(pixels, setup, [&](int64_t begin, int64_t rows) {
+      alignas(64) float c[kMrOf<T> * kSlice];
+      run_microkernel<T>(
+          rows, cols,
+          {a + begin * k, k, taps, packed.panel(panel), from_channel(p.bn, channel), c, cols * kWidth});
       activate_all(act_for(p.x.type, p.act), c, rows * cols);
       for (int64_t j = 0; j < cols; ++j) {
         vf sum = {};

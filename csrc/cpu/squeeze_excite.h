@@ -3,6 +3,7 @@
 // twice, the second time from cache where an image fits one.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 
 namespace effnet {
@@ -41,7 +42,8 @@ static inline void fully_connected(const Matrix& w, const Matrix& b, int64_t out
 }
 
 // gate[0..C) from mean[0..C) of one image.
-static inline void gate_of_image(const SqueezeExcite& se, const float* mean, float* gate, const Pool& pool) {
+static inline void gate_of_image(const SqueezeExciteWeights& se, const float* mean, float* gate,
+                                 const Pool& pool) {
   Scratch scratch;
   float* hidden = scratch.take(se.reduced);
   fully_connected(se.w_reduce, se.b_reduce, se.reduced, se.channels, mean, se.act, hidden, pool);

@@ -6,7 +6,11 @@
 // not depend on the number of threads.
 #pragma once
 
-#include "simd.h"
+#include <cmath>
+
+#include "activations.h"
+#include "batch_norm.h"
+#include "parallel.h"
 #include "train.h"
 
 namespace effnet {
@@ -33,30 +37,6 @@ struct Strips {
 template <class T>
 static inline const T* pixel_of(const Tensor4& map, int64_t image, int64_t pixel) {
   return map.data == nullptr ? nullptr : at<const T>(map, image) + pixel * map.size[1];
-}
-
-// An activation and its derivative; at the kinks the choice is torch's.
-struct Curve {
-  vf value, slope;
-};
-
-template <int kAct>
-EFFNET_INLINE Curve curve(vf z) {
-  const vf zero = {}, one = splat(1.0f);
-  if constexpr (kAct == kRelu) return {activate<kRelu>(z), z <= 0.0f ? zero : one};
-  if constexpr (kAct == kRelu6) {
-    const vf slope = z <= 0.0f ? zero : one;
-    return {activate<kRelu6>(z), z >= 6.0f ? zero : slope};
-  }
-  if constexpr (kAct == kSilu) {
-    const vf s = activate<kSigmoid>(z);
-    return {z * s, s * (1.0f + z * (1.0f - s))};
-  }
-  if constexpr (kAct == kHardswish) {
-    const vf inner = z / 3.0f + 0.5f, low = z <= -3.0f ? zero : inner;
-    return {activate<kHardswish>(z), z >= 3.0f ? one : low};
-  }
-  return {z, one};
 }
 
 // The per-channel constants of a norm at one vector of channels; zero beyond the last.
@@ -119,7 +99,7 @@ static void add_strips(const Strips& s, const float* sums, int64_t begin, int64_
 // the formula of Chan, Golub and LeVeque (Algorithms for computing the sample variance, 1983). The shift is
 // one of the values: where they lie close together and far from zero, the differences are exact and the mean
 // is not.
-struct Moments {
+struct PartialStatistics {
   int64_t count = 0;
   vf shift{}, mean{}, squares{};
 
@@ -132,18 +112,18 @@ struct Moments {
   }
 };
 
-// [2][C] mean and biased variance from the moments of `parts` parts, [part][shift, mean, squares][padded], in
+// [2][C] mean and biased variance from those of `parts` parts, [part][shift, mean, squares][padded], in
 // double: the shifts differ. count(part): how many values.
 template <class Count>
-static void merge_moments(const float* moments, int64_t parts, int64_t channels, int64_t padded,
-                          const Count& count, float* out) {
+static void merge_statistics(const float* partial, int64_t parts, int64_t channels, int64_t padded,
+                             const Count& count, float* out) {
   Scratch scratch;
   auto* mean = reinterpret_cast<double*>(scratch.take(4 * padded));
   double* squares = mean + padded;
   std::memset(mean, 0, 2 * padded * sizeof(double));
   double total = 0;
   for (int64_t part = 0; part < parts; ++part) {
-    const float* m = moments + part * 3 * padded;
+    const float* m = partial + part * 3 * padded;
     const double n = static_cast<double>(count(part)), share = n / (total + n), weight = total * share;
     for (int64_t c = 0; c < channels; ++c) {
       const double delta = static_cast<double>(m[c]) + static_cast<double>(m[padded + c]) - mean[c];
@@ -181,15 +161,15 @@ static void train_statistics(const Tensor4& y, float* out, const Pool& pool) {
         for (int64_t i = 0; i < n; ++i) sum += value(i);
         sum = sum / static_cast<float>(n);
         for (int64_t i = 0; i < n; ++i) deviations += (value(i) - sum) * (value(i) - sum);
-        Moments m{done, {}, load(mean + c), load(squares + c)};
-        m.merge(n, sum, deviations);
-        store(mean + c, m.mean);
-        store(squares + c, m.squares);
+        PartialStatistics part{done, {}, load(mean + c), load(squares + c)};
+        part.merge(n, sum, deviations);
+        store(mean + c, part.mean);
+        store(squares + c, part.squares);
       }
     }
   });
   const auto count = [&](int64_t strip) { return s.end(strip) - s.begin(strip); };
-  merge_moments(partial, s.count(), s.channels, padded, count, out);
+  merge_statistics(partial, s.count(), s.channels, padded, count, out);
 }
 
 // [4][C] scale, shift, mean, rstd from [2][C] mean and variance.

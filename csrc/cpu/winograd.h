@@ -13,6 +13,8 @@
 // is usual in its channel (`measure`), or whose sums are not finite, are taken tap by tap (`repair`).
 #pragma once
 
+#include <cmath>
+
 #include "gemm.h"
 
 namespace effnet {
@@ -46,7 +48,7 @@ static inline Winograd winograd_as(const int64_t (&size)[4], const float* data) 
   const bool fits =
       weight.size[2] == 3 && weight.size[3] == 3 && window.stride_h == 1 && window.stride_w == 1;
   if (!fits || min64(weight.size[0], weight.size[1]) < kWinogradChannels) return 0;
-  if (with_type(weight.type, [](auto of) { return kPairs<decltype(of)>; })) return 0;
+  if (with_type(weight.type, [](auto of) { return kVnniPairs<decltype(of)>; })) return 0;
   return flags_of(weight.size[0]) + Packed{nullptr, weight.size[0], kPoints * weight.size[1]}.floats();
 }
 
@@ -249,7 +251,7 @@ EFFNET_INLINE void transform_products(const float* products, int64_t apart, vf (
 
 // Strips of whole tiles, for one thread at a time.
 struct WinogradStrip {
-  const float* window;  // rows of pixels as the tiles of gemm.h take them, `width` to a row, for repairs
+  const float* window;  // rows of pixels as the microkernel takes them, `width` to a row, for repairs
   int64_t width, in;
   int64_t rows, ow;  // of outputs
   int64_t tiles_h, tiles_w;
@@ -303,14 +305,16 @@ struct WinogradStrip {
                 int64_t step, const Row& row) const {
     const int64_t n = weights.width(panel), cols = weights.cols(panel), apart = tiles() * n;
     const Taps taps{1, 0, in, in};
-    TileSetup<float> setup(taps);
+    MicrokernelSetup<float> setup(taps);
     alignas(64) float ones[kSlice], zeros[kSlice] = {};
     for (float& one : ones) one = 1.0f;
+    const Affine identity{ones, zeros};
     for (int64_t point = 0; point < kPoints; ++point) {
       const float* a = operands + point * tiles() * in;
-      for_each_tile(tiles(), setup, [&](int64_t begin, int64_t count) {
-        run_tile<float>(count, cols, a + begin * in, in, taps, weights.panel(panel) + point * in * n, ones,
-                        zeros, products + point * apart + begin * n, n);
+      for_each_block(tiles(), setup, [&](int64_t begin, int64_t count) {
+        run_microkernel<float>(count, cols,
+                               {a + begin * in, in, taps, weights.panel(panel) + point * in * n, identity,
+                                products + point * apart + begin * n, n});
       });
     }
     const float *scale = affine.scale + panel * kSlice, *shift = affine.shift + panel * kSlice;
@@ -320,7 +324,7 @@ struct WinogradStrip {
       store(row(r) + x * step + j, sum * load(scale + j) + load(shift + j));
     });
     const bool finite = sum_lanes(spoilt) == 0;
-    if (large != nullptr || !finite) repair(direct, panel, scale, shift, n, step, row, finite);
+    if (large != nullptr || !finite) repair(direct, panel, {scale, shift}, n, step, row, finite);
   }
 
  private:
@@ -344,8 +348,8 @@ struct WinogradStrip {
   // Outputs that see a large pixel, and those with a sum that is not finite (one infinity in a window gives
   // an infinity there, and here a difference of two), tap by tap.
   template <class Row>
-  void repair(const Packed& direct, int64_t panel, const float* scale, const float* shift, int64_t n,
-              int64_t step, const Row& row, bool finite) const {
+  void repair(const Packed& direct, int64_t panel, const Affine& affine, int64_t n, int64_t step,
+              const Row& row, bool finite) const {
     Scratch scratch;
     auto* bad = reinterpret_cast<uint8_t*>(scratch.take(div_up(rows * ow, 4)));
     if (large != nullptr)
@@ -360,10 +364,11 @@ struct WinogradStrip {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t x = 0; x < ow;) {
         int64_t end = x;
-        while (end < min64(ow, x + kMaxRows) && bad[r * ow + end] != 0) ++end;
+        while (end < min64(ow, x + kMr) && bad[r * ow + end] != 0) ++end;
         if (end > x)
-          run_tile<float>(end - x, direct.cols(panel), window + (r * width + x) * in, in, taps,
-                          direct.panel(panel), scale, shift, row(r) + x * step, step);
+          run_microkernel<float>(end - x, direct.cols(panel),
+                                 {window + (r * width + x) * in, in, taps, direct.panel(panel), affine,
+                                  row(r) + x * step, step});
         x = max64(end, x + 1);
       }
   }

@@ -9,12 +9,9 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace effnet::cuda {
-
-// The codes of effnet_kernels/ops/activations.py.
-enum Act : int { kIdentity, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
-
-enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 // What a launcher answers. On failure `message` says in words what the kernel does not take, or is null where
 // CUDA itself refused: cudaGetErrorString(error) then tells why.
@@ -37,7 +34,7 @@ struct BatchNorm {
   float eps = 0;
 };
 
-struct SqueezeExcite {
+struct SqueezeExciteWeights {
   Param w_reduce, b_reduce;  // [R, C], [R]
   Param w_expand, b_expand;  // [C, R], [C]
   int reduced = 0;           // R
@@ -79,7 +76,7 @@ struct GateParams {
   DType dtype = DType::kFloat32;  // of the parameters that are not fp32
   const float* sums = nullptr;    // [N, tiles, C]; means are sums over one tile of one pixel
   float* gate = nullptr;          // [N, C]
-  SqueezeExcite se;
+  SqueezeExciteWeights se;
   int64_t n = 0;
   int tiles = 1, c = 0;
   int64_t pixels = 1;  // that the sums of an image are made of

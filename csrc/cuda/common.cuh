@@ -13,6 +13,15 @@
 #include "cuda/api.h"
 #include "cuda/ptx.cuh"
 
+namespace effnet {
+
+template <>
+inline constexpr DType kDTypeOf<__nv_bfloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
+
+}  // namespace effnet
+
 namespace effnet::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -187,11 +196,6 @@ __device__ __forceinline__ float sigmoid(float x) {
   return 0.25f * rcp_approx(ex2_approx(fmaf(x, -1.4426950408889634f, -2.0f)) + 0.25f);
 }
 
-// SiLU of x from x / 4, for 16-bit results: the division by 4 is then part of a BatchNorm.
-__device__ __forceinline__ float silu_of_quarter(float quarter) {
-  return quarter * rcp_approx(ex2_approx(fmaf(quarter, -4 * 1.4426950408889634f, -2.0f)) + 0.25f);
-}
-
 // Activation number `act` of ops/activations.py. `act` is the same for the whole grid: the switch does not
 // diverge.
 template <bool kExact>
@@ -239,6 +243,14 @@ __device__ __forceinline__ void activate(int act, float (&x)[kCount]) {
   }
 }
 
+// For 16-bit results SiLU(x) is computed from x / 4. The division is a part of the BatchNorm before it: that
+// has its scale and shift times affine_factor.
+__device__ __forceinline__ float silu_of_quarter(float quarter) {
+  return quarter * rcp_approx(ex2_approx(fmaf(quarter, -4 * 1.4426950408889634f, -2.0f)) + 0.25f);
+}
+
+__device__ __forceinline__ constexpr float affine_factor(bool silu) { return silu ? 0.25f : 1.0f; }
+
 // ---- host code -------------------------------------------------------------------------------------------
 
 template <class Int>
@@ -250,17 +262,11 @@ inline bool is_aligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-// Calls f(T()) with the element type of a map.
+using effnet::with_type;
+
 template <class F>
-auto with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kFloat16:
-      return f(half());
-    default:
-      return f(bf16());
-  }
+auto with_type(DType dtype, F&& f) {
+  return with_type<float, half, bf16>(dtype, f);
 }
 
 // What the depthwise kernels are compiled for.
@@ -291,10 +297,10 @@ auto with_window(const Window& window, F&& f) {
   }
 }
 
-// Calls f(T(), kernel size, stride).
-template <class F>
+// Calls f(T(), kernel size, stride) for a T of those listed.
+template <class... Types, class F>
 auto with_window(DType dtype, const Window& window, F&& f) {
-  return with_dtype(dtype, [&](auto element) {
+  return with_type<Types...>(dtype, [&](auto element) {
     return with_window(window, [&](auto kernel, auto stride) { return f(element, kernel, stride); });
   });
 }

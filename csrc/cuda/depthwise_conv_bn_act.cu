@@ -38,7 +38,7 @@ struct Geometry {
   int rows;
 };
 
-struct Launch {
+struct Args {
   DepthwiseParams p;
   Geometry g;
 };
@@ -87,13 +87,13 @@ __device__ __forceinline__ void load_shared(const float* const (&quads)[Tr::kQua
 
 template <class Tr>
 __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
-    depthwise_kernel(const __grid_constant__ Launch launch) {
+    depthwise_kernel(const __grid_constant__ Args args) {
   using T = typename Tr::T;
   constexpr int kChannels = Tr::kChannels, kWidth = Tr::kWidth, kColumns = Tr::kColumns;
   constexpr int kKernel = Tr::kKernel, kStride = Tr::kStride, kOpen = Tr::kOpen;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const DepthwiseParams& p = launch.p;
-  const Geometry& g = launch.g;
+  const DepthwiseParams& p = args.p;
+  const Geometry& g = args.g;
   const int block_channels = g.vectors * kChannels;
   float* taps = reinterpret_cast<float*>(shared_memory);
   float* strip_sums = taps + Tr::kRows * block_channels;  // [strips][block_channels]
@@ -297,8 +297,8 @@ int vectors_of_block(int vectors, int strips) {
 
 template <class Tr>
 Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream_t stream) {
-  Launch launch_params{p, {}};
-  Geometry& g = launch_params.g;
+  Args args{p, {}};
+  Geometry& g = args.g;
   g.strips = columns.strips;
   g.tiles_w = columns.tiles_w;
   g.strip_pairs = g.strips % 2 == 0 ? 2 : 1;
@@ -318,8 +318,7 @@ Status launch_typed(const DepthwiseParams& p, const Columns& columns, cudaStream
 
   const int threads = ceil_div(g.vectors * g.strips, 32) * 32;
   const int shared_bytes = (Tr::kRows + g.strips) * g.vectors * Tr::kChannels * 4;
-  return launch<depthwise_kernel<Tr>>(blocks_across * g.tiles_h, threads, shared_bytes, stream,
-                                      launch_params);
+  return launch<depthwise_kernel<Tr>>(blocks_across * g.tiles_h, threads, shared_bytes, stream, args);
 }
 
 }  // namespace

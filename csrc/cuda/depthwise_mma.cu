@@ -20,7 +20,7 @@ constexpr int kWarps = 4;  // of a block, which share nothing
 constexpr int kWide = 8;   // output columns of a segment
 
 // Where the warps lie; the same for a whole launch.
-struct Launch {
+struct Args {
   DepthwiseParams p;
   int groups;    // of a warp's channels, side by side
   int segments;  // that cover a row
@@ -55,14 +55,14 @@ struct Place {
   int image[kSegments], index[kSegments];
   int first_row;
 
-  __device__ __forceinline__ Place(const Launch& launch, unsigned number) {
-    first = number / launch.bands * kSegments;
-    first_row = static_cast<int>(number % launch.bands) * launch.rows;
-    image[0] = static_cast<int>(first / launch.segments);
-    index[0] = static_cast<int>(first % launch.segments);
+  __device__ __forceinline__ Place(const Args& args, unsigned number) {
+    first = number / args.bands * kSegments;
+    first_row = static_cast<int>(number % args.bands) * args.rows;
+    image[0] = static_cast<int>(first / args.segments);
+    index[0] = static_cast<int>(first % args.segments);
 #pragma unroll
     for (int h = 1; h < kSegments; ++h) {
-      const bool next = index[h - 1] + 1 == launch.segments;
+      const bool next = index[h - 1] + 1 == args.segments;
       image[h] = image[h - 1] + (next ? 1 : 0);
       index[h] = next ? 0 : index[h - 1] + 1;
     }
@@ -70,8 +70,8 @@ struct Place {
 };
 
 // Where the sums of an image's row begin, in tiles.
-__device__ __forceinline__ unsigned first_tile(const Launch& launch, int image, int row) {
-  return (image * ceil_div(launch.p.oh, kSumRows) + row / kSumRows) * launch.segments;
+__device__ __forceinline__ unsigned first_tile(const Args& args, int image, int row) {
+  return (image * ceil_div(args.p.oh, kSumRows) + row / kSumRows) * args.segments;
 }
 
 // One element of y.
@@ -90,14 +90,14 @@ __device__ __forceinline__ Exact exact_output(const DepthwiseParams& p, int64_t 
 
 template <class Tr>
 __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
-    depthwise_mma_kernel(const __grid_constant__ Launch launch) {
+    depthwise_mma_kernel(const __grid_constant__ Args args) {
   using T = typename Tr::T;
   using Window = typename Tr::Window;
   constexpr int kStride = Tr::kStride, kBlocks = Tr::kBlocks, kSegments = Tr::kSegments;
   constexpr int kColumns = Tr::kColumns, kRow = Tr::kRow, kStage = Tr::kStage, kRing = Tr::kRing;
   constexpr int kBefore = Window::kOpen - 1;  // output rows that are open before the first one is complete
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const DepthwiseParams& p = launch.p;
+  const DepthwiseParams& p = args.p;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   T* const ring = reinterpret_cast<T*>(shared_memory) + threadIdx.x / 32 * (kRing * kStage);
 
@@ -108,9 +108,9 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     renew(number);
     return number;
   };
-  const auto first_channel = [&] { return static_cast<int>(warp() % launch.groups) * Tr::kChannels; };
-  const auto number_of = [&](unsigned turn) { return warp() / launch.groups * launch.turns + turn; };
-  if (number_of(0) >= launch.places) return;
+  const auto first_channel = [&] { return static_cast<int>(warp() % args.groups) * Tr::kChannels; };
+  const auto number_of = [&](unsigned turn) { return warp() / args.groups * args.turns + turn; };
+  if (number_of(0) >= args.places) return;
   const int c0 = first_channel();
   Window window(ring, p.weight, c0, p.c);
   const LaneEpilogue<T, kBlocks, Tr::kSilu> epilogue(p.bn, c0, p.c);
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
   // A place that has been spoilt is taken again.
   bool again = false;
 #pragma unroll 1
-  for (unsigned turn = 0; turn < launch.turns && number_of(turn) < launch.places; turn += again ? 0 : 1) {
+  for (unsigned turn = 0; turn < args.turns && number_of(turn) < args.places; turn += again ? 0 : 1) {
     const bool exactly = again;
     bool spoilt = false;
-    const Place<kSegments> place(launch, number_of(turn));
-    const int first_row = place.first_row, rows = min(launch.rows, p.oh - first_row);
+    const Place<kSegments> place(args, number_of(turn));
+    const int first_row = place.first_row, rows = min(args.rows, p.oh - first_row);
     cp_async_wait<0>();
     __syncwarp();  // nothing of the place before is under way or read any more
 
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     const auto piece_of = [&](unsigned piece, int64_t& from, T*& to) {
       const unsigned pixel = piece / kOfPixel, channel = piece % kOfPixel * kSize;
       const int which = static_cast<int>(pixel / kColumns), column = static_cast<int>(pixel % kColumns);
-      const unsigned segment = place.first + which, by_row = launch.segments;
+      const unsigned segment = place.first + which, by_row = args.segments;
       const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
       const int x_column = index * (kWide * kStride) - p.window.left + column;
       from = (image - place.image[0]) * p.h * x_pitch + x_column * p.c + c0 + channel;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     unsigned tiles[kSegments];
 #pragma unroll
     for (int h = 0; h < kSegments; ++h)
-      tiles[h] = first_tile(launch, place.image[h], first_row) + place.index[h];
+      tiles[h] = first_tile(args, place.image[h], first_row) + place.index[h];
 
     // ---- down the map ----
     float total[kSegments][kBlocks][2] = {};
@@ -258,10 +258,10 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
 #pragma unroll
       for (int h = 0; h < kSegments; ++h)
         if (is_spoilt(total[h])) spoilt = true;
-      if (p.sums != nullptr) store_sums(p.sums, tiles, launch.tiles, first_channel(), p.c, total);
+      if (p.sums != nullptr) store_sums(p.sums, tiles, args.tiles, first_channel(), p.c, total);
 #pragma unroll
       for (int h = 0; h < kSegments; ++h) {
-        tiles[h] += launch.segments;
+        tiles[h] += args.segments;
 #pragma unroll
         for (int i = 0; i < kBlocks * 2; ++i) total[h][i / 2][i % 2] = 0;
       }
@@ -271,13 +271,13 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
     again = spoilt && !exactly;
     if (!exactly) continue;
     __syncwarp();  // global memory: other lanes have stored what is stored again
-    const Place<kSegments> here(launch, number_of(turn));
-    const int end_row = min(here.first_row + launch.rows, p.oh);
+    const Place<kSegments> here(args, number_of(turn));
+    const int end_row = min(here.first_row + args.rows, p.oh);
 #pragma unroll 1
     for (int first = here.first_row; first < end_row; first += kSumRows) {
 #pragma unroll 1
       for (unsigned h = 0; h < kSegments; ++h) {
-        const unsigned segment = here.first + h, by_row = launch.segments;
+        const unsigned segment = here.first + h, by_row = args.segments;
         const int image = static_cast<int>(segment / by_row), index = static_cast<int>(segment % by_row);
         const int column = index * kWide + lane / 4;
         float sums[1][kBlocks][2] = {};
@@ -295,9 +295,9 @@ __global__ void __launch_bounds__(kWarps * 32, Tr::kMinBlocks)
             static_cast<T*>(p.y)[((int64_t{image} * p.oh + row) * p.ow + column) * p.c + c] =
                 from_float<T>(exact.value);
           }
-        const unsigned tile[1] = {first_tile(launch, image, first) + index};
+        const unsigned tile[1] = {first_tile(args, image, first) + index};
         if (p.sums != nullptr)
-          store_sums(p.sums, tile, launch.tiles, first_channel(), p.c, sums, of_segment(spoilt));
+          store_sums(p.sums, tile, args.tiles, first_channel(), p.c, sums, of_segment(spoilt));
       }
     }
   }
@@ -313,27 +313,26 @@ struct Choose {
 
 template <class Tr>
 Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
-  Launch launch_params{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0, 1, 0};
-  Launch& l = launch_params;
+  Args args{p, ceil_div(p.c, Tr::kChannels), ceil_div(p.ow, kWide), 0, kMaxRows, 0, 1, 0};
   int multiprocessors = 0;
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   // Long columns re-read fewer rows, short ones make more warps: two rounds of them, if there can be. Where
   // there are more, a warp takes several places.
   const int64_t round = int64_t{multiprocessors} * Tr::kMinBlocks * kWarps;
-  const int64_t across = ceil_div<int64_t>(p.n * l.segments, Tr::kSegments);
-  while (l.rows > kSumRows && across * l.groups * ceil_div(p.oh, l.rows) < 2 * round) l.rows /= 2;
-  l.bands = ceil_div(p.oh, l.rows);
-  const int64_t places = across * l.bands;
+  const int64_t across = ceil_div<int64_t>(p.n * args.segments, Tr::kSegments);
+  while (args.rows > kSumRows && across * args.groups * ceil_div(p.oh, args.rows) < 2 * round) args.rows /= 2;
+  args.bands = ceil_div(p.oh, args.rows);
+  const int64_t places = across * args.bands;
   const int64_t tiles = p.n * depthwise_mma_tiles(p);
-  if (tiles > INT32_MAX || places * l.groups > INT32_MAX)
+  if (tiles > INT32_MAX || places * args.groups > INT32_MAX)
     return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
-  l.tiles = static_cast<unsigned>(tiles);
-  l.places = static_cast<unsigned>(places);
-  l.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * l.groups, round)));
-  const int64_t warps = ceil_div<int64_t>(places, l.turns) * l.groups;
+  args.tiles = static_cast<unsigned>(tiles);
+  args.places = static_cast<unsigned>(places);
+  args.turns = static_cast<unsigned>(std::max<int64_t>(1, ceil_div(places * args.groups, round)));
+  const int64_t warps = ceil_div<int64_t>(places, args.turns) * args.groups;
   return launch<depthwise_mma_kernel<Tr>>(ceil_div<int64_t>(warps, kWarps), kWarps * 32, Tr::kSharedBytes,
-                                          stream, launch_params);
+                                          stream, args);
 }
 
 }  // namespace
@@ -341,24 +340,20 @@ Status launch_typed(const DepthwiseParams& p, cudaStream_t stream) {
 int depthwise_mma_tiles(const DepthwiseParams& p) { return ceil_div(p.oh, kSumRows) * ceil_div(p.ow, kWide); }
 
 Status launch_depthwise_mma(const DepthwiseParams& p, cudaStream_t stream) {
-  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
-    using T = decltype(element);
+  return with_window<half, bf16>(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
-    if constexpr (kIs16Bit<T>) {
-      const auto with = [&](auto vector, auto silu) {
-        using Chosen = Choose<T, kKernel, kStride, decltype(vector)::value, decltype(silu)::value>;
-        return launch_typed<typename Chosen::type>(p, stream);
-      };
-      // Offsets within the images of a warp are 32 bit there.
-      const int64_t image = std::max(int64_t{p.h} * p.w, int64_t{p.oh} * p.ow) * p.c * 2;
-      using Yes = std::true_type;
-      using No = std::false_type;
-      if (p.c % 8 != 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 8) || image > UINT32_MAX / 4)
-        return p.act == kSilu ? with(No(), Yes()) : with(No(), No());
-      return p.act == kSilu ? with(Yes(), Yes()) : with(Yes(), No());
-    } else {
-      return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
-    }
+    const auto with = [&](auto vector, auto silu) {
+      using Chosen =
+          Choose<decltype(element), kKernel, kStride, decltype(vector)::value, decltype(silu)::value>;
+      return launch_typed<typename Chosen::type>(p, stream);
+    };
+    // Offsets within the images of a warp are 32 bit there.
+    const int64_t image = std::max(int64_t{p.h} * p.w, int64_t{p.oh} * p.ow) * p.c * 2;
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (p.c % 8 != 0 || !is_aligned(p.x, 16) || !is_aligned(p.y, 8) || image > UINT32_MAX / 4)
+      return p.act == kSilu ? with(No(), Yes()) : with(No(), No());
+    return p.act == kSilu ? with(Yes(), Yes()) : with(Yes(), No());
   });
 }
 

@@ -122,8 +122,9 @@ struct LaneEpilogue {
     for (int i = 0; i < 2 * kBlocks; ++i) {
       const int c = first_channel + 8 * (i / 2) + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
       const Affine affine = c < channels ? bn_affine<T>(bn, c) : Affine{0.0f, 0.0f};
-      scale[i / 2][i % 2] = kSilu ? 0.25f * affine.scale : affine.scale;
-      shift[i / 2][i % 2] = kSilu ? 0.25f * affine.shift : affine.shift;
+      constexpr float kFactor = affine_factor(kSilu);
+      scale[i / 2][i % 2] = kFactor * affine.scale;
+      shift[i / 2][i % 2] = kFactor * affine.shift;
     }
   }
 
@@ -213,7 +214,8 @@ __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY;
 
 // What LaneEpilogue does, for one sum.
 __device__ __forceinline__ float finish(int act, float sum, Affine bn) {
-  if (act == kSilu) return silu_of_quarter(fmaf(sum, 0.25f * bn.scale, 0.25f * bn.shift));
+  constexpr float kFactor = affine_factor(true);
+  if (act == kSilu) return silu_of_quarter(fmaf(sum, kFactor * bn.scale, kFactor * bn.shift));
   return activate<false>(act, fmaf(sum, bn.scale, bn.shift));
 }
 

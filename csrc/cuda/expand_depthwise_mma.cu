@@ -30,7 +30,7 @@ constexpr int kOfWarp = 8 * kBlocks;
 constexpr int kMostWarps = 4;
 
 // Where the blocks lie; the same for a whole launch.
-struct Launch {
+struct Args {
   ExpandDepthwiseParams p;
   bool vector_in, vector_out;  // pixels are made of aligned 16 bytes of x, of 8 of y
   int slices;                  // blocks side by side that cover the expanded channels
@@ -76,27 +76,27 @@ __device__ __forceinline__ Exact exact_output(const ExpandDepthwiseParams& p, in
 
 template <class Tr>
 __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
-    expand_depthwise_mma_kernel(const __grid_constant__ Launch launch) {
+    expand_depthwise_mma_kernel(const __grid_constant__ Args args) {
   using T = typename Tr::T;
   using Window = typename Tr::Window;
   constexpr int kStride = Tr::kStride, kM = Tr::kM, kPixel = Tr::kPixel, kOpen = Window::kOpen;
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const ExpandDepthwiseParams& p = launch.p;
+  const ExpandDepthwiseParams& p = args.p;
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x) / 32, threads = static_cast<int>(blockDim.x);
-  const int ring_row = launch.pixels * launch.pitch;
+  const int ring_row = args.pixels * args.pitch;
   T* const ring = reinterpret_cast<T*>(shared_memory);
   T* const map = ring + kRing * ring_row + warp * Tr::kMap;
 
   unsigned block = blockIdx.x;
-  const int c0 = (static_cast<int>(block % launch.slices) * (threads / 32) + warp) * kOfWarp;
-  block /= launch.slices;
-  const int strip = static_cast<int>(block % launch.strips);
-  block /= launch.strips;
-  const int first_row = static_cast<int>(block % launch.bands) * launch.rows;
-  const int64_t image = block / launch.bands;
-  const int rows = min(launch.rows, p.oh - first_row);
-  const int first_column = strip * launch.width, columns = min(launch.width, p.ow - first_column);
+  const int c0 = (static_cast<int>(block % args.slices) * (threads / 32) + warp) * kOfWarp;
+  block /= args.slices;
+  const int strip = static_cast<int>(block % args.strips);
+  block /= args.strips;
+  const int first_row = static_cast<int>(block % args.bands) * args.rows;
+  const int64_t image = block / args.bands;
+  const int rows = min(args.rows, p.oh - first_row);
+  const int first_column = strip * args.width, columns = min(args.width, p.ow - first_column);
   // Columns of x that there are under the strip's windows, and where the first of them lies in a row of the
   // map.
   const int left = first_column * kStride - p.window.left;
@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   const auto load = [&](int row, int slot) {
     if (row >= 0 && row < x_end) {
       const T* const from = x + static_cast<int64_t>(row) * p.w * p.c_in;
-      if (launch.vector_in) {
+      if (args.vector_in) {
         int pixel = static_cast<int>(threadIdx.x) / pieces, piece = static_cast<int>(threadIdx.x) % pieces;
 #pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x); i < pixels * pieces; i += threads) {
-          cp_async_16(ring + slot + pixel * launch.pitch + piece * 8, from + i * 8);
+          cp_async_16(ring + slot + pixel * args.pitch + piece * 8, from + i * 8);
           piece += piece_step;
           pixel += pixel_step;
           if (piece >= pieces) piece -= pieces, ++pixel;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
 #pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x); i < pixels * pieces * 8; i += threads) {
           const int pixel = i / (pieces * 8), c = i % (pieces * 8);
-          ring[slot + pixel * launch.pitch + c] = c < p.c_in ? from[pixel * p.c_in + c] : from_float<T>(0.0f);
+          ring[slot + pixel * args.pitch + c] = c < p.c_in ? from[pixel * p.c_in + c] : from_float<T>(0.0f);
         }
       }
     }
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   // Pixels g and g + 8 of a tile of x, channels 2t and 2t + 1; 16 columns further it is 16 / kStride pixels.
   T* const map_at = map + Window::pixel_of(x_column - left + g) * kPixel + 2 * t;
   constexpr int kEight = 8 / kStride * kPixel;
-  const int row_at = (lane % 16) * launch.pitch;
+  const int row_at = (lane % 16) * args.pitch;
   const auto expand = [&](int slot) {
 #pragma unroll 1
     for (int tile = 0; tile < pixels; tile += 32) {
@@ -171,10 +171,10 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
         if (8 * step >= p.c_in) break;
         const bool whole = 8 * (step + 1) < p.c_in;  // both halves of 16 channels are there
         const T* const from =
-            ring + slot + row_at + tile * launch.pitch + 8 * step + (whole ? lane / 16 * 8 : 0);
+            ring + slot + row_at + tile * args.pitch + 8 * step + (whole ? lane / 16 * 8 : 0);
         uint32_t a[2][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from + 16 * m * launch.pitch);
+        for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], from + 16 * m * args.pitch);
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -204,12 +204,12 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
   };
 
   // ---- where this lane writes ----
-  const int channel = c0 + (launch.vector_out ? exchanged_channel() : 2 * t);
+  const int channel = c0 + (args.vector_out ? exchanged_channel() : 2 * t);
   T* const first_y =
       static_cast<T*>(p.y) + ((image * p.oh + first_row) * p.ow + first_column + g) * p.c_mid + channel;
   const auto store = [&](int row, const float (&total)[1][kBlocks][2], unsigned wanted = kWholeWarp) {
     const int64_t row_of_tiles = image * ceil_div(p.oh, kSumRows) + row / kSumRows;
-    const unsigned tile[1] = {static_cast<unsigned>(row_of_tiles * launch.strips + strip)};
+    const unsigned tile[1] = {static_cast<unsigned>(row_of_tiles * args.strips + strip)};
     if (p.sums != nullptr) store_sums(p.sums, tile, UINT32_MAX, c0, p.c_mid, total, wanted);
   };
 
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, Tr::kMinBlocks)
         for (int i = 0; i < kBlocks * 2; ++i)
           total[0][i / 2][i % 2] = fmaf(at(i / 2, i % 2), count, total[0][i / 2][i % 2]);
         T* const to = y + int64_t{8 * h} * p.c_mid;
-        if (launch.vector_out) {
+        if (args.vector_out) {
           const Vec<T, 4> four = exchange<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1));
           if (there && channel < p.c_mid) four.store(to);
         } else if (there) {
@@ -328,39 +328,40 @@ int warps_of(const ExpandDepthwiseParams& p) {
 }
 
 template <class Tr>
-Launch launch_of(const ExpandDepthwiseParams& p) {
-  Launch l{p, false, false, 0, 0, 0, 0, kMaxRows, 0, 0};
-  l.slices = ceil_div(groups_of(p), warps_of(p));
-  l.strips = ceil_div(p.ow, 16 * Tr::kM);
-  l.width = ceil_div(p.ow, l.strips);
+Args args_of(const ExpandDepthwiseParams& p) {
+  Args args{p, false, false, 0, 0, 0, 0, kMaxRows, 0, 0};
+  args.slices = ceil_div(groups_of(p), warps_of(p));
+  args.strips = ceil_div(p.ow, 16 * Tr::kM);
+  args.width = ceil_div(p.ow, args.strips);
   // Tiles of 32 pixels are read.
-  l.pixels = ceil_div(std::min((l.width - 1) * Tr::kStride + Tr::kKernel, p.w), 32) * 32;
-  l.pitch = (ceil_div(p.c_in, 8) / 2 * 2 + 1) * 8;
-  return l;
+  args.pixels = ceil_div(std::min((args.width - 1) * Tr::kStride + Tr::kKernel, p.w), 32) * 32;
+  args.pitch = (ceil_div(p.c_in, 8) / 2 * 2 + 1) * 8;
+  return args;
 }
 
 template <class Tr>
 int shared_bytes_of(const ExpandDepthwiseParams& p) {
-  const Launch l = launch_of<Tr>(p);
-  return (kRing * l.pixels * l.pitch + warps_of(p) * Tr::kMap) * 2;
+  const Args args = args_of<Tr>(p);
+  return (kRing * args.pixels * args.pitch + warps_of(p) * Tr::kMap) * 2;
 }
 
 template <class Tr>
 Status launch_typed(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan, cudaStream_t stream) {
-  Launch l = launch_of<Tr>(p);
-  l.vector_in = rows_of_16_bytes<typename Tr::T>(p.c_in, {p.x});
-  l.vector_out = p.c_mid % 8 == 0 && is_aligned(p.y, 8);
+  Args args = args_of<Tr>(p);
+  args.vector_in = rows_of_16_bytes<typename Tr::T>(p.c_in, {p.x});
+  args.vector_out = p.c_mid % 8 == 0 && is_aligned(p.y, 8);
   int multiprocessors = 0;
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
   if (p.n * plan.tiles > INT32_MAX)
     return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
   // Long columns expand fewer rows twice, short ones make more blocks: two rounds of them, if there can be.
-  const int64_t across = p.n * l.strips * l.slices;
-  while (l.rows > kSumRows && across * ceil_div(p.oh, l.rows) < int64_t{6} * multiprocessors) l.rows /= 2;
-  l.bands = ceil_div(p.oh, l.rows);
-  return launch<expand_depthwise_mma_kernel<Tr>>(across * l.bands, warps_of(p) * 32, plan.shared_bytes,
-                                                 stream, l);
+  const int64_t across = p.n * args.strips * args.slices;
+  while (args.rows > kSumRows && across * ceil_div(p.oh, args.rows) < int64_t{6} * multiprocessors)
+    args.rows /= 2;
+  args.bands = ceil_div(p.oh, args.rows);
+  return launch<expand_depthwise_mma_kernel<Tr>>(across * args.bands, warps_of(p) * 32, plan.shared_bytes,
+                                                 stream, args);
 }
 
 }  // namespace
@@ -374,7 +375,7 @@ ExpandDepthwisePlan expand_depthwise_mma_plan(const ExpandDepthwiseParams& p, in
   with_traits<half, true>(p, [&](auto traits) {
     using Tr = decltype(traits);
     plan.shared_bytes = shared_bytes_of<Tr>(p);
-    plan.tiles = ceil_div(p.oh, kSumRows) * launch_of<Tr>(p).strips;
+    plan.tiles = ceil_div(p.oh, kSumRows) * args_of<Tr>(p).strips;
   });
   if (plan.shared_bytes > shared_limit) plan.unsupported = "a row of x does not fit into shared memory";
   return plan;
@@ -382,14 +383,10 @@ ExpandDepthwisePlan expand_depthwise_mma_plan(const ExpandDepthwiseParams& p, in
 
 Status launch_expand_depthwise_mma(const ExpandDepthwiseParams& p, const ExpandDepthwisePlan& plan,
                                    cudaStream_t stream) {
-  return with_dtype(p.dtype, [&](auto element) {
+  return with_type<half, bf16>(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (kIs16Bit<T>) {
-      const auto start = [&](auto traits) { return launch_typed<decltype(traits)>(p, plan, stream); };
-      return p.act == kSilu ? with_traits<T, true>(p, start) : with_traits<T, false>(p, start);
-    } else {
-      return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
-    }
+    const auto start = [&](auto traits) { return launch_typed<decltype(traits)>(p, plan, stream); };
+    return p.act == kSilu ? with_traits<T, true>(p, start) : with_traits<T, false>(p, start);
   });
 }
 

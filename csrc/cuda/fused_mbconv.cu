@@ -295,7 +295,7 @@ Status launch_fused_mbconv(const FusedMBConvParams& p, int shared_limit, cudaStr
   if (p.n * p.oh * p.ow == 0 || p.c_out == 0) return {};
   if (fused_mbconv_resident_serves(p, shared_limit))
     return launch_fused_mbconv_resident(p, shared_limit, stream);
-  return with_dtype(p.dtype, [&](auto type) {
+  return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (p.project == nullptr)
       return p.c_mid <= 32 ? launch_tile<T, 32, 0>(p, shared_limit, stream)

@@ -352,7 +352,7 @@ Status launch_columns(const PointwiseParams& p, cudaStream_t stream) {
 
 Status launch_pointwise_conv_bn_act(const PointwiseParams& p, cudaStream_t stream) {
   if (p.n * p.pixels == 0 || p.c_out == 0) return {};
-  return with_dtype(p.dtype, [&](auto type) {
+  return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     return p.gate != nullptr ? launch_columns<T, true>(p, stream) : launch_columns<T, false>(p, stream);
   });

@@ -45,18 +45,10 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements. Lane 8i + r passes the address of row r of matrix i: 16 bytes, a
-// multiple of
-// 16. Then fragment[i] of lane 4r + c holds elements 2c and 2c + 1 of row r; transposed, rows 2c and 2c + 1
-// of column r. All 32 lanes take part.
+// multiple of 16. Then fragment[i] of lane 4r + c holds elements 2c and 2c + 1 of row r. All 32 lanes take
+// part.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(shared_address(row))
                : "memory");
@@ -124,13 +116,7 @@ __device__ __forceinline__ void mma_m16n8k8<__nv_bfloat16>(float (&d)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// Hardware approximations: tanh to a relative 2^-11, 2^x and 1/x to about 2 and 1 units in the last place.
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
+// Hardware approximations: 2^x and 1/x, to about 2 and 1 units in the last place.
 __device__ __forceinline__ float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

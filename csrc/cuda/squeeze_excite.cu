@@ -26,7 +26,7 @@ __host__ __device__ constexpr int64_t hidden_at(int groups, int channels) {
   return ceil_div(int64_t{groups} * channels, int64_t{8}) * 8;
 }
 
-struct GateLaunch {
+struct GateArgs {
   GateParams p;
   int groups;  // of threads that share the tiles of a channel
 };
@@ -78,7 +78,7 @@ __device__ __forceinline__ void with_vectors(const W* w, int count, F f) {
 
 // hidden[r] = act(bias[r] + sum over c of w[r][c] mean[c]): a warp for each r, and four at once.
 template <class T, class W>
-__device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const SqueezeExcite& se,
+__device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const SqueezeExciteWeights& se,
                                              const float* mean, int channels) {
   constexpr int kRows = 4, kWarps = kGateThreads / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void reduce_layer(float* hidden, const W* w, const Sq
 
 // gate[c] = act(bias[c] + sum over r of w[c][r] hidden[r]) for c in [first, last): a thread for each.
 template <class T, class W>
-__device__ __forceinline__ void expand_layer(float* gate, const W* w, const SqueezeExcite& se,
+__device__ __forceinline__ void expand_layer(float* gate, const W* w, const SqueezeExciteWeights& se,
                                              const float* hidden, int first, int last) {
   with_vectors(w, se.reduced, [&](auto length, auto whole) {
     constexpr int kCount = decltype(length)::value;
@@ -121,23 +121,23 @@ __device__ __forceinline__ void expand_layer(float* gate, const W* w, const Sque
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateLaunch launch) {
+__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ GateArgs args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const GateParams& p = launch.p;
-  const SqueezeExcite& se = p.se;
+  const GateParams& p = args.p;
+  const SqueezeExciteWeights& se = p.se;
   float* mean = reinterpret_cast<float*>(shared_memory);  // [groups][C], then [C]
-  float* hidden = mean + hidden_at(launch.groups, p.c);   // [R]
+  float* hidden = mean + hidden_at(args.groups, p.c);     // [R]
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t n = blockIdx.x;
   const float* const sums = p.sums + n * p.tiles * p.c;
 
-  const int group_threads = launch.groups > 1 ? p.c : kGateThreads;
+  const int group_threads = args.groups > 1 ? p.c : kGateThreads;
   const int group = thread / group_threads;
-  if (group < launch.groups) {
+  if (group < args.groups) {
     for (int c = thread % group_threads; c < p.c; c += group_threads) {
       float sum = 0;
 #pragma unroll 8
-      for (int tile = group; tile < p.tiles; tile += launch.groups)
+      for (int tile = group; tile < p.tiles; tile += args.groups)
         sum += sums[static_cast<int64_t>(tile) * p.c + c];
       mean[group * p.c + c] = sum;
     }
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
   __syncthreads();
   for (int c = thread; c < p.c; c += kGateThreads) {
     float sum = mean[c];
-    for (int i = 1; i < launch.groups; ++i) sum += mean[i * p.c + c];
+    for (int i = 1; i < args.groups; ++i) sum += mean[i * p.c + c];
     mean[c] = sum / static_cast<float>(p.pixels);
   }
   __syncthreads();
@@ -174,7 +174,7 @@ constexpr int kLanes = 16;        // threads of a block that share its channels 
 constexpr int kMaxVectors = 16;   // threads side by side, each for its own channels
 constexpr int kTilePixels = 256;  // that one partial sum covers
 
-struct MapLaunch {
+struct MapArgs {
   const void* x;
   const float* gate;
   void* y;
@@ -186,7 +186,7 @@ struct MapLaunch {
 };
 
 template <class T, int kChannels, bool kPool>
-__global__ void __launch_bounds__(kMaxVectors* kLanes) map_kernel(const __grid_constant__ MapLaunch p) {
+__global__ void __launch_bounds__(kMaxVectors* kLanes) map_kernel(const __grid_constant__ MapArgs p) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int block_channels = p.vectors * kChannels;
   const int chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.chunks));
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kMaxVectors* kLanes) map_kernel(const __grid_c
 }
 
 template <class T, int kChannels, bool kPool>
-Status launch_map(MapLaunch p, int64_t n, cudaStream_t stream) {
+Status launch_map(MapArgs p, int64_t n, cudaStream_t stream) {
   const int vectors = ceil_div(p.c, kChannels);
   p.chunks = ceil_div(vectors, kMaxVectors);
   p.vectors = ceil_div(vectors, p.chunks);
@@ -250,10 +250,10 @@ Status launch_map(MapLaunch p, int64_t n, cudaStream_t stream) {
 
 // Lanes add up in the same order whether or not channels go in vectors: the bits depend on the shape alone.
 template <bool kPool>
-Status launch_map(DType dtype, MapLaunch p, int64_t n, cudaStream_t stream) {
+Status launch_map(DType dtype, MapArgs p, int64_t n, cudaStream_t stream) {
   if (n == 0 || p.pixels == 0 || p.c == 0) return {};
   p.tiles = static_cast<int>(ceil_div(p.pixels, int64_t{kTilePixels}));
-  return with_dtype(dtype, [&](auto element) {
+  return with_type(dtype, [&](auto element) {
     using T = decltype(element);
     if (p.c % kVector<T> == 0 && is_aligned(p.x, 16) && is_aligned(p.y, 16)) {
       return launch_map<T, kVector<T>, kPool>(p, n, stream);
@@ -281,27 +281,26 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(const __grid_constan
 Status launch_squeeze_excite_gate(const GateParams& p, cudaStream_t stream) {
   if (p.n == 0 || p.c == 0) return {};
   if (p.n > INT32_MAX) return {cudaErrorInvalidValue, "mean has too many rows for one launch"};
-  GateLaunch launch_params{p, std::max(1, std::min(p.tiles, kGateThreads / p.c))};
-  const int64_t shared_bytes = (hidden_at(launch_params.groups, p.c) + p.se.reduced) * 4;
+  GateArgs args{p, std::max(1, std::min(p.tiles, kGateThreads / p.c))};
+  const int64_t shared_bytes = (hidden_at(args.groups, p.c) + p.se.reduced) * 4;
   if (shared_bytes > 96 * 1024) return {cudaErrorInvalidValue, "se has more channels than fit shared memory"};
   const int parts = p.n >= 64 ? 1 : std::min(8, ceil_div(p.c, kGateThreads / 8));
   const dim3 grid(static_cast<unsigned>(p.n), static_cast<unsigned>(parts));
-  return with_dtype(p.dtype, [&](auto element) {
+  return with_type(p.dtype, [&](auto element) {
     return launch<gate_kernel<decltype(element)>>(grid, kGateThreads, static_cast<int>(shared_bytes), stream,
-                                                  launch_params);
+                                                  args);
   });
 }
 
 int pool_tiles(const PoolParams& p) { return static_cast<int>(ceil_div(p.pixels, int64_t{kTilePixels})); }
 
 Status launch_pool(const PoolParams& p, cudaStream_t stream) {
-  return launch_map<true>(p.dtype, MapLaunch{p.x, nullptr, nullptr, p.sums, p.pixels, p.c, 0, 0, 0}, p.n,
+  return launch_map<true>(p.dtype, MapArgs{p.x, nullptr, nullptr, p.sums, p.pixels, p.c, 0, 0, 0}, p.n,
                           stream);
 }
 
 Status launch_scale(const ScaleParams& p, cudaStream_t stream) {
-  return launch_map<false>(p.dtype, MapLaunch{p.x, p.gate, p.y, nullptr, p.pixels, p.c, 0, 0, 0}, p.n,
-                           stream);
+  return launch_map<false>(p.dtype, MapArgs{p.x, p.gate, p.y, nullptr, p.pixels, p.c, 0, 0, 0}, p.n, stream);
 }
 
 Status launch_mean(const MeanParams& p, cudaStream_t stream) {

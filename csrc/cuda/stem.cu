@@ -43,7 +43,7 @@ constexpr int kSharedBytes = kWarps * kRing * kPair * 2;
 static_assert(kRow / 2 % 32 == 24 && kRing * kPair / 2 % 32 == 0);
 
 // Where the warps lie; the same for a whole launch.
-struct Launch {
+struct Args {
   FusedMBConvParams p;
   bool vector_out;  // pixels of y are made of aligned 16 bytes
   int skew;         // elements before a segment's first column, in a row of the ring
@@ -79,33 +79,32 @@ struct Pieces {
   uint16_t* to;
   const uint16_t* from;
 
-  __device__ __forceinline__ Pieces(const Launch& launch, uint16_t* ring, int64_t image, int column,
-                                    Rows rows_)
+  __device__ __forceinline__ Pieces(const Args& args, uint16_t* ring, int64_t image, int column, Rows rows_)
       : rows(rows_) {
-    const FusedMBConvParams& p = launch.p;
+    const FusedMBConvParams& p = args.p;
     const int lane = static_cast<int>(threadIdx.x) % 32, piece = lane % 16 * 8;
-    const int element = 3 * column - launch.skew + piece;  // of the row, a multiple of 8
-    bytes = piece >= launch.skew + kRun ? -1 : element < 0 ? 0 : 2 * max(0, min(3 * p.w - element, 8));
+    const int element = 3 * column - args.skew + piece;  // of the row, a multiple of 8
+    bytes = piece >= args.skew + kRun ? -1 : element < 0 ? 0 : 2 * max(0, min(3 * p.w - element, 8));
     rows.next += lane / 16;
     to = ring + lane / 16 * kRow + piece;
     from = static_cast<const uint16_t*>(p.x) + image * p.x_stride[0] + rows.next * p.x_stride[1] + element;
   }
 
   // The first pairs, into the first slots of the ring.
-  __device__ __forceinline__ void begin(const Launch& launch) {
+  __device__ __forceinline__ void begin(const Args& args) {
 #pragma unroll
-    for (int i = 0; i < kRing - 1; ++i) start(launch, i * kPair);
+    for (int i = 0; i < kRing - 1; ++i) start(args, i * kPair);
   }
 
   // Returns once this lane's part of all pairs but the youngest is there.
   __device__ __forceinline__ void arrive(int) { cp_async_wait<1>(); }
 
   // Starts the copy of a further pair into a slot that nobody reads any more.
-  __device__ __forceinline__ void start(const Launch& launch, int slot) {
+  __device__ __forceinline__ void start(const Args& args, int slot) {
     if (bytes >= 0) cp_async_16(to + slot, from, rows.has(rows.next) ? bytes : 0);
     cp_async_commit();
     rows.next += 2;
-    from = bytes_behind(from, launch.x_pair);
+    from = bytes_behind(from, args.x_pair);
   }
 };
 
@@ -119,10 +118,9 @@ struct Elements {
   bool mine, last_mine;
   uint16_t values[7];
 
-  __device__ __forceinline__ Elements(const Launch& launch, uint16_t* ring, int64_t image, int column,
-                                      Rows rows_)
+  __device__ __forceinline__ Elements(const Args& args, uint16_t* ring, int64_t image, int column, Rows rows_)
       : rows(rows_) {
-    const FusedMBConvParams& p = launch.p;
+    const FusedMBConvParams& p = args.p;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint16_t* const x =
         static_cast<const uint16_t*>(p.x) + image * p.x_stride[0] + rows.next * p.x_stride[1];
@@ -130,13 +128,13 @@ struct Elements {
     last_mine = lane < 6 && 0 <= column + kLast && column + kLast < p.w;
     from = x + (column + lane) * p.x_stride[2];
     last_from = x + lane / 3 * p.x_stride[1] + (column + kLast) * p.x_stride[2] + lane % 3 * p.x_stride[3];
-    to = ring + launch.skew + 3 * lane;
+    to = ring + args.skew + 3 * lane;
   }
 
-  __device__ __forceinline__ void begin(const Launch& launch) {
-    start(launch, 0);
+  __device__ __forceinline__ void begin(const Args& args) {
+    start(args, 0);
     arrive(0);
-    start(launch, 0);
+    start(args, 0);
   }
 
   // Puts the pair that is in registers into a slot of the ring.
@@ -148,14 +146,14 @@ struct Elements {
   }
 
   // Loads a further pair into registers.
-  __device__ __forceinline__ void start(const Launch& launch, int) {
+  __device__ __forceinline__ void start(const Args& args, int) {
 #pragma unroll
     for (int i = 0; i < 6; ++i)
-      values[i] = mine && rows.has(rows.next + i / 3) ? *bytes_behind(from, launch.x_steps[i]) : 0;
+      values[i] = mine && rows.has(rows.next + i / 3) ? *bytes_behind(from, args.x_steps[i]) : 0;
     values[6] = last_mine && rows.has(rows.next + static_cast<int>(threadIdx.x) % 32 / 3) ? *last_from : 0;
     rows.next += 2;
-    from = bytes_behind(from, launch.x_pair);
-    last_from = bytes_behind(last_from, launch.x_pair);
+    from = bytes_behind(from, args.x_pair);
+    last_from = bytes_behind(last_from, args.x_pair);
   }
 };
 
@@ -211,13 +209,13 @@ constexpr int kMinBlocks = kBlocks <= 4 ? 5 : 3;
 
 template <class T, int kBlocks, class Loader>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
-    stem_kernel(const __grid_constant__ Launch launch) {
+    stem_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  const FusedMBConvParams& p = launch.p;
+  const FusedMBConvParams& p = args.p;
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   uint16_t* const ring = reinterpret_cast<uint16_t*>(shared_memory) + threadIdx.x / 32 * (kRing * kPair);
   // A row of a window begins with the first half of a word, or with the second one.
-  const bool odd = launch.skew % 2 != 0;
+  const bool odd = args.skew % 2 != 0;
 
   // ---- weights and BatchNorm, in registers ----
   // Values 2t and 2t + 1, one further if odd, of the three rows, and the one left over of row t.
@@ -235,33 +233,32 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
     weight[b][1][1] = odd ? left_over << 16 : left_over;
   }
   const uint32_t mask = kept(t == 3 ? 0 : odd ? 0xffff0000u : 0x0000ffffu);
-  // Of channels in the order of the results; for SiLU a quarter, see silu_of_quarter.
+  // Of channels in the order of the results.
   float scale[kBlocks][2], shift[kBlocks][2];
-  const float part = p.act == kSilu ? 0.25f : 1.0f;
+  const float factor = affine_factor(p.act == kSilu);
 #pragma unroll
   for (int i = 0; i < 2 * kBlocks; ++i) {
     const int channel = channel_of<kBlocks>(i / 2, 2 * t + i % 2);
     const Affine affine = channel < p.c_out ? bn_affine<T>(p.bn, channel) : Affine{0.0f, 0.0f};
-    scale[i / 2][i % 2] = part * affine.scale;
-    shift[i / 2][i % 2] = part * affine.shift;
+    scale[i / 2][i % 2] = factor * affine.scale;
+    shift[i / 2][i % 2] = factor * affine.shift;
   }
 
   // Where this lane reads: elements from the beginning of a row of the ring.
-  const int pairs_at = launch.skew / 2 * 2 + 6 * g + 2 * t + (odd ? 2 : 0);
-  const int left_over_at = launch.skew / 2 * 2 + 6 * g + (odd ? 0 : 8);
+  const int pairs_at = args.skew / 2 * 2 + 6 * g + 2 * t + (odd ? 2 : 0);
+  const int left_over_at = args.skew / 2 * 2 + 6 * g + (odd ? 0 : 8);
   const auto word = [](const uint16_t* at) { return Vec<uint16_t, 2>::load(at).words[0]; };
 
 #pragma unroll 1
-  for (unsigned number = blockIdx.x * kWarps + threadIdx.x / 32; number < launch.places;
-       number += launch.warps) {
-    const int segment = static_cast<int>(number % launch.segments) * kWide;
-    const int first_row = static_cast<int>(number / launch.segments % launch.bands) * launch.rows;
-    const int64_t image = number / launch.segments / launch.bands;
-    const int rows = min(launch.rows, p.oh - first_row);
-    Loader loader(launch, ring, image, 2 * segment - p.window.left, Rows(p, first_row, rows));
+  for (unsigned number = blockIdx.x * kWarps + threadIdx.x / 32; number < args.places; number += args.warps) {
+    const int segment = static_cast<int>(number % args.segments) * kWide;
+    const int first_row = static_cast<int>(number / args.segments % args.bands) * args.rows;
+    const int64_t image = number / args.segments / args.bands;
+    const int rows = min(args.rows, p.oh - first_row);
+    Loader loader(args, ring, image, 2 * segment - p.window.left, Rows(p, first_row, rows));
     cp_async_wait<0>();
     __syncwarp();  // nothing of the place before is under way or read any more
-    loader.begin(launch);
+    loader.begin(args);
 
     // Of this lane's pixels, g and g + 8: where the first one is, and channels of y that there are.
     uint16_t* y = static_cast<uint16_t*>(p.y) +
@@ -273,7 +270,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
     for (int row = 0; row < rows; ++row) {
       loader.arrive(now);
       __syncwarp();  // the pair is there for all lanes, and none reads the free slot any more
-      loader.start(launch, free_slot);
+      loader.start(args, free_slot);
 
       const uint16_t* const first = ring + before + kRow + pairs_at;
       const uint16_t* const second = ring + now + pairs_at;
@@ -307,15 +304,15 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<kBlocks>)
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i)
         pairs[i % 2][i / 2] = pack<T>(z[i / 2][i % 2 * 2], z[i / 2][i % 2 * 2 + 1]);
-      uint16_t* const further = y + launch.y_eight;
-      if (launch.vector_out) {
+      uint16_t* const further = y + args.y_eight;
+      if (args.vector_out) {
         store_pixel<true>(y, channels[0], pairs[0]);
         store_pixel<true>(further, channels[1], pairs[1]);
       } else {
         store_pixel<false>(y, channels[0], pairs[0]);
         store_pixel<false>(further, channels[1], pairs[1]);
       }
-      y += launch.y_row;
+      y += args.y_row;
     }
   }
 }
@@ -333,33 +330,33 @@ Status launch_typed(const FusedMBConvParams& p, cudaStream_t stream) {
   int multiprocessors = 0;
   const cudaError_t error = count_multiprocessors(multiprocessors);
   if (error != cudaSuccess) return {error, nullptr};
-  Launch l = {};
-  l.p = p;
-  l.vector_out = p.c_out % 8 == 0 && is_aligned(p.y, 16);
-  l.skew = static_cast<int>((8 - 3 * int64_t{p.window.left} % 8) % 8);
-  l.segments = ceil_div(p.ow, kWide);
-  for (int i = 0; i < 6; ++i) l.x_steps[i] = 2 * (i / 3 * p.x_stride[1] + i % 3 * p.x_stride[3]);
-  l.x_pair = 4 * p.x_stride[1];
-  l.y_row = static_cast<int64_t>(p.ow) * p.c_out;
-  l.y_eight = int64_t{8} * p.c_out;
+  Args args = {};
+  args.p = p;
+  args.vector_out = p.c_out % 8 == 0 && is_aligned(p.y, 16);
+  args.skew = static_cast<int>((8 - 3 * int64_t{p.window.left} % 8) % 8);
+  args.segments = ceil_div(p.ow, kWide);
+  for (int i = 0; i < 6; ++i) args.x_steps[i] = 2 * (i / 3 * p.x_stride[1] + i % 3 * p.x_stride[3]);
+  args.x_pair = 4 * p.x_stride[1];
+  args.y_row = static_cast<int64_t>(p.ow) * p.c_out;
+  args.y_eight = int64_t{8} * p.c_out;
   // How many places a warp has: long ones read fewer rows twice, with short ones all warps have as much to
   // do. What they take is counted in output rows, the beginning of a place as two.
   const int64_t round = int64_t{multiprocessors} * kMinBlocks<kBlocks> * kWarps;
-  const int64_t columns = p.n * l.segments, fewest = ceil_div(columns, round);
+  const int64_t columns = p.n * args.segments, fewest = ceil_div(columns, round);
   int64_t least = INT64_MAX;
   for (int64_t turns = fewest; turns < fewest + 8; ++turns) {
     const int64_t rows = ceil_div<int64_t>(p.oh, std::min<int64_t>(turns * round / columns, p.oh));
     if (turns * (rows + 2) >= least) continue;
     least = turns * (rows + 2);
-    l.rows = static_cast<int>(rows);
+    args.rows = static_cast<int>(rows);
   }
-  l.bands = ceil_div(p.oh, l.rows);
-  const int64_t places = columns * l.bands;
+  args.bands = ceil_div(p.oh, args.rows);
+  const int64_t places = columns * args.bands;
   if (places > INT32_MAX) return {cudaErrorInvalidValue, "the map has too many elements for one launch"};
   const int64_t blocks = ceil_div<int64_t>(std::min(places, round), kWarps);
-  l.places = static_cast<unsigned>(places);
-  l.warps = static_cast<unsigned>(blocks * kWarps);
-  return launch<stem_kernel<T, kBlocks, Loader>>(blocks, kWarps * 32, kSharedBytes, stream, l);
+  args.places = static_cast<unsigned>(places);
+  args.warps = static_cast<unsigned>(blocks * kWarps);
+  return launch<stem_kernel<T, kBlocks, Loader>>(blocks, kWarps * 32, kSharedBytes, stream, args);
 }
 
 }  // namespace
@@ -375,21 +372,17 @@ bool stem_serves(const FusedMBConvParams& p) {
 
 Status launch_stem(const FusedMBConvParams& p, cudaStream_t stream) {
   if (p.n * p.oh * p.ow == 0 || p.c_out == 0) return {};
-  return with_dtype(p.dtype, [&](auto type) {
+  return with_type<half, bf16>(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (kIs16Bit<T>) {
-      const auto with_blocks = [&](auto blocks) {
-        constexpr int kBlocks = decltype(blocks)::value;
-        return rows_are_pieces(p) ? launch_typed<T, kBlocks, Pieces>(p, stream)
-                                  : launch_typed<T, kBlocks, Elements>(p, stream);
-      };
-      if (p.c_out <= 24) return with_blocks(std::integral_constant<int, 3>());
-      if (p.c_out <= 32) return with_blocks(std::integral_constant<int, 4>());
-      if (p.c_out <= 48) return with_blocks(std::integral_constant<int, 6>());
-      return with_blocks(std::integral_constant<int, 8>());
-    } else {
-      return Status{cudaErrorInvalidValue, "only 16 bits have products on tensor cores"};
-    }
+    const auto with_blocks = [&](auto blocks) {
+      constexpr int kBlocks = decltype(blocks)::value;
+      return rows_are_pieces(p) ? launch_typed<T, kBlocks, Pieces>(p, stream)
+                                : launch_typed<T, kBlocks, Elements>(p, stream);
+    };
+    if (p.c_out <= 24) return with_blocks(std::integral_constant<int, 3>());
+    if (p.c_out <= 32) return with_blocks(std::integral_constant<int, 4>());
+    if (p.c_out <= 48) return with_blocks(std::integral_constant<int, 6>());
+    return with_blocks(std::integral_constant<int, 8>());
   });
 }
 

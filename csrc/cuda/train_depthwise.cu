@@ -28,12 +28,12 @@ struct Forward {
 
 template <class Tr>
 __global__ void __launch_bounds__(kMaxThreads, 3)
-    forward_kernel(const __grid_constant__ Launch<TrainDepthwiseParams> launch) {
+    forward_kernel(const __grid_constant__ Args<TrainDepthwiseParams> args) {
   using T = typename Tr::T;
   constexpr int kChannels = Tr::kChannels, kWidth = Tr::kWidth, kKernel = Tr::kKernel, kStride = Tr::kStride;
   using Channels = Vec<T, kChannels>;
-  const TrainDepthwiseParams& p = launch.p;
-  const Geometry& g = launch.g;
+  const TrainDepthwiseParams& p = args.p;
+  const Geometry& g = args.g;
   const Tile<Tr> t(g, p);
   t.for_each_channel([&](int i, int c) {
     t.put_taps(p.weight, i, c);

@@ -35,7 +35,7 @@ struct Geometry {
 };
 
 template <class Params>
-struct Launch {
+struct Args {
   Params p;
   Geometry g;
 };
@@ -172,13 +172,13 @@ Status launch_typed(const typename Tr::Params& p, cudaStream_t stream) {
   const Geometry g = geometry_of<Tr>(p);
   const int threads = ceil_div(g.vectors * g.strips, 32) * 32;
   return launch<kKernel>(g.parts() * g.chunks, threads, shared_bytes<Tr>(g), stream,
-                         Launch<typename Tr::Params>{p, g});
+                         Args<typename Tr::Params>{p, g});
 }
 
 // Calls f(Traits()) with the traits of a problem, whose window has been checked.
 template <template <class, int, int, int> class Traits, class Params, class F>
 auto with_traits(const Params& p, bool aligned, F&& f) {
-  return with_window(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
+  return with_window<float, half, bf16>(p.dtype, p.window, [&](auto element, auto kernel, auto stride) {
     using T = decltype(element);
     constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
     constexpr int kChannels = Traits<T, kKernel, kStride, 1>::most_channels();

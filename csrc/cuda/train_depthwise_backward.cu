@@ -93,13 +93,13 @@ struct Backward {
 
 template <class Tr>
 __global__ void __launch_bounds__(kMaxThreads, Tr::kMinBlocks)
-    backward_kernel(const __grid_constant__ Launch<TrainDepthwiseBackwardParams> launch) {
+    backward_kernel(const __grid_constant__ Args<TrainDepthwiseBackwardParams> args) {
   using T = typename Tr::T;
   constexpr int kChannels = Tr::kChannels, kWidth = Tr::kWidth, kKernel = Tr::kKernel, kStride = Tr::kStride;
   constexpr bool kExact = !kIs16Bit<T>;
   using Channels = Vec<T, kChannels>;
-  const TrainDepthwiseBackwardParams& p = launch.p;
-  const Geometry& g = launch.g;
+  const TrainDepthwiseBackwardParams& p = args.p;
+  const Geometry& g = args.g;
   const Tile<Tr> t(g, p);
   t.for_each_channel([&](int i, int c) {
     t.put_taps(p.weight, i, c);
@@ -386,7 +386,7 @@ Status launch_train_depthwise_backward(const TrainDepthwiseBackwardParams& p, cu
   const int taps = p.window.kh * p.window.kw;
   const ReduceParams reduce{p.partial, p.dweight, p.moments, parts, p.c, taps};
   const int64_t blocks = ceil_div<int64_t>(int64_t{taps + 2} * p.c, 32);
-  return with_dtype(p.dtype, [&](auto element) {
+  return with_type(p.dtype, [&](auto element) {
     return launch<reduce_kernel<decltype(element)>>(blocks, 32 * kReduceGroups, 0, stream, reduce);
   });
 }

@@ -1,6 +1,6 @@
 """The one table of activations and gates, shared by every backend and by backward.
 
-The integer codes are part of the native interface: ``csrc/cpu/common.h`` has the same enum.
+The integer codes are part of the native interface: ``csrc/types.h`` has the same ones.
 """
 
 from collections.abc import Callable

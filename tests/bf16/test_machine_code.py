@@ -72,7 +72,7 @@ def test_the_loop_of_avx512_bf16(ahead):
     """12 rows by 2 vectors, two words: each has 24 products on 12 broadcasts and 2 loads, the sums in registers."""
     if not built("avx512_bf16"):
         pytest.skip("the compiler did not know AVX-512 BF16")
-    name = f"effnet::avx512_bf16::tile<effnet::bf16, 12, 2, {ahead}>("
+    name = f"effnet::avx512_bf16::microkernel<effnet::bf16, 12, 2, {ahead}>("
     (body,) = (body for function, body in functions().items() if name in function)
     loop = inner_loop(body, "vdpbf16ps")
     assert count(loop, "vdpbf16ps") == 2 * 24
@@ -86,7 +86,7 @@ def test_the_loop_of_amx(cols):
     """16 rows by ``cols`` vectors: one tile of A, and a tile of weights and a product for each vector."""
     if not built("amx"):
         pytest.skip("the compiler did not know AMX")
-    (body,) = (body for name, body in functions().items() if f"effnet::amx::amx_tile<{cols}>(" in name)
+    (body,) = (body for name, body in functions().items() if f"effnet::amx::amx_microkernel<{cols}>(" in name)
     loop = inner_loop(body, "tdpbf16ps")
     assert count(loop, "tdpbf16ps") == cols
     assert count(loop, "tileloadd") == 1 + cols

@@ -175,18 +175,18 @@ __global__ void __launch_bounds__(64) bounded(const float* in, float* out, int) 
 template <typename T>
 __global__ void matrix_product(const float* in, float* out, int) {
   __shared__ __align__(16) T a[16][32];
-  __shared__ __align__(16) T b[32][16];
+  __shared__ __align__(16) T b[16][32];  // transposed
   const int lane = threadIdx.x;
   for (int i = lane; i < 512; i += 32) {
     a[i / 32][i % 32] = T(in[i]);
-    b[i / 16][i % 16] = T(in[512 + i]);
+    b[i % 16][i / 16] = T(in[512 + i]);
   }
   __syncwarp();
   float d[2][4] = {};
   for (int k = 0; k < 32; k += 16) {
     uint32_t of_a[4], of_b[4];
     ldmatrix_x4(of_a, &a[lane % 16][k + lane / 16 * 8]);
-    ldmatrix_x4_trans(of_b, &b[k + lane % 16][lane / 16 * 8]);
+    ldmatrix_x4(of_b, &b[lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
     for (int half = 0; half < 2; ++half) mma_m16n8k16<T>(d[half], of_a, {of_b[2 * half], of_b[2 * half + 1]});
   }
   for (int half = 0; half < 2; ++half)
@@ -274,12 +274,11 @@ __global__ void teams_of_one_number(const float*, float*, int) { bar_sync(1, 64)
 __global__ void team_of_two_sizes(const float*, float*, int) { bar_sync(1, threadIdx.x < 32 ? 64 : 96); }
 
 __global__ void approximations(const float* in, float* out, int n) {
-  n /= 4;
+  n /= 3;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    out[i] = tanh_approx(in[i]);
-    out[n + i] = ex2_approx(in[i]);
-    out[2 * n + i] = rcp_approx(in[i]);
-    out[3 * n + i] = __expf(in[i]);
+    out[i] = ex2_approx(in[i]);
+    out[n + i] = rcp_approx(in[i]);
+    out[2 * n + i] = __expf(in[i]);
   }
 }
 

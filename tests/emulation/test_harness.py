@@ -160,12 +160,12 @@ def test_asynchronous_copies(emulation):
 
 def test_approximations_have_the_error_that_the_hardware_may_have(emulation):
     x = np.random.default_rng(0).uniform(-4, 4, 20000).astype(np.float32)
-    result = launch(emulation, "approximations", x, 4 * x.size).reshape(4, -1).astype(np.float64)
+    result = launch(emulation, "approximations", x, 3 * x.size).reshape(3, -1).astype(np.float64)
     exact_x = x.astype(np.float64)
-    exact = np.stack([np.tanh(exact_x), np.exp2(exact_x), 1 / exact_x, np.exp(exact_x)])
+    exact = np.stack([np.exp2(exact_x), 1 / exact_x, np.exp(exact_x)])
     ulp = 2.0**-23
-    allowed = np.stack([np.full(x.size, 2.0**-11), np.full(x.size, 2 * ulp), np.full(x.size, ulp)])
-    allowed = np.vstack([allowed, (2 + np.floor(1.173 * abs(exact_x))) * ulp])
+    of_exp = (2 + np.floor(1.173 * abs(exact_x))) * ulp
+    allowed = np.stack([np.full(x.size, 2 * ulp), np.full(x.size, ulp), of_exp])
     error = abs(result / exact - 1) / (allowed + ulp / 2)
     assert (error.max(1) <= 1).all()
     assert (error.max(1) > 0.6).all(), "an exact result would hide a kernel's reliance on it"

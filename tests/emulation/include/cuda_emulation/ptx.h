@@ -29,17 +29,14 @@ struct MatrixLoad {
   uint32_t* fragment;
 };
 
-template <bool kTransposed>
-CUDA_EMULATION_HOST_CODE void perform_ldmatrix_x4(void* const* operands, unsigned) {
+CUDA_EMULATION_HOST_CODE inline void perform_ldmatrix_x4(void* const* operands, unsigned) {
   const auto lanes = reinterpret_cast<MatrixLoad* const*>(operands);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t elements[8][8];
     for (int row = 0; row < 8; ++row) __builtin_memcpy(elements[row], lanes[8 * matrix + row]->row, 16);
     for (int lane = 0; lane < 32; ++lane) {
       const int r = lane / 4, c = lane % 4 * 2;
-      const uint32_t low = kTransposed ? elements[c][r] : elements[r][c];
-      const uint32_t high = kTransposed ? elements[c + 1][r] : elements[r][c + 1];
-      lanes[lane]->fragment[matrix] = low | high << 16;
+      lanes[lane]->fragment[matrix] = elements[r][c] | uint32_t{elements[r][c + 1]} << 16;
     }
   }
 }
@@ -131,15 +128,7 @@ CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4(uint32_t (&fragment)[4], const 
   check_shared(row, 16, "ldmatrix");
   accesses.access(row, 16, false, __builtin_return_address(0));
   MatrixLoad operand{row, fragment};
-  scheduler.whole_warp(&operand, perform_ldmatrix_x4<false>, {"ldmatrix_x4", file, line});
-}
-
-CUDA_EMULATION_HOST_CODE inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
-                                                       CUDA_EMULATION_CALLER) {
-  check_shared(row, 16, "ldmatrix");
-  accesses.access(row, 16, false, __builtin_return_address(0));
-  MatrixLoad operand{row, fragment};
-  scheduler.whole_warp(&operand, perform_ldmatrix_x4<true>, {"ldmatrix_x4_trans", file, line});
+  scheduler.whole_warp(&operand, perform_ldmatrix_x4, {"ldmatrix_x4", file, line});
 }
 
 template <typename T>
@@ -167,7 +156,6 @@ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float 
 }
 
 // Within the error that the PTX manual allows.
-inline float tanh_approx(float x) { return approximate(std::tanh(double{x}), 0x1p-11, x); }
 inline float ex2_approx(float x) { return flush(approximate(std::exp2(double{flush(x)}), 0x1p-22, x)); }
 inline float rcp_approx(float x) { return flush(approximate(1 / double{flush(x)}, 0x1p-23, x)); }
 
