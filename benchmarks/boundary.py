@@ -19,10 +19,10 @@ import torch
 
 import effnet_kernels as ek
 import effnet_kernels.functional as F
-from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import create_model
 from effnet_kernels.benchmarking.tables import text_table
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops import triton_common
 
 ROUNDS, CALLS = 50, 40

@@ -15,11 +15,11 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import internals, tuning
-from effnet_kernels.backends import Problem, automatic, implementation, order_measured, place
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise, require
+from effnet_kernels.dispatch import Problem, automatic, implementation, order_measured, place
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -35,8 +35,8 @@ from triton.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
 import effnet_kernels as ek
-from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.models import check_name, library_model
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops import triton_common
 
 OPS = (

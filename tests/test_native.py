@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effnet_kernels import native
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops import native_cuda
 
 
@@ -115,7 +115,7 @@ def test_the_package_works_without_the_library():
     """On a machine with no compiler: the reference serves, and the reason is told."""
     code = (
         "from pathlib import Path; from effnet_kernels import native; native._CPU_LIBRARY = Path('/nowhere/cpu.so');"
-        "import torch, effnet_kernels.functional as F; from effnet_kernels.backends import backends;"
+        "import torch, effnet_kernels.functional as F; from effnet_kernels.dispatch import backends;"
         "one = torch.ones(3); x = torch.ones(1, 3, 4, 4);"
         "y = F.pointwise_conv_bn_act(x, torch.ones(3, 3, 1, 1), F.BatchNorm(one, one, one, one));"
         "print(tuple(y.shape), backends()['cpu'][0])"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels
-from effnet_kernels.backends import automatic
 from effnet_kernels.benchmarking import UserError, peers, timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output, max_error
+from effnet_kernels.dispatch import automatic
 
 STOCK = "stock"
 CHANNELS_LAST = "stock channels_last"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import accelerates, place
+from effnet_kernels.dispatch import accelerates, place
 from effnet_kernels.modules import program
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.program import BACKEND_ATTRIBUTE

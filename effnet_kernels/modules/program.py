@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.backends import requested
+from effnet_kernels.dispatch import requested
 from effnet_kernels.internals import hooks_registered
 from effnet_kernels.modules.guards import as_written, is_observed
 from effnet_kernels.ops import native_cpu

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import place, serves
+from effnet_kernels.dispatch import place, serves
 from effnet_kernels.modules.reading import Geometry, padding_for
 from effnet_kernels.training import ConvBNAct, conv_block, update_running_statistics
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.dispatch import Problem, implementation
 from effnet_kernels.ops.activations import FUNCTIONS
 
 LIBRARY = torch.library.Library("effnet_kernels", "DEF")
@@ -126,7 +126,7 @@ def register(
 ) -> Op:
     """Define one op from its schema: kernel, fake kernel and gradient.
 
-    The last argument of every schema is ``str backend``; ``backends`` finds the implementation that
+    The last argument of every schema is ``str backend``; ``dispatch`` finds the implementation that
     serves ``problem(*args)``. The gradient re-evaluates ``reference``: it needs nothing but the op's
     inputs, so inference-only kernels stay differentiable.
     """

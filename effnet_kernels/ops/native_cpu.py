@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import native
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.recording import Call, Recording, converted, current
 

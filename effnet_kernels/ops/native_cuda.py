@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.native import cuda_emulated, cuda_serves
 from effnet_kernels.ops.common import to_nhwc
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import knobs
 
 from effnet_kernels import tuning
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.common import to_nhwc
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.dispatch import Problem, implementation
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.ops import oracle

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from effnet_kernels.backends import Problem, backends
+from effnet_kernels.dispatch import Problem, backends
 from effnet_kernels.ops.mbconv import mixed
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.cuda.tools import check, cycled

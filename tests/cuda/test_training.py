@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from effnet_kernels.backends import Problem as Asked
-from effnet_kernels.backends import implementation
+from effnet_kernels.dispatch import Problem as Asked
+from effnet_kernels.dispatch import implementation
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.conv_block_train import reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES

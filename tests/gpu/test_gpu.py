@@ -9,10 +9,10 @@ from torch import Tensor
 
 import effnet_kernels as ek
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, automatic, backends, implementation
 from effnet_kernels.benchmarking import timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.training import Step
+from effnet_kernels.dispatch import Problem, automatic, backends, implementation
 from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Captured
 from effnet_kernels.ops.common import Op
 from tests import whole_models

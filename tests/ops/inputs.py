@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effnet_kernels import functional
-from effnet_kernels.backends import Problem as BackendProblem
-from effnet_kernels.backends import implementation
+from effnet_kernels.dispatch import Problem as BackendProblem
+from effnet_kernels.dispatch import implementation
 from effnet_kernels.functional import BatchNorm, ConvBN, SqueezeExciteWeights
 from tests.ops import oracle
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze

@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 
+from effnet_kernels import dispatch
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, backends, check_backend, implementation, use_backend
+from effnet_kernels.dispatch import Problem, backends, check_backend, implementation, use_backend
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.mbconv import reference, triton  # before the environment changes, or it is not interpreted
 from tests.ops.special_values import unit_bn
 
-module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
 CUDA = Problem("mbconv", "cuda", torch.float16, (3, 3))
 
 
@@ -22,8 +22,8 @@ def fresh(monkeypatch):
     """A GPU machine in the eyes of the dispatch, and nothing remembered of this one."""
 
     def forget():
-        module._triton_available.cache_clear()
-        module._resolve.cache_clear()
+        dispatch._triton_available.cache_clear()
+        dispatch._resolve.cache_clear()
 
     forget()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops import native_cpu
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through

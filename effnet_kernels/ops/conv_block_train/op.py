@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.backends import Problem, implementation, place
+from effnet_kernels.dispatch import Problem, implementation, place
 from effnet_kernels.ops.common import LIBRARY, define, empty_nhwc, to_nhwc, without_autocast
 from effnet_kernels.ops.conv_block_train import block, reference
 from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite, wide_dtype, work

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops.activations import FUNCTIONS, GRADIENTS
 from effnet_kernels.ops.common import to_nhwc, wide
 from effnet_kernels.ops.conv_block_train.layers import Gone, Gradient, Layer, Norm, Source, Through

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem, place
+from effnet_kernels.dispatch import Problem, place
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc, register
 from effnet_kernels.ops.depthwise_conv_bn_act import reference
 

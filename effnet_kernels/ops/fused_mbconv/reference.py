@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops.common import batch_norm_act, convolve, to_nhwc
 
 

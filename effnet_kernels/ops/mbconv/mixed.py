@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops import native_cuda
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc
 from effnet_kernels.ops.mbconv import triton

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from effnet_kernels.backends import Problem, place
+from effnet_kernels.dispatch import Problem, place
 from effnet_kernels.ops.common import conv_output_size, empty_nhwc, register
 from effnet_kernels.ops.mbconv import reference
 

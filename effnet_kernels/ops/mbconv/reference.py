@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Problem
 from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_conv_bn_act
 from effnet_kernels.ops.pointwise_conv_bn_act import reference as pointwise_conv_bn_act
 from effnet_kernels.ops.squeeze_excite_gate import reference as squeeze_excite_gate

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from effnet_kernels.backends import Problem, place
+from effnet_kernels.dispatch import Problem, place
 from effnet_kernels.ops.common import register
 from effnet_kernels.ops.squeeze_excite_gate import reference
 

@@ -1,6 +1,5 @@
 """Which backend serves: the order, the reasons, and the three ways to ask for one."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from effnet_kernels import dispatch
 from effnet_kernels import functional as F
-from effnet_kernels.backends import (
+from effnet_kernels.dispatch import (
     Problem,
     accelerates,
     backends,
@@ -24,17 +24,16 @@ from effnet_kernels.backends import (
 )
 from effnet_kernels.ops.mbconv import reference
 
-module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
 PROBLEM = Problem("mbconv", "cpu", torch.float32)
 
 
 @pytest.fixture
 def unavailable(monkeypatch):
     """The cpu backend, as if it had not been built."""
-    monkeypatch.setitem(module._AVAILABLE, "cpu", lambda: (False, "nobody built it"))
-    module._resolve.cache_clear()
+    monkeypatch.setitem(dispatch._AVAILABLE, "cpu", lambda: (False, "nobody built it"))
+    dispatch._resolve.cache_clear()
     yield
-    module._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
 def served_by(problem: Problem, name: str = "auto") -> str:
@@ -83,17 +82,17 @@ def test_a_device_nobody_knows_is_served_by_the_reference():
 
 @pytest.mark.parametrize("order", [("triton", "cuda"), ("cuda", "triton")])
 def test_auto_takes_each_op_in_its_own_order(order, monkeypatch):
-    monkeypatch.setitem(module._ORDER_OF_OP, ("cuda", "fused_mbconv"), (*order, "reference"))
-    monkeypatch.setitem(module._ORDER_OF_OP, ("cuda", "mbconv"), (*order[::-1], "reference"))
+    monkeypatch.setitem(dispatch._ORDER_OF_OP, ("cuda", "fused_mbconv"), (*order, "reference"))
+    monkeypatch.setitem(dispatch._ORDER_OF_OP, ("cuda", "mbconv"), (*order[::-1], "reference"))
     for name in order:
-        monkeypatch.setitem(module._AVAILABLE, name, lambda: (True, ""))
+        monkeypatch.setitem(dispatch._AVAILABLE, name, lambda: (True, ""))
         for op in ("fused_mbconv", "mbconv"):
             backend = types.SimpleNamespace(supports=lambda problem: (True, ""), run=name)
             monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{op}.{name}", backend)
-    module._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     assert implementation(Problem("fused_mbconv", "cuda", torch.float16)) == order[0]
     assert implementation(Problem("mbconv", "cuda:1", torch.float16)) == order[1]
-    module._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
 
 
 def test_a_problem_says_on_which_gpu_it_is():
@@ -169,7 +168,7 @@ def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 def test_the_environment_variable_rules_a_process():
     code = (
-        "import torch; from effnet_kernels.backends import *; from effnet_kernels.backends import Problem;"
+        "import torch; from effnet_kernels.dispatch import *; from effnet_kernels.dispatch import Problem;"
         "print(implementation(Problem('mbconv', 'cpu', torch.float32)).__module__)"
     )
     result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="reference")
@@ -181,11 +180,11 @@ def test_the_environment_variable_rules_a_process():
 def test_use_backend_decides_the_kernel_of_an_op(monkeypatch):
     """Through the public function: a kernel that answers with a marker is the one that ran."""
     monkeypatch.setattr(reference, "run", lambda *args: "reference ran")
-    module._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     c = 4
     vector = torch.ones(c)
     part = F.ConvBN(torch.ones(c, 1, 3, 3), F.BatchNorm(vector, vector, vector, vector))
     project = F.ConvBN(torch.ones(c, c, 1, 1), part.bn)
     with torch.no_grad(), use_backend("reference"):
         assert F.mbconv(torch.ones(1, c, 5, 5), None, part, None, project) == "reference ran"
-    module._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
