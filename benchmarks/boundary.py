@@ -8,7 +8,6 @@ tensors and enqueueing is replaced by nothing: what is left is all that the pack
 
 import contextlib
 import functools
-import importlib
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ import effnet_kernels.functional as F
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import create_model
 from effnet_kernels.benchmarking.tables import text_table
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Problem, kernel_of
 from effnet_kernels.ops import triton_common
 
 ROUNDS, CALLS = 50, 40
@@ -86,7 +85,7 @@ def enqueueing_left_out() -> Iterator[None]:
 
 @functools.cache
 def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., object]]:
-    return asked, importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
+    return asked, kernel_of(problem.op, asked)
 
 
 @torch.inference_mode()

@@ -1,8 +1,7 @@
 """Which backends there are, which of them can serve a problem, and why the others cannot.
 
-A backend is one row of ``_AVAILABLE`` plus one file per op, ``effnet_kernels/ops/<op>/<backend>.py``,
-that defines ``supports(problem) -> (bool, reason)`` and ``run(*args)``. "mixed" has a file for ``mbconv`` alone; for
-what that does not serve, and for other ops, it is the measured order of the GPU's backends.
+A backend is a row of ``_AVAILABLE`` and one of ``_KERNELS``. "mixed" has a kernel for ``mbconv`` alone; for what that
+does not serve, and for other ops, it is the measured order of the GPU's backends.
 """
 
 import contextlib
@@ -88,6 +87,16 @@ _AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
     "reference": lambda: (True, "plain PyTorch"),
 }
 
+# In effnet_kernels/ops/: ``supports(problem) -> (bool, reason)`` of each backend, and its kernel of an op, which takes
+# the op's arguments. The modules are imported when they are needed: Triton is not there on every machine.
+_KERNELS: dict[str, tuple[str, str]] = {
+    "cpu": ("native_cpu.supports", "{op}.cpu"),
+    "mixed": ("mbconv_mixed.supports", "{op}_mixed.run"),
+    "triton": ("triton_common.supports", "{op}_triton.run"),
+    "cuda": ("native_cuda.supports", "{op}.cuda"),
+    "reference": ("common.supports", "{op}.reference"),
+}
+
 # Fastest first. The reference is last everywhere: it defines the numbers, not the speed.
 _ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -163,8 +172,8 @@ def requested(backend: str = "auto") -> str:
     return backend
 
 
-def implementation(problem: Problem, backend: str = "auto") -> Callable[..., Any]:
-    """The function that computes ``problem`` on the backend asked for (see ``requested``).
+def implementation(problem: Problem, backend: str = "auto") -> Any:
+    """The kernel that computes ``problem`` on the backend asked for (see ``requested``).
 
     Raises:
         ValueError, RuntimeError: the backend was asked for by name and is unknown, unavailable, or
@@ -200,6 +209,16 @@ def _placed(problem: Problem) -> Problem:
     return problem._replace(device=f"cuda:{torch.cuda.current_device()}")
 
 
+def kernel_of(op: str, backend: str) -> Any:
+    """The kernel of an op on a backend, whether that can run here or not."""
+    return _found(_KERNELS[backend][1].format(op=op))
+
+
+def _found(path: str) -> Any:
+    module, _, name = path.partition(".")
+    return getattr(importlib.import_module(f"effnet_kernels.ops.{module}"), name)
+
+
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
     candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
@@ -209,10 +228,9 @@ def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
         served, reason = _AVAILABLE[name]()
         if served:
             try:
-                module = importlib.import_module(f"effnet_kernels.ops.{problem.op}.{name}")
-                served, reason = module.supports(problem)
+                kernel, (served, reason) = kernel_of(problem.op, name), _found(_KERNELS[name][0])(problem)
             except ModuleNotFoundError as error:
                 served, reason = False, f"no kernel for it ({error})"
         if served:
-            return name, module.run
+            return name, kernel
     raise RuntimeError(f"backend {asked!r} cannot serve {problem.op} on {problem.device} in {problem.dtype}: {reason}")

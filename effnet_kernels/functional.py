@@ -29,13 +29,13 @@ from torch import Tensor
 from effnet_kernels import internals
 from effnet_kernels.ops.activations import ACTIVATIONS, GATES
 from effnet_kernels.ops.common import autocast_dtype
-from effnet_kernels.ops.depthwise_conv_bn_act.op import op as _depthwise_conv_bn_act
-from effnet_kernels.ops.fused_mbconv.op import op as _fused_mbconv
-from effnet_kernels.ops.mbconv.op import op as _mbconv
-from effnet_kernels.ops.pointwise_conv_bn_act.op import op as _pointwise_conv_bn_act
+from effnet_kernels.ops.depthwise_conv_bn_act import op as _depthwise_conv_bn_act
+from effnet_kernels.ops.fused_mbconv import op as _fused_mbconv
+from effnet_kernels.ops.mbconv import op as _mbconv
+from effnet_kernels.ops.pointwise_conv_bn_act import op as _pointwise_conv_bn_act
 from effnet_kernels.ops.recording import converted
-from effnet_kernels.ops.squeeze_excite.op import op as _squeeze_excite
-from effnet_kernels.ops.squeeze_excite_gate.op import op as _squeeze_excite_gate
+from effnet_kernels.ops.squeeze_excite import op as _squeeze_excite
+from effnet_kernels.ops.squeeze_excite_gate import op as _squeeze_excite_gate
 
 Pair = int | Sequence[int]
 

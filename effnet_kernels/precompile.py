@@ -36,7 +36,7 @@ from triton.runtime.cache import get_cache_manager
 
 import effnet_kernels as ek
 from effnet_kernels.benchmarking.models import check_name, library_model
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Problem, kernel_of
 from effnet_kernels.ops import triton_common
 
 OPS = (
@@ -48,7 +48,7 @@ OPS = (
     "squeeze_excite_gate",
 )
 # Those that name what is replaced while launches are recorded.
-_NAMES = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
+_NAMES = [f"{op}_triton" for op in OPS] + ["train_depthwise_triton", "train_parts_triton"]
 _MODULES = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in _NAMES)]
 
 
@@ -64,7 +64,8 @@ class Launch(NamedTuple):
 
     @property
     def op(self) -> str:
-        return self.kernel.fn.__module__.split(".")[-2]
+        module = self.kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
+        return module if module in OPS else "conv_block_train"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +153,7 @@ def record_module(module: nn.Module, x: Tensor, generation: int) -> list[Launch]
     x = x.to(memory_format=torch.channels_last)
 
     def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-        return "triton", importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
+        return "triton", kernel_of(problem.op, "triton")
 
     def call() -> None:
         y = module(x)

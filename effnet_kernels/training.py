@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import autocast_dtype, conv_output_size, to_nhwc
-from effnet_kernels.ops.conv_block_train.op import conv_block_train as _conv_block_train
+from effnet_kernels.ops.conv_block_train import conv_block_train as _conv_block_train
 
 
 class ConvBNAct(NamedTuple):
@@ -43,10 +43,7 @@ class ConvBNAct(NamedTuple):
         """``[N, O, OH, OW]`` from the size of the input."""
         if self.weight is None:
             return list(size)
-        (sh, sw), (top, bottom, left, right) = self.geometry(size)
-        channels, _, kh, kw = self.weight.shape
-        height = conv_output_size(size[2], kh, sh, top, bottom)
-        return [size[0], channels, height, conv_output_size(size[3], kw, sw, left, right)]
+        return [size[0], self.weight.shape[0], *conv_output_size(size, self.weight, *self.geometry(size))]
 
 
 def conv_block(

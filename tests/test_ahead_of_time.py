@@ -195,8 +195,9 @@ import torch
 from effnet_kernels import precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import block, triton
-from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite
+from effnet_kernels.ops import conv_block_train_triton as triton
+from effnet_kernels.ops import train_block as block
+from effnet_kernels.ops.train_layers import Layer, Needs, SqueezeExcite
 
 def step(dtype, kernel, stride, size=28, batch=2):
     def empty(*shape, dtype=torch.float32):
@@ -214,10 +215,10 @@ def step(dtype, kernel, stride, size=28, batch=2):
     se = SqueezeExcite([empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144)], "silu", "sigmoid")
     x = empty_nhwc(empty(batch, dtype=dtype), 24, size, size)
     residual = empty_nhwc(x, 24, (size - 1) // stride + 1, (size - 1) // stride + 1)
-    y, raws, statistics, squeezed = triton.run(block.forward, x, layers, se, residual, False)
+    y, raws, statistics, squeezed = block.forward(triton.run, x, layers, se, residual, False)
     needs = Needs(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
     kept = block.Kept(x, raws, statistics, squeezed)
-    triton.run(block.backward, y, kept, layers, se, False, list(x.shape), needs)
+    block.backward(triton.run, y, kept, layers, se, False, list(x.shape), needs)
 """
 
 COMPILE_TRAINING = (

@@ -22,7 +22,7 @@ from effnet_kernels.dispatch import (
     requested,
     use_backend,
 )
-from effnet_kernels.ops.mbconv import reference
+from effnet_kernels.ops import mbconv
 
 PROBLEM = Problem("mbconv", "cpu", torch.float32)
 
@@ -52,14 +52,14 @@ def test_every_backend_explains_itself():
 
 
 def test_auto_takes_the_first_that_can_serve(unavailable):
-    assert implementation(PROBLEM) is reference.run
+    assert implementation(PROBLEM) is mbconv.reference
     assert not accelerates("auto", *PROBLEM)
 
 
 def test_auto_prefers_the_kernel_where_there_is_one():
     if not backends()["cpu"][0]:
         pytest.skip(backends()["cpu"][1])
-    assert implementation(PROBLEM) is not reference.run
+    assert implementation(PROBLEM) is not mbconv.reference
     assert accelerates("auto", *PROBLEM)
     for dtype in (torch.float16, torch.bfloat16):
         assert accelerates("auto", *PROBLEM._replace(dtype=dtype))
@@ -71,13 +71,13 @@ def test_auto_prefers_the_kernel_where_there_is_one():
         assert not accelerates("auto", *wide_or_training)
         with pytest.raises(RuntimeError, match=rf"'cpu' cannot serve \w+ on cpu in {dtype}: only float32"):
             implementation(wide_or_training, "cpu")
-    assert implementation(PROBLEM._replace(dtype=torch.float64)) is reference.run
+    assert implementation(PROBLEM._replace(dtype=torch.float64)) is mbconv.reference
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cuda.*the tensors are on cuda"):
         implementation(PROBLEM._replace(device="cuda"), "cpu")
 
 
 def test_a_device_nobody_knows_is_served_by_the_reference():
-    assert implementation(PROBLEM._replace(device="xpu")) is reference.run
+    assert implementation(PROBLEM._replace(device="xpu")) is mbconv.reference
 
 
 @pytest.mark.parametrize("order", [("triton", "cuda"), ("cuda", "triton")])
@@ -88,7 +88,9 @@ def test_auto_takes_each_op_in_its_own_order(order, monkeypatch):
         monkeypatch.setitem(dispatch._AVAILABLE, name, lambda: (True, ""))
         for op in ("fused_mbconv", "mbconv"):
             backend = types.SimpleNamespace(supports=lambda problem: (True, ""), run=name)
-            monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{op}.{name}", backend)
+            monkeypatch.setitem(dispatch._KERNELS, name, (f"{name}_of_a_test.supports", f"{{op}}_{name}_of_a_test.run"))
+            for module in (f"{name}_of_a_test", f"{op}_{name}_of_a_test"):
+                monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{module}", backend)
     dispatch._resolve.cache_clear()
     assert implementation(Problem("fused_mbconv", "cuda", torch.float16)) == order[0]
     assert implementation(Problem("mbconv", "cuda:1", torch.float16)) == order[1]
@@ -172,14 +174,14 @@ def test_the_environment_variable_rules_a_process():
         "print(implementation(Problem('mbconv', 'cpu', torch.float32)).__module__)"
     )
     result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="reference")
-    assert result.stdout.strip() == "effnet_kernels.ops.mbconv.reference", result.stderr
+    assert result.stdout.strip() == "effnet_kernels.ops.mbconv", result.stderr
     result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="fast")
     assert "ValueError: backend must be one of" in result.stderr
 
 
 def test_use_backend_decides_the_kernel_of_an_op(monkeypatch):
     """Through the public function: a kernel that answers with a marker is the one that ran."""
-    monkeypatch.setattr(reference, "run", lambda *args: "reference ran")
+    monkeypatch.setattr(mbconv, "reference", lambda *args: "reference ran")
     dispatch._resolve.cache_clear()
     c = 4
     vector = torch.ones(c)

@@ -16,8 +16,8 @@ import triton
 
 from benchmarks import gpu_kernels, gpu_parts
 from effnet_kernels import MBConv, cli, precompile
+from effnet_kernels.ops import fused_mbconv_triton as fused_mbconv
 from effnet_kernels.ops import triton_common
-from effnet_kernels.ops.fused_mbconv import triton as fused_mbconv
 from tests.test_ahead_of_time import uninterpreted
 
 LAUNCHES = """
@@ -151,7 +151,7 @@ def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, c
     ("entry", "value", "said"),
     [
         ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+\.triton\.\w+ than is here: pack it anew"),
-        ("module", "effnet_kernels.ops.mbconv.triton", r"packed with another effnet_kernels\.ops\.mbconv"),
+        ("module", "effnet_kernels.ops.mbconv_triton", r"packed with another effnet_kernels\.ops\.mbconv"),
         ("name", "../../kernel", "not a file of packed kernels"),
         ("cubin", "../cubin", "not a file of packed kernels"),
         ("module", "os", "not a file of packed kernels"),

@@ -127,7 +127,7 @@ def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
 
     with contextlib.ExitStack() as patches:
         for op, name in LAUNCHERS.items():
-            module = importlib.import_module(f"effnet_kernels.ops.{op}.triton")
+            module = importlib.import_module(f"effnet_kernels.ops.{op}_triton")
             patches.enter_context(mock.patch.object(module, name, recording(op, getattr(module, name))))
         model(x)
     return classes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effnet_kernels.dispatch import Problem, backends
-from effnet_kernels.ops.mbconv import mixed
+from effnet_kernels.ops import mbconv_mixed as mixed
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.cuda.tools import check, cycled
 from tests.ops import oracle

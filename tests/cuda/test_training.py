@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from effnet_kernels.dispatch import Problem as Asked
 from effnet_kernels.dispatch import implementation
 from effnet_kernels.functional import BatchNorm
-from effnet_kernels.ops.conv_block_train import reference
+from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from effnet_kernels.training import ConvBNAct, conv_block
 from tests.ops.device import DEVICE, on_device

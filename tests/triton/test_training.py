@@ -90,7 +90,7 @@ def test_derivatives_at_kinks_and_far_out(act, dtype):
 @pytest.mark.parametrize("first", [0.0, 1e3], ids=["", "outlier"])
 def test_statistics(offset, first):
     """Where values lie far from zero, or the first of a strip far from the others."""
-    from effnet_kernels.ops.conv_block_train import triton_maps
+    from effnet_kernels.ops import train_maps_triton as triton_maps
 
     x = torch.randn(4, 9, 20, 21, generator=torch.Generator().manual_seed(0)) + offset
     x[:, :, 0, 0] += first
@@ -102,7 +102,7 @@ def test_statistics(offset, first):
 
 
 def test_many_parts_are_put_together_in_levels():
-    from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge
+    from effnet_kernels.ops.train_parts_triton import add_up, merge
 
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(300, 50, 3, generator=generator) + 100  # parts, values, channels

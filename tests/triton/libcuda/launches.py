@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
 
-from effnet_kernels.ops.depthwise_conv_bn_act import triton as depthwise
-from effnet_kernels.ops.fused_mbconv import triton as fused
-from effnet_kernels.ops.pointwise_conv_bn_act import triton as pointwise
-from effnet_kernels.ops.squeeze_excite_gate import triton as gate
+from effnet_kernels.ops import depthwise_conv_bn_act_triton as depthwise
+from effnet_kernels.ops import fused_mbconv_triton as fused
+from effnet_kernels.ops import pointwise_conv_bn_act_triton as pointwise
+from effnet_kernels.ops import squeeze_excite_gate_triton as gate
 from effnet_kernels.ops.triton_common import Config, launch_kernel
 
 driver = ctypes.CDLL("libcuda.so.1")
