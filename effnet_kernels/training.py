@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels import arguments as args
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import autocast_dtype, conv_output_size, to_nhwc
@@ -37,7 +38,7 @@ class ConvBNAct(NamedTuple):
         """Stride (vertical, horizontal) and padding (top, bottom, left, right) on an input ``[N, C, H, W]``."""
         if self.weight is None:
             return [1, 1], [0, 0, 0, 0]
-        return F._geometry(size, self.weight, self.stride, self.padding)
+        return args.window(size, self.weight, self.stride, self.padding)
 
     def output_size(self, size: Sequence[int]) -> list[int]:
         """``[N, O, OH, OW]`` from the size of the input."""
@@ -72,8 +73,8 @@ def conv_block(
     Raises:
         TypeError, ValueError: as ``functional``; ValueError too for statistics over a single value per channel.
     """
-    F._check_map("x", x)
-    x, *weights = F._autocast(x, *(layer.weight for layer in layers))
+    args.check_map("x", x)
+    x, *weights = args.autocast(x, *(layer.weight for layer in layers))
     if not layers:
         raise F.InputValueError("layers must not be empty")
     if se is not None and len(layers) < 2:
@@ -84,19 +85,19 @@ def conv_block(
     shape, geometry = list(x.shape), []
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         name = f"layers[{i}]"
-        F._check_choice(f"{name}.act", layer.act, ACTIVATIONS)
+        args.check_choice(f"{name}.act", layer.act, ACTIVATIONS)
         if weight is None:
             if len(layers) > 1:
                 raise F.InputValueError(f"{name}.weight may be None only in a single layer")
         else:
             depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
             wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
-            F._check_weight(f"{name}.weight", weight, x, wanted)
+            args.check_weight(f"{name}.weight", weight, x, wanted)
         stride, padding = layer.geometry(shape)
         shape = layer.output_size(shape)
-        F._check_bn(f"{name}.bn", layer.bn, shape[1], x)
+        args.check_bn(f"{name}.bn", layer.bn, shape[1], x)
         if se is not None and i == len(layers) - 2:
-            F._check_se("se", se, x, shape[1])
+            args.check_se("se", se, x, shape[1])
         values = shape[0] * shape[2] * shape[3]
         if not layer.frozen and values == 1:
             got = torch.Size(shape)  # torch's own words
@@ -106,7 +107,7 @@ def conv_block(
         raise F.InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     if residual is not None:
         residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
-        F._check_weight("residual", residual, x, tuple(shape))
+        args.check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
     return _conv_block_train(
         x, [w for w in weights if w is not None], [v for layer in layers for v in layer.bn[:4]],

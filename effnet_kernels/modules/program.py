@@ -15,7 +15,6 @@ A program belongs to the module whose forward it is, in whose dictionary it stan
 anything across calls.
 """
 
-import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from operator import eq, is_
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 
 from effnet_kernels.dispatch import requested
 from effnet_kernels.internals import hooks_registered
+from effnet_kernels.modules.captured import ON_GPU, Captured
 from effnet_kernels.modules.guards import as_written, is_observed
 from effnet_kernels.ops import native_cpu
 from effnet_kernels.ops.common import autocast_dtype, to_nhwc
-from effnet_kernels.ops.recording import Call, Recording, converted, current, recording
+from effnet_kernels.ops.recording import Recording, converted, current, recording
 
 # Attributes of modules, and of nobody else: what is kept, the word of ``patch(frozen=True)``, and its backend.
 KEPT_ATTRIBUTE = "_effnet_kernels_kept"
@@ -199,45 +199,6 @@ class Program:
         return y
 
 
-class Captured:
-    """The frozen forward of a model on a GPU as a CUDA graph, for inputs of one form. Threads call it in turns."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], state: Words) -> None:
-        self.calls, self.covered, self.state = [_ON_GPU], set[int](), state
-        # The graph reads the weights where they are: that memory stays, whatever becomes of the parameters.
-        self.memory = [
-            t.untyped_storage() for module in modules for t in (*module.parameters(False), *module.buffers(False))
-        ]
-        self.lock, self.graph, self.done = threading.Lock(), torch.cuda.CUDAGraph(), torch.cuda.Event()
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device), recording(None):
-            self.x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run(self.x)  # whatever a first call on a stream sets up
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
-                self.y = run(self.x)
-
-    def holds(self, owner: nn.Module) -> bool:
-        return self.state.hold(owner)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with self.lock, torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.done)
-            with torch.inference_mode(False), torch.no_grad():
-                self.x.copy_(x)
-            self.graph.replay()
-            y = self.y.clone()
-            self.done.record(stream)
-        return y
-
-
-# What is noted of a plan that ran on a GPU: there is nothing to repeat but all of it at once.
-_ON_GPU = Call((), [], [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
-
-
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
@@ -317,7 +278,7 @@ def record(
     if on_gpu(x):
         y = run(x)
         if outer is not None and y is not None:
-            outer.follow(x, x, [_ON_GPU], y)
+            outer.follow(x, x, [ON_GPU], y)
             _cover(owner, {*map(id, modules)})
         return y
     kept, form = Kept.by(owner), Form.of(x)
