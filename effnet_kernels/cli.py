@@ -156,7 +156,7 @@ def pack(options: argparse.Namespace) -> int:
     """Compile the Triton kernels of models into one file, for a GPU that need not be here."""
     precompile = _precompile()
     major, _, minor = options.capability.partition(".")
-    architecture, generation = int(major) * 10 + int(minor), precompile.triton_common.generation_of(int(major))
+    architecture, arch = int(major) * 10 + int(minor), precompile.triton_common.arch_of(int(major))
     if options.dtype == "bfloat16" and architecture < 80:
         raise UserError(f"--dtype bfloat16 needs compute capability 8.0, got {options.capability}")
     launches, file = [], Path(options.out)
@@ -165,7 +165,7 @@ def pack(options: argparse.Namespace) -> int:
             size = image_size(model, options.library)
             for training in (False, True) if options.training else (False,):
                 launches += precompile.record_model(
-                    model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
+                    model, size, 2, DTYPES[options.dtype], arch, library=options.library, training=training
                 )
         count = precompile.pack(file, launches, architecture, options.jobs, _progress)
     except (OSError, ValueError) as error:

@@ -163,6 +163,19 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@contextlib.contextmanager
+def assume(name: str) -> Iterator[None]:
+    """As ``use_backend``, whether the backend can run here or not; tensors may be on the meta device."""
+    token = _requested.set(name + _ASSUMED)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+_ASSUMED = ", assumed"
+
+
 def requested(backend: str = "auto") -> str:
     """The backend asked for: by argument, else by ``use_backend``, else by the environment."""
     if backend == "auto":
@@ -189,7 +202,9 @@ def accelerates(backend: str, *problem: Any) -> bool:
     ``problem``: the fields of a ``Problem``, for torch.compile one by one.
     """
     wanted = _placed(Problem(*problem))
-    asked = "auto" if wanted.device == "meta" else requested(backend)  # without data there is nothing to compute
+    asked = requested(backend)
+    if wanted.device == "meta" and not asked.endswith(_ASSUMED):  # without data there is nothing to compute
+        asked = "auto"
     return asked != "auto" or _resolve(wanted, asked)[0] != "reference"
 
 
@@ -221,6 +236,9 @@ def _found(path: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
+    if asked.endswith(_ASSUMED):
+        name = asked.removesuffix(_ASSUMED)
+        return name, kernel_of(problem.op, name)
     candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
     if asked == "mixed":
         candidates = automatic("cuda", problem.op)[:-1]  # without the reference

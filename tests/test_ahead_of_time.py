@@ -25,22 +25,22 @@ def uninterpreted() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-@pytest.mark.parametrize("generation", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.slow
-def test_every_tile_compiles_to_what_was_meant(generation):
+def test_every_tile_compiles_to_what_was_meant(arch):
     """A process of its own: under the interpreter, which serves the other tests, nothing can be compiled."""
     command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
-    command += ["--models", *aot.TILED_MODELS, "--dtypes", "float16", "float32", "--generations", generation]
+    command += ["--models", *aot.TILED_MODELS, "--dtypes", "float16", "float32", "--archs", arch]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for op in ("depthwise_conv_bn_act", "pointwise_conv_bn_act", "fused_mbconv", "squeeze_excite_gate"):
-        assert f"\n{op} " in result.stdout, f"no {op} for sm_{generation}"
+        assert f"\n{op} " in result.stdout, f"no {op} for sm_{arch}"
 
 
 @pytest.mark.slow
 def test_a_bfloat16_model_compiles_to_what_was_meant():
     command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
-    command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--generations", "90"]
+    command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--archs", "90"]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\npointwise_conv_bn_act " in result.stdout
@@ -72,18 +72,18 @@ def test_a_whole_model_is_recorded(launches):
     }
 
 
-@pytest.mark.parametrize("generation", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize(
     ("op", "constants"),
     [("pointwise_conv_bn_act", {"C_OUT": 256}), ("fused_mbconv", {"C_MID": 192}), ("depthwise_conv_bn_act", {})],
 )
-def test_each_complaint_is_made(launches, op, constants, generation):
+def test_each_complaint_is_made(launches, op, constants, arch):
     launch = launch_of(launches, op, **constants)
-    assert aot.complaints(launch, CLEAN, generation) == []
-    assert "spill" in aot.complaints(launch, CLEAN._replace(local=8), generation)[0]
-    assert "shared memory" in aot.complaints(launch, CLEAN._replace(shared=228 * 1024), generation)[0]
+    assert aot.complaints(launch, CLEAN, arch) == []
+    assert "spill" in aot.complaints(launch, CLEAN._replace(local=8), arch)[0]
+    assert "shared memory" in aot.complaints(launch, CLEAN._replace(shared=228 * 1024), arch)[0]
     without = CLEAN._replace(instructions=("LDG.E.64", "FFMA", "EXIT"))
-    assert len(aot.complaints(launch, without, generation)) == 1
+    assert len(aot.complaints(launch, without, arch)) == 1
 
 
 SPILLED = """
@@ -128,9 +128,9 @@ import torch
 from effnet_kernels import precompile
 from effnet_kernels.benchmarking import ahead_of_time as aot
 
-for generation in (80, 90, 100):
-    stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, generation)[0]
-    print(stem.op, *stem.config.block[:2], aot.compile_launch(stem, generation).count(r"LDG"))
+for arch in (80, 90, 100):
+    stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, arch)[0]
+    print(stem.op, *stem.config.block[:2], aot.compile_launch(stem, arch).count(r"LDG"))
 """
 
 
@@ -224,16 +224,16 @@ def step(dtype, kernel, stride, size=28, batch=2):
 COMPILE_TRAINING = (
     TRAINING_STEP
     + """
-for generation in (80, 90, 100):
+for arch in (80, 90, 100):
     seen = set()
     for dtype, kernel, stride in ((torch.float16, 3, 2), (torch.float32, 5, 1)):
-        launches = precompile.distinct(precompile.record(lambda: step(dtype, kernel, stride), generation))
+        launches = precompile.distinct(precompile.record(lambda: step(dtype, kernel, stride), arch))
         for launch in launches:
             name = launch.kernel.fn.__name__
             if "depthwise" in launch.kernel.fn.__module__ or name not in seen:
                 seen.add(name)
-                resources = aot.compile_launch(launch, generation)
-                print(generation, name, dtype, *aot.complaints(launch, resources, generation), sep="\\t")
+                resources = aot.compile_launch(launch, arch)
+                print(arch, name, dtype, *aot.complaints(launch, resources, arch), sep="\\t")
 """
 )
 
@@ -245,7 +245,7 @@ def test_the_kernels_of_training_compile_without_spills():
     assert result.returncode == 0, result.stderr
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert [row for row in rows if len(row) > 3] == []
-    names = {name for generation, name, *_ in rows if generation == "100"}
+    names = {name for arch, name, *_ in rows if arch == "100"}
     passes = ("statistics", "pool", "apply", "gradient", "gate_moments", "merge", "add")
     assert names == {f"{name}_kernel" for name in (*passes, "forward", "input_gradient", "weight_gradient")}
 

@@ -239,8 +239,8 @@ def test_the_command(tmp_path, packed):
 KEYS = """
 import importlib, json, sys
 from effnet_kernels import precompile
-names = [f"{op}.triton" for op in precompile.OPS if op != "mbconv"]
-names += [f"conv_block_train.triton_{part}" for part in ("maps", "depthwise", "parts")]
+names = [f"{op}_triton" for op in precompile.OPS if op != "mbconv"]
+names += [f"train_{part}_triton" for part in ("maps", "depthwise", "parts")]
 keys = {}
 for name in names[:: int(sys.argv[1])]:
     module = importlib.import_module(f"effnet_kernels.ops.{name}")

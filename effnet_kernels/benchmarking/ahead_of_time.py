@@ -1,6 +1,6 @@
 """Reading from the machine code of Triton launches what they will need; no GPU is needed for it (``precompile``).
 
-    python -m effnet_kernels.benchmarking.ahead_of_time --models efficientnet_b0 --dtypes float16 --generations 90
+    python -m effnet_kernels.benchmarking.ahead_of_time --models efficientnet_b0 --dtypes float16 --archs 90
 
 prints a row per distinct launch and exits with 1 if one of them spills registers, asks for more shared memory than
 there is, or lacks the instructions that it was written for.
@@ -38,7 +38,7 @@ from effnet_kernels.precompile import Launch, compiled, compiling_for, distinct,
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Bytes of shared memory a block may ask for. Tiles of column 80 also run on consumer GPUs, which have 99 KiB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Of one multiprocessor, the same for 8.0, 9.0 and 10.0: registers and warps. And shared memory, by generation.
+# Of one multiprocessor, the same for 8.0, 9.0 and 10.0: registers and warps. And shared memory, by arch.
 REGISTERS, WARPS = 65536, 64
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
@@ -109,12 +109,10 @@ def executed(launch: Launch, resources: Resources) -> Counter[str]:
     return issued
 
 
-def specialisation(launch: Launch, generation: int) -> str:
+def specialisation(launch: Launch, arch: int) -> str:
     """Triton's own key of the compiled code that a launch would look for, or compile."""
     kernel = launch.kernel
-    key = create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", generation, 32))
-    )
+    key = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", arch, 32)))
     _, arguments, options = key(
         *launch.tensors, *launch.sizes, *launch.constants,
         num_warps=launch.config.num_warps, num_stages=launch.config.num_stages, debug=False,
@@ -122,14 +120,14 @@ def specialisation(launch: Launch, generation: int) -> str:
     return f"{launch.op} {kernel.fn.__name__} {arguments} {options}"
 
 
-def compile_launch(launch: Launch, generation: int) -> Resources:
+def compile_launch(launch: Launch, arch: int) -> Resources:
     """Compile one launch for sm_80, sm_90a or sm_100a."""
-    with compiling_for(generation):
+    with compiling_for(arch):
         kernel = compiled(launch)
-    return _read(kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.num_warps, generation)
+    return _read(kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.num_warps, arch)
 
 
-def _read(cubin: bytes, shared: int, warps: int, generation: int) -> Resources:
+def _read(cubin: bytes, shared: int, warps: int, arch: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -141,7 +139,7 @@ def _read(cubin: bytes, shared: int, warps: int, generation: int) -> Resources:
     registers, stack, static, local = map(int, found.groups())
     shared += static
     per_warp = -(-registers * 32 // 256) * 256
-    fits = [WARPS // warps, REGISTERS // per_warp // warps, SHARED[generation] // (shared + 1024)]
+    fits = [WARPS // warps, REGISTERS // per_warp // warps, SHARED[arch] // (shared + 1024)]
     return Resources(registers, stack + local, shared, min(fits), instructions, listing)
 
 
@@ -151,15 +149,15 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def complaints(launch: Launch, resources: Resources, generation: int) -> list[str]:
+def complaints(launch: Launch, resources: Resources, arch: int) -> list[str]:
     """What is wrong with the machine code of a launch; nothing, if it may ship."""
     found = []
     if resources.local and not _spills_once(resources):
         found.append(f"{resources.local} bytes of local memory: registers spill")
-    if resources.shared > SHARED_LIMIT[generation]:
-        found.append(f"{resources.shared} bytes of shared memory, there are {SHARED_LIMIT[generation]}")
+    if resources.shared > SHARED_LIMIT[arch]:
+        found.append(f"{resources.shared} bytes of shared memory, there are {SHARED_LIMIT[arch]}")
     if launch.dtype.itemsize == 2:
-        wanted = matrix_instruction(launch, generation)
+        wanted = matrix_instruction(launch, arch)
         if wanted and not resources.count(rf"{wanted}\b"):
             found.append(f"no {wanted}")
         if launch.op == "depthwise_conv_bn_act" and launch.kernel.fn.__name__ == "kernel":
@@ -184,7 +182,7 @@ def _spills_once(resources: Resources) -> bool:
         return False
 
 
-def matrix_instruction(launch: Launch, generation: int) -> str | None:
+def matrix_instruction(launch: Launch, arch: int) -> str | None:
     """What a kernel with a product must contain: the generation's own instruction where its 64 rows are filled."""
     if launch.op == "pointwise_conv_bn_act":
         rows = launch.constant("BLOCK_N")
@@ -192,7 +190,7 @@ def matrix_instruction(launch: Launch, generation: int) -> str | None:
         rows = launch.constant("BLOCK_MID")
     else:
         return None
-    return MATRIX_INSTRUCTION[generation if rows >= 64 else 80]
+    return MATRIX_INSTRUCTION[arch if rows >= 64 else 80]
 
 
 def describe(launch: Launch) -> str:
@@ -225,25 +223,25 @@ SIZE = 224
 
 
 @functools.cache
-def _variants(model: str, dtype: str, generation: int) -> list[Launch]:
-    return distinct(record_model(model, SIZE, 1, getattr(torch, dtype), generation))
+def _variants(model: str, dtype: str, arch: int) -> list[Launch]:
+    return distinct(record_model(model, SIZE, 1, getattr(torch, dtype), arch))
 
 
 def _row(task: tuple[str, str, int, int]) -> tuple[str, list[str], list[str]]:
     """Compile launch number ``index`` of a model: runs in a worker, to which no kernel can be sent."""
-    model, dtype, generation, index = task
-    launch = _variants(model, dtype, generation)[index]
-    resources = compile_launch(launch, generation)
+    model, dtype, arch, index = task
+    launch = _variants(model, dtype, arch)[index]
+    resources = compile_launch(launch, arch)
     columns = (resources.registers, resources.local, resources.shared, resources.blocks)
-    row = [describe(launch), dtype, f"sm_{generation}", str(launch.config), *map(str, columns)]
-    return f"{row[0]} {dtype} sm_{generation}", row, complaints(launch, resources, generation)
+    row = [describe(launch), dtype, f"sm_{arch}", str(launch.config), *map(str, columns)]
+    return f"{row[0]} {dtype} sm_{arch}", row, complaints(launch, resources, arch)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"])
-    parser.add_argument("--generations", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90, 100])
     parser.add_argument("--tiles", action="store_true", help="one launch for each tile, not one for each kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -253,12 +251,12 @@ def main() -> int:
     seen = set()
     for model in options.models:
         for dtype in options.dtypes:
-            for generation in options.generations:
-                for index, launch in enumerate(_variants(model, dtype, generation)):
-                    key = (generation, launch.tile() if options.tiles else launch.variant())
+            for arch in options.archs:
+                for index, launch in enumerate(_variants(model, dtype, arch)):
+                    key = (arch, launch.tile() if options.tiles else launch.variant())
                     if key not in seen:
                         seen.add(key)
-                        tasks.append((model, dtype, generation, index))
+                        tasks.append((model, dtype, arch, index))
     rows, bad = [], []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:

@@ -37,7 +37,7 @@ from effnet_kernels.ops.triton_common import (
 )
 
 
-def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, chip: int) -> Config:
+def default_config(dtype: torch.dtype, channels: int, kh: int, sh: int, arch: int) -> Config:
     """(ROWS, COLUMNS, BLOCK_C) of a tile, and as many threads as it has pieces of 16 bytes: in 16 bits one warp.
 
     Programs of one warp wait for nobody: on an H100 they are 10 to 50% faster than larger ones. ROWS is what the maps

@@ -32,7 +32,7 @@ WINDOW_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2]
 FLAT_BELOW = 16  # input channels; from here on a tap fills the depth of a matrix instruction
 
 
-def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: int, generation: int) -> common.Config:
+def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: int, arch: int) -> common.Config:
     """(pixels, expanded channels, output channels, depth of the window's GEMM) of a tile; ``c_out`` is 0 for none.
 
     All expanded channels in one chunk where the accumulators allow it: up to 256, in the registers of 16 warps on
@@ -57,17 +57,17 @@ def default_config(dtype: torch.dtype, c_in: int, c_mid: int, c_out: int, taps: 
         return common.Config((64, rows, block_out, depth), 2, 1)
     if rows <= 64:
         return common.Config((128, rows, block_out, depth), 4, 3)
-    if generation < 90:
+    if arch < 90:
         return common.Config((64, 128, block_out, depth), 4 if block_out > 32 else 8, 3)
     if rows == 128 or not c_out:
         return common.Config((128, 128, block_out, depth), 8, 1 if depth == 32 else 3)
-    if generation == 90 and c_out > 64:
+    if arch == 90 and c_out > 64:
         return common.Config((128, 128, block_out, min(32, depth)), 16, 3)
-    if c_mid > 256 or (generation != 90 and depth == 32):
+    if c_mid > 256 or (arch != 90 and depth == 32):
         return common.Config((128, 128, block_out, depth), 8, 3)
-    if generation == 90 and c_in % 64 > 32:  # short steps, of which none multiplies zeros
+    if arch == 90 and c_in % 64 > 32:  # short steps, of which none multiplies zeros
         return common.Config((128, 256, block_out, 16), 16, 5)
-    return common.Config((128, 256, block_out, depth), 16 if generation == 90 else 8, 3)
+    return common.Config((128, 256, block_out, depth), 16 if arch == 90 else 8, 3)
 
 
 SIZES = (

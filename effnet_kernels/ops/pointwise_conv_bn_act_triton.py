@@ -26,7 +26,7 @@ from effnet_kernels.ops.pointwise_conv_bn_act import fake
 from effnet_kernels.ops.triton_common import batch_norm_act, bn_affine, callee, cdiv, dot, narrow, next_power_of_2
 
 
-def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -> common.Config:
+def default_config(dtype: torch.dtype, c_in: int, c_out: int, arch: int) -> common.Config:
     """(pixels, output channels, input channels) of a tile; it depends on nothing that changes from call to call.
 
     Rows are output channels: 64 are what one warpgroup's matrix instruction takes. Where the product narrows, 128, of
@@ -38,14 +38,14 @@ def default_config(dtype: torch.dtype, c_in: int, c_out: int, generation: int) -
     """
     rows = min(64, max(16, next_power_of_2(c_out)))
     if dtype == torch.float32:
-        return common.Config((64, rows, 16), 4 if rows > 16 or generation < 90 else 2, 2)
+        return common.Config((64, rows, 16), 4 if rows > 16 or arch < 90 else 2, 2)
     depth = min(64, max(16, next_power_of_2(c_in)))
     if c_in <= 16 and c_out > 32:
         return common.Config((64, 32, depth), 2, 1)
     idle = cdiv(c_out, 128) * 2 - cdiv(c_out, 64)  # blocks of 64 rows that 128 leave idle
     if c_out > 64 and c_in > c_out:
         return common.Config((64, 64 if idle else 128, depth), 4, 3)
-    if generation == 90 and 112 <= c_in < c_out and idle * 64 * 8 <= c_out:
+    if arch == 90 and 112 <= c_in < c_out and idle * 64 * 8 <= c_out:
         return common.Config((128, 128, depth), 8, 3)
     pixels = 64 if 32 < c_in <= 64 else 256 if rows == 16 and depth <= 32 else 128
     return common.Config((pixels, rows, depth), 4, 1 if pixels == 256 else 3)

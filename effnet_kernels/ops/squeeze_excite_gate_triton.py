@@ -42,7 +42,7 @@ from effnet_kernels.ops.triton_common import (
 )
 
 
-def default_config(dtype: torch.dtype, channels: int, reduced: int, chip: int) -> Config:
+def default_config(dtype: torch.dtype, channels: int, reduced: int, arch: int) -> Config:
     """(BLOCK_C, BLOCK_G) of one launch, (IMAGES, BLOCK_R, BLOCK_C) of two; ``dtype`` is that of the weights.
 
     One launch: all hidden units by BLOCK_C channels are up to 32 weights of a thread. ``num_stages`` of such blocks are

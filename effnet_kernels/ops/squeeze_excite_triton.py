@@ -25,7 +25,7 @@ from effnet_kernels.ops.triton_common import (
 )
 
 
-def default_config(dtype: torch.dtype, channels: int, chip: int) -> Config:
+def default_config(dtype: torch.dtype, channels: int, arch: int) -> Config:
     """(PIXELS, BLOCK_C): four pieces of 16 bytes for each of 128 threads."""
     block_c = channel_block(channels)
     return Config((8192 // dtype.itemsize // block_c, block_c), 4, 1)
