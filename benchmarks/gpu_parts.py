@@ -21,7 +21,7 @@ import effnet_kernels
 from benchmarks import cases, dispatch, gpu_profile, shapes
 from benchmarks.cases import Case
 from benchmarks.gpu_record import TAIL, OutOfTimeError, Record
-from benchmarks.shapes import Op
+from benchmarks.shapes import OpShape
 from effnet_kernels import native, tuning
 from effnet_kernels.benchmarking import contenders, timing
 from effnet_kernels.benchmarking.contenders import AUTOTUNED, CHANNELS_LAST, COMPILED, ours
@@ -40,7 +40,7 @@ class Scope(NamedTuple):
     flagship: Network
     models: tuple[Network, ...]
     training: tuple[Network, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[OpShape, ...]
     batch: int  # of ops and blocks
     blocks: int  # of each kind
     counted: tuple[str, ...]  # blocks of the flagship
@@ -105,13 +105,14 @@ class Scope(NamedTuple):
 # B0's depthwise convolutions whose maps exceed an L2 of 50 MB at batch 128, one of every other kind, and the dearest
 # dense windows: B0's stem and two of V2-S.
 OPS = (
-    *(Op("depthwise", (c, c), size, kernel, stride) for c, size, kernel, stride in (
+    *(OpShape("depthwise", (c, c), size, kernel, stride) for c, size, kernel, stride in (
         (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 5, 2), (240, 28, 5, 1), (480, 14, 3, 1),
         (672, 14, 5, 1),
     )),
-    Op("fused", (24, 24), 192, 3, 1), Op("fused", (48, 48), 96, 3, 1, 192), Op("fused", (3, 32), 224, 3, 2),
-    Op("pointwise", (16, 96), 112), Op("pointwise", (144, 24), 56), Op("pointwise", (40, 240), 28),
-    Op("pointwise", (192, 1152), 7), Op("squeeze_excite", (96, 4), 56), Op("squeeze_excite", (480, 20), 14),
+    OpShape("fused", (24, 24), 192, 3, 1), OpShape("fused", (48, 48), 96, 3, 1, 192),
+    OpShape("fused", (3, 32), 224, 3, 2), OpShape("pointwise", (16, 96), 112), OpShape("pointwise", (144, 24), 56),
+    OpShape("pointwise", (40, 240), 28), OpShape("pointwise", (192, 1152), 7),
+    OpShape("squeeze_excite", (96, 4), 56), OpShape("squeeze_excite", (480, 20), 14),
 )  # fmt: skip
 GPU = Scope(
     device="cuda",
@@ -145,7 +146,7 @@ SMOKE = GPU._replace(
     flagship=("test_efficientnet", 32, 2),
     models=(("test_efficientnet", 40, 1),),
     training=(("test_efficientnet", 96, 4),),  # smaller, and gradients are rounding errors
-    ops=(Op("depthwise", (16, 16), 8, 3, 1), Op("fused", (8, 8), 8, 3, 1)),
+    ops=(OpShape("depthwise", (16, 16), 8, 3, 1), OpShape("fused", (8, 8), 8, 3, 1)),
     batch=2,
     blocks=1,
     counted=(),

@@ -19,7 +19,7 @@ from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise, require
-from effnet_kernels.dispatch import Problem, automatic, implementation, order_measured, place
+from effnet_kernels.dispatch import Query, automatic, implementation, order_measured, place
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,7 +85,7 @@ def verify(options: argparse.Namespace) -> int:
             stock_output = rounded(x)
         for backend in _backends(options.backend, device):
             try:
-                implementation(Problem("mbconv", place(x), dtype, (3, 3)), backend)
+                implementation(Query("mbconv", place(x), dtype, (3, 3)), backend)
             except RuntimeError as error:
                 rows.append((backend, name, "", "", "", "", f"not served: {str(error).partition(': ')[2]}"))
                 continue

@@ -1,4 +1,4 @@
-"""Which backends there are, which of them can serve a problem, and why the others cannot.
+"""Which backends there are, which of them can serve a query, and why the others cannot.
 
 A backend is a row of ``_AVAILABLE`` and one of ``_KERNELS``. "mixed" has a kernel for ``mbconv`` alone; for what that
 does not serve, and for other ops, it is the measured order of the GPU's backends.
@@ -26,7 +26,7 @@ from effnet_kernels.internals import constant
 ENVIRONMENT_VARIABLE = "EFFNET_KERNELS_BACKEND"
 
 
-class Problem(NamedTuple):
+class Query(NamedTuple):
     """What a backend must know to say whether it can serve one call.
 
     ``device`` is what ``place`` gives; "cuda" is the current GPU.
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 def place(x: Tensor) -> str:
-    """Where x is, for a ``Problem``: "cpu", or of several GPUs which, "cuda:1"."""
+    """Where x is, for a ``Query``: "cpu", or of several GPUs which, "cuda:1"."""
     return f"cuda:{x.device.index}" if x.is_cuda else x.device.type
 
 
@@ -87,7 +87,7 @@ _AVAILABLE: dict[str, Callable[[], tuple[bool, str]]] = {
     "reference": lambda: (True, "plain PyTorch"),
 }
 
-# In effnet_kernels/ops/: ``supports(problem) -> (bool, reason)`` of each backend, and its kernel of an op, which takes
+# In effnet_kernels/ops/: ``supports(query) -> (bool, reason)`` of each backend, and its kernel of an op, which takes
 # the op's arguments. The modules are imported when they are needed: Triton is not there on every machine.
 _KERNELS: dict[str, tuple[str, str]] = {
     "cpu": ("native_cpu.supports", "{op}.cpu"),
@@ -185,23 +185,23 @@ def requested(backend: str = "auto") -> str:
     return backend
 
 
-def implementation(problem: Problem, backend: str = "auto") -> Any:
-    """The kernel that computes ``problem`` on the backend asked for (see ``requested``).
+def implementation(query: Query, backend: str = "auto") -> Any:
+    """The kernel that computes ``query`` on the backend asked for (see ``requested``).
 
     Raises:
         ValueError, RuntimeError: the backend was asked for by name and is unknown, unavailable, or
-            does not support this problem; the message carries its reason.
+            does not support this query; the message carries its reason.
     """
-    return _resolve(_placed(problem), requested(backend))[1]
+    return _resolve(_placed(query), requested(backend))[1]
 
 
 @constant
-def accelerates(backend: str, *problem: Any) -> bool:
+def accelerates(backend: str, *query: Any) -> bool:
     """Whether a fused call is worth making: a backend was named, or ``auto`` finds a real kernel.
 
-    ``problem``: the fields of a ``Problem``, for torch.compile one by one.
+    ``query``: the fields of a ``Query``, for torch.compile one by one.
     """
-    wanted = _placed(Problem(*problem))
+    wanted = _placed(Query(*query))
     asked = requested(backend)
     if wanted.device == "meta" and not asked.endswith(_ASSUMED):  # without data there is nothing to compute
         asked = "auto"
@@ -209,19 +209,19 @@ def accelerates(backend: str, *problem: Any) -> bool:
 
 
 @constant
-def serves(backend: str, *problem: Any) -> bool:
+def serves(backend: str, *query: Any) -> bool:
     """Whether a fused call is worth making and possible; a backend named without a kernel for it is no error."""
     try:
-        return accelerates(backend, *problem) and bool(implementation(Problem(*problem), backend))
+        return accelerates(backend, *query) and bool(implementation(Query(*query), backend))
     except RuntimeError:
         return False
 
 
-def _placed(problem: Problem) -> Problem:
-    """The problem with the index of the current GPU where it names none."""
-    if problem.device != "cuda" or not torch.cuda.is_available():
-        return problem
-    return problem._replace(device=f"cuda:{torch.cuda.current_device()}")
+def _placed(query: Query) -> Query:
+    """The query with the index of the current GPU where it names none."""
+    if query.device != "cuda" or not torch.cuda.is_available():
+        return query
+    return query._replace(device=f"cuda:{torch.cuda.current_device()}")
 
 
 def kernel_of(op: str, backend: str) -> Any:
@@ -235,20 +235,20 @@ def _found(path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
+def _resolve(query: Query, asked: str) -> tuple[str, Callable[..., Any]]:
     if asked.endswith(_ASSUMED):
         name = asked.removesuffix(_ASSUMED)
-        return name, kernel_of(problem.op, name)
-    candidates = automatic(problem.device_type, problem.op) if asked == "auto" else (check_backend(asked),)
+        return name, kernel_of(query.op, name)
+    candidates = automatic(query.device_type, query.op) if asked == "auto" else (check_backend(asked),)
     if asked == "mixed":
-        candidates = automatic("cuda", problem.op)[:-1]  # without the reference
+        candidates = automatic("cuda", query.op)[:-1]  # without the reference
     for name in candidates:
         served, reason = _AVAILABLE[name]()
         if served:
             try:
-                kernel, (served, reason) = kernel_of(problem.op, name), _found(_KERNELS[name][0])(problem)
+                kernel, (served, reason) = kernel_of(query.op, name), _found(_KERNELS[name][0])(query)
             except ModuleNotFoundError as error:
                 served, reason = False, f"no kernel for it ({error})"
         if served:
             return name, kernel
-    raise RuntimeError(f"backend {asked!r} cannot serve {problem.op} on {problem.device} in {problem.dtype}: {reason}")
+    raise RuntimeError(f"backend {asked!r} cannot serve {query.op} on {query.device} in {query.dtype}: {reason}")

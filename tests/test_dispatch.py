@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from effnet_kernels import dispatch
 from effnet_kernels import functional as F
 from effnet_kernels.dispatch import (
-    Problem,
+    Query,
     accelerates,
     backends,
     check_backend,
@@ -24,7 +24,7 @@ from effnet_kernels.dispatch import (
 )
 from effnet_kernels.ops import mbconv
 
-PROBLEM = Problem("mbconv", "cpu", torch.float32)
+QUERY = Query("mbconv", "cpu", torch.float32)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def unavailable(monkeypatch):
     dispatch._resolve.cache_clear()
 
 
-def served_by(problem: Problem, name: str = "auto") -> str:
+def served_by(problem: Query, name: str = "auto") -> str:
     return implementation(problem, name).__module__
 
 
@@ -52,32 +52,32 @@ def test_every_backend_explains_itself():
 
 
 def test_auto_takes_the_first_that_can_serve(unavailable):
-    assert implementation(PROBLEM) is mbconv.reference
-    assert not accelerates("auto", *PROBLEM)
+    assert implementation(QUERY) is mbconv.reference
+    assert not accelerates("auto", *QUERY)
 
 
 def test_auto_prefers_the_kernel_where_there_is_one():
     if not backends()["cpu"][0]:
         pytest.skip(backends()["cpu"][1])
-    assert implementation(PROBLEM) is not mbconv.reference
-    assert accelerates("auto", *PROBLEM)
+    assert implementation(QUERY) is not mbconv.reference
+    assert accelerates("auto", *QUERY)
     for dtype in (torch.float16, torch.bfloat16):
-        assert accelerates("auto", *PROBLEM._replace(dtype=dtype))
+        assert accelerates("auto", *QUERY._replace(dtype=dtype))
     for wide_or_training in (
-        PROBLEM._replace(dtype=torch.float64),
-        Problem("conv_block_train", "cpu", torch.float16),
+        QUERY._replace(dtype=torch.float64),
+        Query("conv_block_train", "cpu", torch.float16),
     ):
         _, _, dtype, *_ = wide_or_training
         assert not accelerates("auto", *wide_or_training)
         with pytest.raises(RuntimeError, match=rf"'cpu' cannot serve \w+ on cpu in {dtype}: only float32"):
             implementation(wide_or_training, "cpu")
-    assert implementation(PROBLEM._replace(dtype=torch.float64)) is mbconv.reference
+    assert implementation(QUERY._replace(dtype=torch.float64)) is mbconv.reference
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve mbconv on cuda.*the tensors are on cuda"):
-        implementation(PROBLEM._replace(device="cuda"), "cpu")
+        implementation(QUERY._replace(device="cuda"), "cpu")
 
 
 def test_a_device_nobody_knows_is_served_by_the_reference():
-    assert implementation(PROBLEM._replace(device="xpu")) is mbconv.reference
+    assert implementation(QUERY._replace(device="xpu")) is mbconv.reference
 
 
 @pytest.mark.parametrize("order", [("triton", "cuda"), ("cuda", "triton")])
@@ -92,8 +92,8 @@ def test_auto_takes_each_op_in_its_own_order(order, monkeypatch):
             for module in (f"{name}_of_a_test", f"{op}_{name}_of_a_test"):
                 monkeypatch.setitem(sys.modules, f"effnet_kernels.ops.{module}", backend)
     dispatch._resolve.cache_clear()
-    assert implementation(Problem("fused_mbconv", "cuda", torch.float16)) == order[0]
-    assert implementation(Problem("mbconv", "cuda:1", torch.float16)) == order[1]
+    assert implementation(Query("fused_mbconv", "cuda", torch.float16)) == order[0]
+    assert implementation(Query("mbconv", "cuda:1", torch.float16)) == order[1]
     dispatch._resolve.cache_clear()
 
 
@@ -101,13 +101,13 @@ def test_a_problem_says_on_which_gpu_it_is():
     with FakeTensorMode(allow_non_fake_inputs=True):
         for device in ("cpu", "meta", "cuda:0", "cuda:1"):
             assert place(torch.empty(1, device=device)) == device
-    assert PROBLEM._replace(device="cuda:1").device_type == "cuda"
+    assert QUERY._replace(device="cuda:1").device_type == "cuda"
 
 
 def test_a_named_backend_is_always_worth_calling():
-    assert accelerates("reference", *PROBLEM)
+    assert accelerates("reference", *QUERY)
     with use_backend("reference"):
-        assert accelerates("auto", *PROBLEM)
+        assert accelerates("auto", *QUERY)
 
 
 def test_the_argument_beats_the_context_beats_the_environment(monkeypatch):
@@ -159,7 +159,7 @@ def test_a_backend_that_is_not_available(unavailable):
     with pytest.raises(RuntimeError, match=message), use_backend("cpu"):
         pass
     with pytest.raises(RuntimeError, match=message):
-        implementation(PROBLEM, "cpu")
+        implementation(QUERY, "cpu")
 
 
 def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -170,8 +170,8 @@ def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 def test_the_environment_variable_rules_a_process():
     code = (
-        "import torch; from effnet_kernels.dispatch import *; from effnet_kernels.dispatch import Problem;"
-        "print(implementation(Problem('mbconv', 'cpu', torch.float32)).__module__)"
+        "import torch; from effnet_kernels.dispatch import *; from effnet_kernels.dispatch import Query;"
+        "print(implementation(Query('mbconv', 'cpu', torch.float32)).__module__)"
     )
     result = in_fresh_process(code, EFFNET_KERNELS_BACKEND="reference")
     assert result.stdout.strip() == "effnet_kernels.ops.mbconv", result.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effnet_kernels import native
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops import native_cuda
 
 
@@ -179,7 +179,7 @@ def gpus(monkeypatch, tmp_path):
 def test_a_gpu_without_code_costs_no_other_one_its_backend(gpus, monkeypatch):
     gpus([(7, 0), (9, 0)])
     assert native.cuda_available() == (True, "CUDA C++, built with CUDA 13.0 for 8.0 9.0a")
-    problem = Problem("mbconv", "cuda:1", torch.float16, (3, 3))
+    problem = Query("mbconv", "cuda:1", torch.float16, (3, 3))
     assert native_cuda.supports(problem) == (True, "any shape")
     missing = "_native_cuda.so has no code for GPU 0, compute capability 7.0: it was built for 8.0 9.0a"
     assert native_cuda.supports(problem._replace(device="cuda:0")) == (False, missing)

@@ -39,7 +39,7 @@ MAX_WARPS, MAX_STAGES = 16, 5
 Measure = Callable[[dict[Config, timing.Call]], dict[Config, float]]
 
 
-class Launch(NamedTuple):
+class LauncherCall(NamedTuple):
     """One call of a launcher, with its tensors."""
 
     function: Callable[..., Tensor | None]
@@ -106,9 +106,9 @@ def save(device_name: str, tuned: Tuned) -> None:
         tuning.save(device_name, {tuned.op: {tuning.class_name(tuned.problem_class): tuned.after}})
 
 
-def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
+def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[LauncherCall]]:
     """The launches of one forward by class, one of each shape as often as it occurs."""
-    classes: dict[tuple[Any, ...], list[Launch]] = {}
+    classes: dict[tuple[Any, ...], list[LauncherCall]] = {}
 
     def recording(op: str, function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def launcher(*args: Any) -> Tensor | None:
@@ -118,7 +118,7 @@ def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
             (key,) = (key for key in triton_common.chosen if key[0] == op)
             triton_common.chosen.update(known)
             launches = classes.setdefault(key, [])
-            launch = Launch(function, args)
+            launch = LauncherCall(function, args)
             launches.append(next((each for each in launches if each.shape() == launch.shape()), launch))
             return result
 
@@ -134,7 +134,7 @@ def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
     return classes
 
 
-def _elements(launch: Launch) -> int:
+def _elements(launch: LauncherCall) -> int:
     return sum(arg.numel() for arg in launch.args if isinstance(arg, Tensor))
 
 
@@ -153,7 +153,9 @@ def neighbours(config: Config) -> list[Config]:
     return found
 
 
-def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, rounds: int | None = None) -> Tuned:
+def _tune_class(
+    key: tuple[Any, ...], launches: list[LauncherCall], measure: Measure, rounds: int | None = None
+) -> Tuned:
     def using(config: Config) -> timing.Call:
         def run() -> None:
             triton_common.chosen[key] = config
@@ -179,7 +181,7 @@ def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, 
     return Tuned(key[0], key[1], before, best, times[before], times[best])
 
 
-def _right(key: tuple[Any, ...], config: Config, launches: list[Launch], expected: list[list[Tensor]]) -> bool:
+def _right(key: tuple[Any, ...], config: Config, launches: list[LauncherCall], expected: list[list[Tensor]]) -> bool:
     """Whether a tile compiles and computes what the first one did, but for the order of sums."""
     triton_common.chosen[key] = config
     try:

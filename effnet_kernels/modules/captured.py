@@ -21,7 +21,7 @@ class Captured:
         run: the forward.
         x: its first input.
         modules: whose weights it reads.
-        state: the words that these are constant, ``program.Words``.
+        state: the promises that these are constant, ``program.Promises``.
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], state: Any) -> None:

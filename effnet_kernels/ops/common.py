@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.dispatch import Problem, implementation, place
+from effnet_kernels.dispatch import Query, implementation, place
 from effnet_kernels.ops.activations import FUNCTIONS
 
 LIBRARY = torch.library.Library("effnet_kernels", "DEF")
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(query: Query) -> tuple[bool, str]:
     """The references serve every problem."""
     return True, "any problem"
 
@@ -122,17 +122,17 @@ class Op:
             return self.overload(*args)
         return self.run(*args)
 
-    def problem(self, *args: Any) -> Problem:
+    def query(self, *args: Any) -> Query:
         """What a backend is asked about this call."""
         x = args[0]
         if not self._windowed:
-            return Problem(self.name, place(x), x.dtype)
+            return Query(self.name, place(x), x.dtype)
         weight, stride = args[self._weight], args[self._stride]
-        return Problem(self.name, place(x), x.dtype, (weight.shape[2], weight.shape[3]), (stride[0], stride[1]))
+        return Query(self.name, place(x), x.dtype, (weight.shape[2], weight.shape[3]), (stride[0], stride[1]))
 
     def run(self, *args: Any) -> Any:
         """The op without the dispatcher: the last argument names the backend."""
-        return without_autocast(args[0], implementation(self.problem(*args), args[-1]), *args[:-1])
+        return without_autocast(args[0], implementation(self.query(*args), args[-1]), *args[:-1])
 
 
 def register(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Op:

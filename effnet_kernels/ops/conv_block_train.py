@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.dispatch import Problem, implementation, place
+from effnet_kernels.dispatch import Query, implementation, place
 from effnet_kernels.ops import train_block as block
 from effnet_kernels.ops import train_cpu, train_cuda
 from effnet_kernels.ops.common import LIBRARY, define, empty_nhwc, to_nhwc, without_autocast
-from effnet_kernels.ops.train_layers import Layer, Needs, SqueezeExcite, wide_dtype, work
+from effnet_kernels.ops.train_layers import Layer, Needs, SqueezeExcite, accumulate_dtype, work
 from effnet_kernels.ops.train_reference import Reference
 
 _LAYERS = (
@@ -83,16 +83,16 @@ cpu = train_cpu.Native()
 cuda = train_cuda.Native()
 
 
-def problem(x: Tensor) -> Problem:
+def query(x: Tensor) -> Query:
     """Blocks differ in nothing that a backend is asked about."""
-    return Problem("conv_block_train", place(x), x.dtype)
+    return Query("conv_block_train", place(x), x.dtype)
 
 
 def _run_forward(x: Tensor, *rest: Any) -> Any:
     *flat, residual, pool, backend = rest
     chain = Chain(*flat)
     residual = None if residual is None else to_nhwc(residual)
-    kernels = implementation(problem(x), backend)
+    kernels = implementation(query(x), backend)
     return block.forward(kernels, to_nhwc(x), chain.layers(), chain.excitation(), residual, pool)
 
 
@@ -101,13 +101,13 @@ def _run_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
     chain = Chain(*flat)
     layers = chain.layers()
     kept = _dense(block.Kept(x, raws, statistics, squeezed), layers, size, grad)
-    kernels = implementation(problem(grad), backend)
+    kernels = implementation(query(grad), backend)
     return block.backward(kernels, grad, kept, layers, chain.excitation(), pool, size, chain.needs(needs))
 
 
 def _dense(kept: block.Kept, layers: Sequence[Layer], size: Sequence[int], grad: Tensor) -> block.Kept:
     """What came back from autograd, in the memory that kernels read: hooks on saved tensors may have copied it."""
-    maps, wide, sizes = grad.dtype, wide_dtype(grad), [tuple(size)]
+    maps, wide, sizes = grad.dtype, accumulate_dtype(grad), [tuple(size)]
     for layer in layers:
         sizes.append(layer.output_size(sizes[-1]))
 
@@ -136,7 +136,7 @@ def _dense(kept: block.Kept, layers: Sequence[Layer], size: Sequence[int], grad:
 def _fake_forward(x: Tensor, *rest: Any) -> Any:
     *flat, _, pool, _ = rest
     chain = Chain(*flat)
-    size, raws, statistics, wide = tuple(x.shape), [], [], wide_dtype(x)
+    size, raws, statistics, wide = tuple(x.shape), [], [], accumulate_dtype(x)
     for layer in chain.layers():
         size = layer.output_size(size)
         statistics.append(x.new_empty((2, size[1]), dtype=wide))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops import mbconv_triton as triton
 from effnet_kernels.ops import native_cuda, triton_common
 from effnet_kernels.ops import pointwise_conv_bn_act_triton as pointwise_conv_bn_act
@@ -22,11 +22,11 @@ from effnet_kernels.ops.triton_common import dense
 SMALL = 14 * 14  # pixels of a result up to which Triton's 3x3 windows at stride 1 were faster
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    if problem.dtype not in (torch.float16, torch.bfloat16):
+def supports(query: Query) -> tuple[bool, str]:
+    if query.dtype not in (torch.float16, torch.bfloat16):
         return False, "only 16 bits have depthwise convolutions on tensor cores"
-    served, reason = native_cuda.supports(problem)
-    return triton_common.supports(problem) if served else (served, reason)
+    served, reason = native_cuda.supports(query)
+    return triton_common.supports(query) if served else (served, reason)
 
 
 def convolve(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import native
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.recording import Call, Recording, converted, current
 
@@ -18,12 +18,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _native = torch.ops.effnet_kernels_cpu
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
+def supports(query: Query) -> tuple[bool, str]:
+    if query.device != "cpu":
+        return False, f"the tensors are on {query.device}"
+    if query.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have CPU kernels"
-    if problem.op == "conv_block_train" and problem.dtype == torch.float16:
+    if query.op == "conv_block_train" and query.dtype == torch.float16:
         return False, "only float32 and bfloat16 train on the CPU: small gradients are zero in float16"
     return True, "any shape"
 

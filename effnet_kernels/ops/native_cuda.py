@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.native import cuda_emulated, cuda_serves
 from effnet_kernels.ops.common import to_nhwc
 
@@ -18,17 +18,17 @@ KERNELS = ((3, 3), (5, 5), (7, 7))
 STRIDES = ((1, 1), (2, 2))
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(query: Query) -> tuple[bool, str]:
     """Device, dtype, and the windows that the depthwise convolution is compiled for."""
-    if problem.op in DEPTHWISE and problem.kernel not in KERNELS:
-        return False, f"only kernels of 3x3, 5x5 and 7x7 are compiled, not {problem.kernel[0]}x{problem.kernel[1]}"
-    if problem.op in DEPTHWISE and problem.stride not in STRIDES:
-        return False, f"only strides 1 and 2, the same both ways, are compiled, not {problem.stride}"
-    if problem.device_type != ("cpu" if cuda_emulated() else "cuda"):
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
+    if query.op in DEPTHWISE and query.kernel not in KERNELS:
+        return False, f"only kernels of 3x3, 5x5 and 7x7 are compiled, not {query.kernel[0]}x{query.kernel[1]}"
+    if query.op in DEPTHWISE and query.stride not in STRIDES:
+        return False, f"only strides 1 and 2, the same both ways, are compiled, not {query.stride}"
+    if query.device_type != ("cpu" if cuda_emulated() else "cuda"):
+        return False, f"the tensors are on {query.device}"
+    if query.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have CUDA kernels"
-    return (True, "any shape") if cuda_emulated() else cuda_serves(problem.device)
+    return (True, "any shape") if cuda_emulated() else cuda_serves(query.device)
 
 
 def bind(

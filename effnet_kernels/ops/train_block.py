@@ -36,7 +36,7 @@ from effnet_kernels.ops.train_layers import (
     Source,
     SqueezeExcite,
     Through,
-    wide_dtype,
+    accumulate_dtype,
     work,
 )
 
@@ -82,7 +82,7 @@ def forward(
     k: Kernels, x: Tensor, layers: Sequence[Layer], se: SqueezeExcite | None, residual: Tensor | None, pool: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Output, raw maps, [2, C] statistics of each, and [mean, gate] of squeeze-and-excitation."""
-    wide = wide_dtype(x)
+    wide = accumulate_dtype(x)
     source, raws, statistics, squeezed = Source(x), [], [], []
     for i, layer in enumerate(layers):
         if se is not None and i == len(layers) - 1:

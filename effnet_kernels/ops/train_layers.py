@@ -155,6 +155,6 @@ def work(layers: Sequence[Layer], needs: Needs, excited: bool, pooled: bool) -> 
     return Work(below, norm, wanted, raws)
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
+def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics, gates and sums for maps like x."""
     return wide(x.new_empty(0)).dtype

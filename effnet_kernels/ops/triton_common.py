@@ -1,8 +1,7 @@
 """What the Triton kernels share: activation and BatchNorm in an epilogue, tile configurations, the launch.
 
-The file of an op, ``ops/<op>/triton.py``, has three functions:
+The file of an op, ``ops/<op>_triton.py``, has two functions:
 
-* ``supports(problem)``, usually ``triton_common.supports``;
 * ``launch(out, *args)``: enqueue the kernels that fill ``out``, what the op's fake kernel allocates;
 * ``run(*args)``: allocate and launch.
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from triton import knobs
 
 from effnet_kernels import tuning
-from effnet_kernels.dispatch import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.common import to_nhwc
 
@@ -38,15 +37,15 @@ SIGMOID = tl.constexpr(CODES["sigmoid"])
 HARDSIGMOID = tl.constexpr(CODES["hardsigmoid"])
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(query: Query) -> tuple[bool, str]:
     """Device and dtype; the kernels take every shape, kernel size, stride and padding."""
-    if problem.device_type != ("cpu" if INTERPRETED else "cuda"):
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
+    if query.device_type != ("cpu" if INTERPRETED else "cuda"):
+        return False, f"the tensors are on {query.device}"
+    if query.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have Triton kernels"
     if not INTERPRETED:
-        index = torch.device(problem.device).index
-        what, least = ("bfloat16", (8, 0)) if problem.dtype == torch.bfloat16 else ("Triton", (7, 5))
+        index = torch.device(query.device).index
+        what, least = ("bfloat16", (8, 0)) if query.dtype == torch.bfloat16 else ("Triton", (7, 5))
         if torch.cuda.get_device_capability(index) < least:
             needed = f"{what} needs compute capability {least[0]}.{least[1]}"
             return False, f"{needed}, {torch.cuda.get_device_name(index)} has less"

@@ -78,7 +78,7 @@ CASES = [
 
 
 @dataclasses.dataclass
-class Problem:
+class BlockProblem:
     x: Tensor
     layers: list[ConvBNAct]
     se: SqueezeExciteWeights | None
@@ -93,7 +93,7 @@ class Problem:
             tensors += [t for t in (layer.weight, layer.bn.gamma, layer.bn.beta) if t is not None]
         return tensors if self.se is None else [*tensors, *self.se[:4]]
 
-    def to(self, dtype: torch.dtype, vectors: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype, vectors: torch.dtype) -> "BlockProblem":
         """A copy with leaves of its own that require gradients; BatchNorm's and SE's tensors in ``vectors``."""
 
         def leaf(t: Tensor | None, dtype: torch.dtype = dtype) -> Tensor | None:
@@ -105,7 +105,7 @@ class Problem:
             mean, var = (t.to(vectors, copy=True) for t in layer.bn[2:4])
             layers.append(layer._replace(weight=leaf(layer.weight), bn=BatchNorm(gamma, beta, mean, var, layer.bn.eps)))
         se = None if self.se is None else SqueezeExciteWeights(*(leaf(t, vectors) for t in self.se[:4]))
-        return Problem(leaf(self.x), layers, se, leaf(self.residual), self.pool, self.grad.to(dtype))
+        return BlockProblem(leaf(self.x), layers, se, leaf(self.residual), self.pool, self.grad.to(dtype))
 
     def forward(self, backend: str) -> Tensor:
         """The output through our op."""
@@ -122,7 +122,7 @@ class Problem:
         return [y, *torch.autograd.grad(y, self.leaves(), self.grad)]
 
 
-def build(case: Case, dtype: torch.dtype = torch.float64) -> Problem:
+def build(case: Case, dtype: torch.dtype = torch.float64) -> BlockProblem:
     """The problem of a case in float64, every number of maps and weights exact in ``dtype``."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
 
@@ -151,7 +151,7 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> Problem:
         tensors = (normal(3, c, 1, 1, std=0.5), normal(3), normal(c, 3, 1, 1), normal(c))
         se = SqueezeExciteWeights(*(t.float().double() for t in tensors))
     residual = normal(*size) if case.residual else None
-    return Problem(x, layers, se, residual, case.pool, normal(*(size[:2] if case.pool else size)))
+    return BlockProblem(x, layers, se, residual, case.pool, normal(*(size[:2] if case.pool else size)))
 
 
 def stock(
@@ -175,7 +175,7 @@ def stock(
     return x.mean((2, 3)) if pool else x
 
 
-def longest_sum(problem: Problem) -> int:
+def longest_sum(problem: BlockProblem) -> int:
     """Terms of the longest sum behind any gradient: over all pixels, or over the inputs of a convolution."""
     size, longest = list(problem.x.shape), 1
     for layer in problem.layers:
@@ -189,7 +189,7 @@ def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item()
 
 
-def assert_as_accurate(problem: Problem, dtype: torch.dtype, vectors: torch.dtype, backend: str) -> None:
+def assert_as_accurate(problem: BlockProblem, dtype: torch.dtype, vectors: torch.dtype, backend: str) -> None:
     """Output and gradients of ``backend`` at ``dtype`` against float64, by the rule above."""
     exact = problem.to(torch.float64, torch.float64).stock()
     rounded = problem.to(dtype, vectors)
@@ -210,7 +210,7 @@ def skip_jumps(case: Case, dtype: torch.dtype) -> None:
         pytest.skip("the derivative jumps within the rounding of a 16-bit map")
 
 
-def assert_memory_does_not_matter(problem: Problem, backend: str) -> None:
+def assert_memory_does_not_matter(problem: BlockProblem, backend: str) -> None:
     """Hooks on saved tensors may copy them, as ``save_on_cpu(pin_memory=True)`` does, which drops strides."""
     expected = problem.run(backend)[1:]
     for layout in (torch.contiguous_format, torch.channels_last):

@@ -10,8 +10,8 @@ from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
 from tests.ops.special_values import lost_convolutions
 from tests.training.blocks import (
     CASES,
+    BlockProblem,
     Case,
-    Problem,
     assert_as_accurate,
     assert_memory_does_not_matter,
     build,
@@ -50,7 +50,7 @@ SMALL = [
 ]
 
 
-def function(problem: Problem, backend: str = "auto", frozen: bool = False):
+def function(problem: BlockProblem, backend: str = "auto", frozen: bool = False):
     """The block as a function of its leaves."""
 
     def call(*leaves):
@@ -137,7 +137,7 @@ def test_saved_tensors_that_are_others_are_refused(change, backend):
         y.sum().backward()
 
 
-def subset(problem: Problem, wanted: list[int], backend: str) -> None:
+def subset(problem: BlockProblem, wanted: list[int], backend: str) -> None:
     """The gradients of some leaves alone are the same as all of them together."""
     everything = problem.run(backend)[1:]
     for i, leaf in enumerate(problem.leaves()):

@@ -9,7 +9,7 @@ import torch
 
 from effnet_kernels import dispatch
 from effnet_kernels import functional as F
-from effnet_kernels.dispatch import Problem, backends, check_backend, implementation, use_backend
+from effnet_kernels.dispatch import Query, backends, check_backend, implementation, use_backend
 from effnet_kernels.ops import (
     mbconv,  # before the environment changes, or it is not interpreted
     triton_common,
@@ -17,7 +17,7 @@ from effnet_kernels.ops import (
 from effnet_kernels.ops import mbconv_triton as triton
 from tests.ops.special_values import unit_bn
 
-CUDA = Problem("mbconv", "cuda", torch.float16, (3, 3))
+CUDA = Query("mbconv", "cuda", torch.float16, (3, 3))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import Case, Problem, assert_as_accurate, assert_memory_does_not_matter, build
+from tests.training.blocks import BlockProblem, Case, assert_as_accurate, assert_memory_does_not_matter, build
 from tests.training.test_models import assert_as_accurate_as_stock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,16 +34,16 @@ CASES = [
 ]
 
 
-def native(problem: Problem) -> Problem:
+def native(problem: BlockProblem) -> BlockProblem:
     """The problem with its maps and parameters where the kernels run."""
     moved = on_device((problem.x, [tuple(layer) for layer in problem.layers], problem.se, problem.residual))
     leaves = tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, moved)
     x, layers, se, residual = leaves
     layers = [type(problem.layers[0])(*layer) for layer in layers]
-    return Problem(x, layers, se, residual, problem.pool, on_device(problem.grad))
+    return BlockProblem(x, layers, se, residual, problem.pool, on_device(problem.grad))
 
 
-class OnDevice(Problem):
+class OnDevice(BlockProblem):
     """What ``assert_as_accurate`` calls, with the results back on the CPU."""
 
     def to(self, dtype, vectors):
@@ -51,7 +51,7 @@ class OnDevice(Problem):
         return OnDevice(**vars(rounded))
 
     def run(self, backend):
-        return [t.cpu() for t in Problem.run(native(self), backend)]
+        return [t.cpu() for t in BlockProblem.run(native(self), backend)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
