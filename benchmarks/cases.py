@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import shapes, stock
+from benchmarks import shapes, stock, training_step
 from benchmarks.shapes import Block, OpShape
-from effnet_kernels.benchmarking import contenders, training
+from effnet_kernels.benchmarking import contenders
 from effnet_kernels.benchmarking.models import create_model, noise
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,11 +41,11 @@ class Case(NamedTuple):
         guard: contenders.Guard = contextlib.nullcontext,
         keep: contenders.Keep | None = None,
     ) -> Results:
-        """``contenders.compare`` or ``training.compare`` of the contenders in ``names``."""
+        """``contenders.compare`` or ``training_step.compare`` of the contenders in ``names``."""
         module, x = self.make()
         how: dict[str, Any] = {"fused": self.fused, "seconds": seconds, "guard": guard, "keep": keep}
         if self.trains:
-            return training.compare(module, x, names, amp=self.amp, **how)
+            return training_step.compare(module, x, names, amp=self.amp, **how)
         return contenders.compare(module, x, names, **how)
 
     def entry(self) -> dict[str, Any]:

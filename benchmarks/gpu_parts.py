@@ -22,10 +22,10 @@ from benchmarks import cases, dispatch, gpu_profile, shapes
 from benchmarks.cases import Case
 from benchmarks.gpu_record import TAIL, OutOfTimeError, Record
 from benchmarks.shapes import OpShape
+from benchmarks.training_step import build as training_step
 from effnet_kernels import native, tuning
 from effnet_kernels.benchmarking import contenders, timing
 from effnet_kernels.benchmarking.contenders import AUTOTUNED, CHANNELS_LAST, COMPILED, ours
-from effnet_kernels.benchmarking.training import build as training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Network = tuple[str, int, int]  # model, size, batch

@@ -87,7 +87,7 @@ def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path,
 
 
 def predicted(text: str) -> dict[str, float]:
-    """Seconds per image by "model @size", from the table that docs/gpu_prediction.py writes; in float16."""
+    """Seconds per image by "model @size", from the table that benchmarks/gpu_prediction.py writes; in float16."""
     rows = re.findall(r"^\| (\w+ @\d+) \| \d+ \| ([\d.]+) us \|", text, re.MULTILINE)
     return {model: float(microseconds) * 1e-6 for model, microseconds in rows}
 

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("timm")
 
+from benchmarks import ahead_of_time as aot
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
 
 FLOAT16 = torch.float16
 CLEAN = aot.Resources(168, 0, 64 * 1024, 3, ("LDG.E.128", "HMMA.16816.F32", "HGMMA.64x64x16.F32", "UTCHMMA", "EXIT"))
@@ -29,7 +29,7 @@ def uninterpreted() -> dict[str, str]:
 @pytest.mark.slow
 def test_every_tile_compiles_to_what_was_meant(arch):
     """A process of its own: under the interpreter, which serves the other tests, nothing can be compiled."""
-    command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
     command += ["--models", *aot.TILED_MODELS, "--dtypes", "float16", "float32", "--archs", arch]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -39,7 +39,7 @@ def test_every_tile_compiles_to_what_was_meant(arch):
 
 @pytest.mark.slow
 def test_a_bfloat16_model_compiles_to_what_was_meant():
-    command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
     command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--archs", "90"]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -126,7 +126,7 @@ def test_only_a_spill_of_one_value_around_all_loops_is_no_complaint(
 COUNT_LOADS = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 for arch in (80, 90, 100):
     stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, arch)[0]
@@ -147,7 +147,7 @@ def test_a_lane_of_a_stem_knows_its_taps():
 COUNT_COPIES = r"""
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 for launch in precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, 90):
     if launch.op == "fused_mbconv" and launch.constant("BLOCK_MID") == 256:
@@ -167,7 +167,7 @@ def test_dense_windows_are_copied_through_the_l1():
 COUNT_VARIANTS = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 def variants(size, batch):
     launches = precompile.record_model("efficientnet_b0", size, batch, torch.float16, 90)
@@ -193,7 +193,7 @@ def test_the_recorded_variants_are_those_that_triton_tells_apart():
 TRAINING_STEP = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops import conv_block_train_triton as triton
 from effnet_kernels.ops import train_block as block

@@ -59,7 +59,7 @@ class Form(NamedTuple):
 class Frozen:
     """The promise that weights and settings are constants, shared by all modules that one call of ``patch`` has frozen.
 
-    Programs hold for one ``epoch``: loading weights or moving the model begins another, and training it ends the promise.
+    Programs hold for one ``epoch``: loading weights or moving the model begins another; training ends the promise.
     """
 
     def __init__(self) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import effnet_kernels as ek
+from benchmarks.training_step import Step
 from effnet_kernels import functional as F
 from effnet_kernels.benchmarking import timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
-from effnet_kernels.benchmarking.training import Step
 from effnet_kernels.dispatch import Query, automatic, backends, implementation
 from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Captured
 from effnet_kernels.ops.common import Op

@@ -3,7 +3,7 @@
 A model, not a measurement. Every launch of a patched model is recorded and compiled for sm_90 (no GPU needed), and
 takes as long as the slowest of four things that are taken to overlap perfectly:
 
-    python docs/gpu_prediction.py
+    python -m benchmarks.gpu_prediction
 
 What a warp issues for each output stands beside that of an earlier commit, which ``--keep`` writes into
 ``gpu_prediction.json``: run there with ``--keep``, and later without, it shows before and after.
@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effnet_kernels.benchmarking.ahead_of_time import Resources, compile_launch, describe, executed, matrix_instruction
+from benchmarks.ahead_of_time import Resources, compile_launch, describe, executed, matrix_instruction
 from effnet_kernels.benchmarking.environment import describe as describe_environment
 from effnet_kernels.precompile import Launch, record_model
 
 COUNTS = Path(__file__).with_suffix(".json")
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-GENERATION = 90
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+ARCH = 90
 DTYPE = torch.float16
 DRAM = 3.0e12  # bytes per second, as in DESIGN's floors
 L2 = 5.5e12  # bytes per second from the L2 to all multiprocessors
@@ -47,8 +48,8 @@ TEXT = """{begin}
 ## The Triton backend on an H100: a prediction
 
 **Only what stands under "measured" in this section was measured.** The rest is a model, computed by
-`python docs/gpu_prediction.py` from machine code compiled ahead of time for sm_90: float16, batch {batch}. A launch
-takes the longest of four times, as if they overlapped perfectly, and {launch:.0f} us for following another one:
+`python -m benchmarks.gpu_prediction` from machine code compiled ahead of time for sm_90: float16, batch {batch}. A
+launch takes the longest of four times, as if they overlapped perfectly, and {launch:.0f} us for following another one:
 
 * *DRAM*: every tensor of the launch once, at {dram:.1f} TB/s; re-reads are taken to hit the L2;
 * *L2*: what programs load and store, re-reads of weights, windows and shared pixels included, at {l2:.1f} TB/s; of the
@@ -214,7 +215,7 @@ def predict(launch: Launch, resources: Resources) -> Prediction:
     times = {
         "DRAM": sum(t.numel() * t.itemsize for t in launch.tensors if t is not None) / DRAM,
         "L2": todo.l2 / L2,
-        "tensor": todo.operations / TENSOR[matrix_instruction(launch, GENERATION) or "HMMA"],
+        "tensor": todo.operations / TENSOR[matrix_instruction(launch, ARCH) or "HMMA"],
         "issue": warps * issued.total() / ISSUE,
     }
     bound = max(times, key=lambda name: times[name])
@@ -278,7 +279,7 @@ def _beside(times: list[float], predicted: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("performance.md"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--keep", action="store_true", help="write the counts, for later ones to be set beside")
     options = parser.parse_args()
@@ -290,7 +291,7 @@ def main() -> None:
     compiled: dict[tuple, Resources] = {}
     model_rows, launch_rows, note = [], [], ""
     for model in options.models:
-        launches = record_model(model, MODELS[model], BATCH, DTYPE, GENERATION)
+        launches = record_model(model, MODELS[model], BATCH, DTYPE, ARCH)
         times, where = measured(model, launches)
         note = f"Measured by torch's profiler, but for tiles that are newer, on {where}." if where else note
         took: defaultdict[tuple, list[float]] = defaultdict(list)
@@ -299,7 +300,7 @@ def main() -> None:
         for launch, seconds in zip(launches, times, strict=True):
             variant = launch.variant()
             if variant not in compiled:
-                compiled[variant] = compile_launch(launch, GENERATION)
+                compiled[variant] = compile_launch(launch, ARCH)
                 print(f"{model}: {describe(launch)}", flush=True)
             key = (variant, launch.programs, launch.sizes)
             same[key] += 1

@@ -1,6 +1,6 @@
 """Reading from the machine code of Triton launches what they will need; no GPU is needed for it (``precompile``).
 
-    python -m effnet_kernels.benchmarking.ahead_of_time --models efficientnet_b0 --dtypes float16 --archs 90
+    python -m benchmarks.ahead_of_time --models efficientnet_b0 --dtypes float16 --archs 90
 
 prints a row per distinct launch and exits with 1 if one of them spills registers, asks for more shared memory than
 there is, or lacks the instructions that it was written for.
@@ -29,7 +29,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import effnet_kernels as ek
-from effnet_kernels.benchmarking import sass
+from benchmarks import sass
 from effnet_kernels.benchmarking.tables import text_table
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.triton_common import cdiv
@@ -60,18 +60,18 @@ class Resources(NamedTuple):
 
 # How often each loop of the kernels runs, by its file and the beginning of its line, from a launch's arguments by name.
 TRIPS: dict[tuple[str, str], Callable[[dict[str, Any]], int]] = {
-    ("depthwise_conv_bn_act/triton.py", "for kw in range(KW):"): lambda a: a["KW"],
-    ("fused_mbconv/triton.py", "for k0 in range(0, KH * KW * C_IN, BLOCK_K):"): (
+    ("depthwise_conv_bn_act_triton.py", "for kw in range(KW):"): lambda a: a["KW"],
+    ("fused_mbconv_triton.py", "for k0 in range(0, KH * KW * C_IN, BLOCK_K):"): (
         lambda a: cdiv(a["KH"] * a["KW"] * a["C_IN"], a["BLOCK_K"])
     ),
-    ("fused_mbconv/triton.py", "for step in range(KH * KW * blocks):"): (
+    ("fused_mbconv_triton.py", "for step in range(KH * KW * blocks):"): (
         lambda a: a["KH"] * a["KW"] * cdiv(a["C_IN"], a["BLOCK_K"])
     ),
-    ("fused_mbconv/triton.py", "for mid0 in range(0, C_MID, BLOCK_MID):"): lambda a: cdiv(a["C_MID"], a["BLOCK_MID"]),
-    ("pointwise_conv_bn_act/triton.py", "for k0 in range(0, C_IN, BLOCK_K):"): lambda a: cdiv(a["C_IN"], a["BLOCK_K"]),
-    ("pointwise_conv_bn_act/triton.py", "while first < map_pixels:"): lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]),
-    ("squeeze_excite_gate/triton.py", "for first in range(0, R, BLOCK_R):"): lambda a: cdiv(a["R"], a["BLOCK_R"]),
-    ("squeeze_excite_gate/triton.py", "while first < end:"): lambda a: a["blocks"],
+    ("fused_mbconv_triton.py", "for mid0 in range(0, C_MID, BLOCK_MID):"): lambda a: cdiv(a["C_MID"], a["BLOCK_MID"]),
+    ("pointwise_conv_bn_act_triton.py", "for k0 in range(0, C_IN, BLOCK_K):"): lambda a: cdiv(a["C_IN"], a["BLOCK_K"]),
+    ("pointwise_conv_bn_act_triton.py", "while first < map_pixels:"): lambda a: cdiv(a["map_pixels"], a["BLOCK_M"]),
+    ("squeeze_excite_gate_triton.py", "for first in range(0, R, BLOCK_R):"): lambda a: cdiv(a["R"], a["BLOCK_R"]),
+    ("squeeze_excite_gate_triton.py", "while first < end:"): lambda a: a["blocks"],
     ("triton_common.py", "while first < tiles:"): lambda a: max(0, cdiv(a["tiles"], a["TILES"]) - 1),
 }
 
