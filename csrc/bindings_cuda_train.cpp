@@ -28,7 +28,7 @@ void train_depthwise(Tensor out, OptionalTensor statistics, Tensor x, OptionalTe
   check("train_depthwise", launch_train_depthwise(p, device.stream()));
 }
 
-// The gradient is that of effnet_kernels/ops/conv_block_train/layers.py: grad, raw, the norm's vectors, its
+// The gradient is that of effnet_kernels/ops/train_block.py: grad, raw, the norm's vectors, its
 // activation, gate and bias.
 void train_depthwise_backward(OptionalTensor dx, OptionalTensor dweight, OptionalTensor moments,
                               OptionalTensor grad, OptionalTensor raw, Tensor norm, std::string act,

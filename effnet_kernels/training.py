@@ -23,11 +23,11 @@ from effnet_kernels.ops.conv_block_train import conv_block_train as _conv_block_
 class ConvBNAct(NamedTuple):
     """A bias-free convolution, its BatchNorm and the activation behind it.
 
-    ``weight`` is ``[O, C, KH, KW]``, or ``[C, 1, KH, KW]`` for a depthwise convolution; None leaves it out.
+    ``weight`` is ``[O, C, KH, KW]``, or ``[C, 1, KH, KW]`` for a depthwise convolution.
     With ``frozen`` the running statistics normalise, as in eval mode. Stride and padding as in ``functional``.
     """
 
-    weight: Tensor | None
+    weight: Tensor
     bn: F.BatchNorm
     act: str = "silu"
     stride: F.Pair = 1
@@ -36,14 +36,10 @@ class ConvBNAct(NamedTuple):
 
     def geometry(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Stride (vertical, horizontal) and padding (top, bottom, left, right) on an input ``[N, C, H, W]``."""
-        if self.weight is None:
-            return [1, 1], [0, 0, 0, 0]
         return args.window(size, self.weight, self.stride, self.padding)
 
     def output_size(self, size: Sequence[int]) -> list[int]:
         """``[N, O, OH, OW]`` from the size of the input."""
-        if self.weight is None:
-            return list(size)
         return [size[0], self.weight.shape[0], *conv_output_size(size, self.weight, *self.geometry(size))]
 
 
@@ -60,7 +56,7 @@ def conv_block(
 
     Args:
         x: ``[N, C, H, W]``.
-        layers: one after the other; only a single layer may be without convolution.
+        layers: one after the other.
         se: squeeze-and-excitation in front of the last layer.
         residual: ``[N, C_out, OH, OW]``, added at the end.
         pool: return the means over H and W, ``[N, C_out]``, instead of the map; not with ``residual``.
@@ -86,13 +82,9 @@ def conv_block(
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         name = f"layers[{i}]"
         args.check_choice(f"{name}.act", layer.act, ACTIVATIONS)
-        if weight is None:
-            if len(layers) > 1:
-                raise F.InputValueError(f"{name}.weight may be None only in a single layer")
-        else:
-            depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
-            wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
-            args.check_weight(f"{name}.weight", weight, x, wanted)
+        depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
+        wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
+        args.check_weight(f"{name}.weight", weight, x, wanted)
         stride, padding = layer.geometry(shape)
         shape = layer.output_size(shape)
         args.check_bn(f"{name}.bn", layer.bn, shape[1], x)
@@ -110,37 +102,11 @@ def conv_block(
         args.check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
     return _conv_block_train(
-        x, [w for w in weights if w is not None], [v for layer in layers for v in layer.bn[:4]],
+        x, weights, [v for layer in layers for v in layer.bn[:4]],
         [layer.bn.eps for layer in layers], [layer.frozen for layer in layers], [layer.act for layer in layers],
         geometry, [] if se is None else list(se[:4]), "identity" if se is None else se.act,
         "sigmoid" if se is None else se.gate, residual, pool, backend,
     )  # fmt: skip
-
-
-def batch_norm_act(
-    x: Tensor,
-    bn: F.BatchNorm,
-    act: str = "silu",
-    *,
-    residual: Tensor | None = None,
-    frozen: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``act(bn(x)) + residual`` in one pass behind the statistics; x is all that is kept for backward.
-
-    Args:
-        x, residual: ``[N, C, H, W]``.
-        bn: vectors of ``[C]``; the running ones are used only if ``frozen``.
-        act, backend: see ``functional``.
-
-    Returns:
-        The map, and the ``[2, C]`` mean and biased variance that it was normalised by.
-
-    Raises:
-        TypeError, ValueError: as ``conv_block``.
-    """
-    y, (statistics,) = conv_block(x, [ConvBNAct(None, bn, act, frozen=frozen)], residual=residual, backend=backend)
-    return y, statistics
 
 
 @torch.no_grad()

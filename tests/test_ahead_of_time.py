@@ -197,7 +197,8 @@ from benchmarks import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops import conv_block_train_triton as triton
 from effnet_kernels.ops import train_block as block
-from effnet_kernels.ops.train_layers import Layer, Needs, SqueezeExcite
+from effnet_kernels.arguments import SqueezeExciteWeights
+from effnet_kernels.ops.train_block import Layer, NeedsInputGrad
 
 def step(dtype, kernel, stride, size=28, batch=2):
     def empty(*shape, dtype=torch.float32):
@@ -212,12 +213,12 @@ def step(dtype, kernel, stride, size=28, batch=2):
         layer((144, 1, kernel, kernel), "silu", stride, kernel // 2),
         layer((24, 144, 1, 1), "identity"),
     ]
-    se = SqueezeExcite([empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144)], "silu", "sigmoid")
+    se = SqueezeExciteWeights(empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144))
     x = empty_nhwc(empty(batch, dtype=dtype), 24, size, size)
     residual = empty_nhwc(x, 24, (size - 1) // stride + 1, (size - 1) // stride + 1)
     y, raws, statistics, squeezed = block.forward(triton.run, x, layers, se, residual, False)
-    needs = Needs(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
-    kept = block.Kept(x, raws, statistics, squeezed)
+    needs = NeedsInputGrad(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
+    kept = block.Saved(x, raws, statistics, squeezed)
     block.backward(triton.run, y, kept, layers, se, False, list(x.shape), needs)
 """
 

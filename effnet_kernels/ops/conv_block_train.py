@@ -12,32 +12,33 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import internals
+from effnet_kernels.arguments import SqueezeExciteWeights
 from effnet_kernels.dispatch import Query, implementation, place
 from effnet_kernels.ops import train_block as block
 from effnet_kernels.ops import train_cpu, train_cuda
 from effnet_kernels.ops.common import LIBRARY, define, empty_nhwc, to_nhwc, without_autocast
-from effnet_kernels.ops.train_layers import Layer, Needs, SqueezeExcite, accumulate_dtype, work
+from effnet_kernels.ops.train_block import Layer, NeedsInputGrad, accumulate_dtype, work
 from effnet_kernels.ops.train_reference import Reference
 
 _LAYERS = (
-    # Per layer: a weight (none at all for a single BatchNorm); gamma, beta, running mean and variance; the epsilon;
+    # Per layer: a weight; gamma, beta, running mean and variance; the epsilon;
     # whether the running statistics normalise; the activation; stride (2) and padding (4).
-    "Tensor[]? weights, Tensor[] vectors, float[] eps, bool[] frozen, str[] acts, SymInt[] geometry, "
+    "Tensor[] weights, Tensor[] vectors, float[] eps, bool[] frozen, str[] acts, SymInt[] geometry, "
     "Tensor[]? se, str se_act, str se_gate"
 )
 _FORWARD = (
     f"conv_block_train(Tensor x, {_LAYERS}, Tensor? residual, bool pool, str backend) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
-# `needs`: one bool per tensor, in the order of layers.Needs; the result has the gradients of those that are True.
+# `needs`: one bool per tensor, in the order of NeedsInputGrad; the result has the gradients of those that are True.
 _BACKWARD = (
     "conv_block_train_backward(Tensor grad, Tensor? x, Tensor?[] raws, Tensor[] statistics, Tensor[]? squeezed, "
-    f"{_LAYERS}, bool pool, SymInt[] size, bool[] needs, str backend) -> Tensor[]"
+    f"{_LAYERS}, bool pool, SymInt[] size, bool[] needs_input_grad, str backend) -> Tensor[]"
 )
 
 
-class Chain(NamedTuple):
-    """``_LAYERS``: what both schemas have in common."""
+class Flat(NamedTuple):
+    """``_LAYERS``, what both schemas have in common: the layers, flat as a schema wants them."""
 
     weights: Sequence[Tensor]
     vectors: Sequence[Tensor]
@@ -52,24 +53,26 @@ class Chain(NamedTuple):
     def layers(self) -> list[Layer]:
         layers = []
         for i, act in enumerate(self.acts):
-            weight = self.weights[i] if self.weights else None
             gamma, beta, mean, var = self.vectors[4 * i : 4 * i + 4]
             sh, sw, top, bottom, left, right = self.geometry[6 * i : 6 * i + 6]
             norm = gamma, beta, mean, var, self.eps[i], self.frozen[i]
-            layers.append(Layer(weight, *norm, act, (sh, sw), (top, bottom, left, right)))
+            layers.append(Layer(self.weights[i], *norm, act, (sh, sw), (top, bottom, left, right)))
         return layers
 
-    def excitation(self) -> SqueezeExcite | None:
-        return SqueezeExcite(self.se, self.se_act, self.se_gate) if self.se else None
+    def excitation(self) -> SqueezeExciteWeights | None:
+        if not self.se:
+            return None
+        w_reduce, b_reduce, w_expand, b_expand = self.se
+        return SqueezeExciteWeights(w_reduce, b_reduce, w_expand, b_expand, self.se_act, self.se_gate)
 
     def parameters(self) -> tuple[Sequence[Tensor], ...]:
-        """Everything that may want a gradient, in the order of ``Needs``."""
+        """Everything that may want a gradient, in the order of ``NeedsInputGrad``."""
         return self.weights, self.vectors[::4], self.vectors[1::4], self.se
 
-    def needs(self, flags: Sequence[bool]) -> Needs:
+    def needs(self, flags: Sequence[bool]) -> NeedsInputGrad:
         """From one flag for x and for each of ``parameters``."""
-        (x,), weights, *others = _split(flags, [1, *map(len, self.parameters())])
-        return Needs(x, weights or [False], *others)
+        (x,), *others = _split(flags, [1, *map(len, self.parameters())])
+        return NeedsInputGrad(x, *others)
 
 
 def _split(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
@@ -89,23 +92,23 @@ def query(x: Tensor) -> Query:
 
 
 def _run_forward(x: Tensor, *rest: Any) -> Any:
-    *flat, residual, pool, backend = rest
-    chain = Chain(*flat)
+    *arguments, residual, pool, backend = rest
+    flat = Flat(*arguments)
     residual = None if residual is None else to_nhwc(residual)
     kernels = implementation(query(x), backend)
-    return block.forward(kernels, to_nhwc(x), chain.layers(), chain.excitation(), residual, pool)
+    return block.forward(kernels, to_nhwc(x), flat.layers(), flat.excitation(), residual, pool)
 
 
 def _run_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
-    raws, statistics, squeezed, *flat, pool, size, needs, backend = rest
-    chain = Chain(*flat)
-    layers = chain.layers()
-    kept = _dense(block.Kept(x, raws, statistics, squeezed), layers, size, grad)
+    raws, statistics, squeezed, *arguments, pool, size, needs, backend = rest
+    flat = Flat(*arguments)
+    layers = flat.layers()
+    saved = _dense(block.Saved(x, raws, statistics, squeezed), layers, size, grad)
     kernels = implementation(query(grad), backend)
-    return block.backward(kernels, grad, kept, layers, chain.excitation(), pool, size, chain.needs(needs))
+    return block.backward(kernels, grad, saved, layers, flat.excitation(), pool, size, flat.needs(needs))
 
 
-def _dense(kept: block.Kept, layers: Sequence[Layer], size: Sequence[int], grad: Tensor) -> block.Kept:
+def _dense(saved: block.Saved, layers: Sequence[Layer], size: Sequence[int], grad: Tensor) -> block.Saved:
     """What came back from autograd, in the memory that kernels read: hooks on saved tensors may have copied it."""
     maps, wide, sizes = grad.dtype, accumulate_dtype(grad), [tuple(size)]
     for layer in layers:
@@ -124,49 +127,48 @@ def _dense(kept: block.Kept, layers: Sequence[Layer], size: Sequence[int], grad:
         check(t, shape, maps)
         return to_nhwc(t)
 
-    raws = [dense(raw, shape) for raw, shape in zip(kept.raws, sizes[1:], strict=False)]
-    statistics, squeezed = ([t.contiguous() for t in ts] for ts in (kept.statistics, kept.squeezed))
+    raws = [dense(raw, shape) for raw, shape in zip(saved.raws, sizes[1:], strict=True)]
+    statistics, squeezed = ([t.contiguous() for t in ts] for ts in (saved.statistics, saved.squeezed))
     for t, shape in zip(statistics, sizes[1:], strict=True):
         check(t, (2, shape[1]), wide)
     for t in squeezed:
         check(t, (size[0], sizes[-2][1]), wide)
-    return block.Kept(dense(kept.x, sizes[0]), raws, statistics, squeezed)
+    return block.Saved(dense(saved.x, sizes[0]), raws, statistics, squeezed)
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> Any:
-    *flat, _, pool, _ = rest
-    chain = Chain(*flat)
+    *arguments, _, pool, _ = rest
+    flat = Flat(*arguments)
     size, raws, statistics, wide = tuple(x.shape), [], [], accumulate_dtype(x)
-    for layer in chain.layers():
+    for layer in flat.layers():
         size = layer.output_size(size)
         statistics.append(x.new_empty((2, size[1]), dtype=wide))
-        if layer.weight is not None:
-            raws.append(empty_nhwc(x, *size[1:]))
-    squeezed = [x.new_empty((x.shape[0], chain.se[3].shape[0]), dtype=wide) for _ in range(2)] if chain.se else []
+        raws.append(empty_nhwc(x, *size[1:]))
+    squeezed = [x.new_empty((x.shape[0], flat.se[3].shape[0]), dtype=wide) for _ in range(2)] if flat.se else []
     out = x.new_empty(size[:2]) if pool else empty_nhwc(x, *size[1:])
     return out, raws, statistics, squeezed
 
 
 def _fake_backward(grad: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
-    _, _, _, *flat, _, size, needs, _ = rest
+    _, _, _, *arguments, _, size, needs, _ = rest
     dx = [empty_nhwc(grad.new_empty((size[0],)), *size[1:])] if needs[0] else []
-    parameters = itertools.chain(*Chain(*flat).parameters())
+    parameters = itertools.chain(*Flat(*arguments).parameters())
     return dx + [t.new_empty(t.shape) for t, wanted in zip(parameters, needs[1:], strict=True) if wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, *flat, residual, pool, backend = inputs
+    x, *arguments, residual, pool, backend = inputs
     _, raws, statistics, squeezed = output
-    chain = Chain(*flat)
-    parameters = chain.parameters()
+    flat = Flat(*arguments)
+    parameters = flat.parameters()
     flags = [t.requires_grad for t in itertools.chain([x], *parameters)]
-    todo = work(chain.layers(), chain.needs(flags), bool(chain.se), pool)
-    raws = [raw if keep else None for raw, keep in zip(raws, todo.raws, strict=False)]
+    todo = work(flat.layers(), flat.needs(flags), bool(flat.se), pool)
+    raws = [raw if keep else None for raw, keep in zip(raws, todo.raws, strict=True)]
     saved = [[x if todo.x else None], raws, statistics, squeezed, *parameters]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*itertools.chain(*saved))
     ctx.lengths = [len(tensors) for tensors in saved]
-    ctx.chain = chain._replace(weights=(), vectors=(), se=())
+    ctx.flat = flat._replace(weights=(), vectors=(), se=())
     ctx.rest = (pool, list(x.shape), flags, backend)
     ctx.residual = residual is not None and residual.requires_grad
 
@@ -186,12 +188,12 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     elif any(flags):
         # Running statistics may have moved on; those that were used are in ``statistics``.
         vectors = [v for four in zip(gammas, betas, gammas, betas, strict=True) for v in four]
-        chain = ctx.chain._replace(weights=weights, vectors=vectors, se=se)
+        flat = ctx.flat._replace(weights=weights, vectors=vectors, se=se)
         if torch.is_grad_enabled() or internals.batched(grad):
-            found = iter(without_autocast(grad, _by_reference, grad, x, statistics, chain, *ctx.rest))
+            found = iter(without_autocast(grad, _by_reference, grad, x, statistics, flat, *ctx.rest))
         else:
             run = backward_op if _needs_dispatcher(grad) else functools.partial(without_autocast, grad, _run_backward)
-            found = iter(run(grad, x, raws, statistics, squeezed, *chain, *ctx.rest))
+            found = iter(run(grad, x, raws, statistics, squeezed, *flat, *ctx.rest))
     gradients = [next(found) if flag else None for flag in flags]
     (dx,), dweights, dgammas, dbetas, dse = _split(gradients, [1, *ctx.lengths[4:]])
     dvectors = [v for pair in zip(dgammas, dbetas, strict=True) for v in (*pair, None, None)]
@@ -199,18 +201,18 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
 
 def _by_reference(
-    grad: Tensor, x: Tensor, statistics: Sequence[Tensor], chain: Chain, pool: bool, size: Sequence[int],
+    grad: Tensor, x: Tensor, statistics: Sequence[Tensor], flat: Flat, pool: bool, size: Sequence[int],
     flags: Sequence[bool], backend: str,
 ) -> Sequence[Tensor]:  # fmt: skip
     """The wanted gradients by autograd and torch's own ops, where they will be differentiated or come in batches."""
-    again, tensors = torch.is_grad_enabled(), [x, *itertools.chain(*chain.parameters())]
+    again, tensors = torch.is_grad_enabled(), [x, *itertools.chain(*flat.parameters())]
     with torch.enable_grad():
         # Other tensors of the same value: an argument may come twice, or be made from another one.
         tensors = [t.view_as(t) if wanted else t for t, wanted in zip(tensors, flags, strict=True)]
-        (x,), weights, gammas, betas, se = _split(tensors, [1, *map(len, chain.parameters())])
+        (x,), weights, gammas, betas, se = _split(tensors, [1, *map(len, flat.parameters())])
         vectors = [v for gamma, beta, used in zip(gammas, betas, statistics, strict=True) for v in (gamma, beta, *used)]
-        chain = chain._replace(weights=weights, vectors=vectors, se=se)
-        out, *_ = block.forward(reference, to_nhwc(x), chain.layers(), chain.excitation(), None, pool)
+        flat = flat._replace(weights=weights, vectors=vectors, se=se)
+        out, *_ = block.forward(reference, to_nhwc(x), flat.layers(), flat.excitation(), None, pool)
     wanted = [t for t, flag in zip(tensors, flags, strict=True) if flag]
     return torch.autograd.grad(out, wanted, grad, create_graph=again)
 
@@ -252,12 +254,12 @@ class _Direct(torch.autograd.Function):
 
 def conv_block_train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """The op (its schema is above): the output, and [2, C] statistics per layer."""
-    x, *flat, residual, _, _ = arguments
-    chain = Chain(*flat)
+    x, *layers, residual, _, _ = arguments
+    flat = Flat(*layers)
     if _needs_dispatcher(x):
         out, _, statistics, _ = op(*arguments)
     elif torch.is_grad_enabled():
-        out, *statistics = _Direct.apply(arguments, x, *chain.weights, *chain.vectors, *chain.se, residual)
+        out, *statistics = _Direct.apply(arguments, x, *flat.weights, *flat.vectors, *flat.se, residual)
     else:
         out, _, statistics, _ = without_autocast(x, _run_forward, *arguments)
     return out, statistics

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from effnet_kernels.ops import train_depthwise_triton as depthwise
 from effnet_kernels.ops import train_maps_triton as maps
-from effnet_kernels.ops.train_layers import Gone, Gradient, Layer, Source, Through
+from effnet_kernels.ops.train_block import Gone, Gradient, Layer, Source, Through
 from effnet_kernels.ops.train_products import Products
 
 

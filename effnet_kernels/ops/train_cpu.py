@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.train_layers import Gone, Gradient, Layer, Norm, Source, Through
+from effnet_kernels.ops.train_block import Gone, Gradient, Layer, Norm, Source, Through
 from effnet_kernels.ops.train_products import Products
 
 _native = torch.ops.effnet_kernels_cpu
@@ -16,7 +16,6 @@ class Native(Products):
     """``block.Kernels``."""
 
     def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        assert layer.weight is not None
         raw = empty_nhwc(source.raw, *layer.output_size(source.raw.shape)[1:])
         measured = _floats(raw, 2, raw.shape[1]) if statistics else None
         _native.train_depthwise.default(
@@ -66,7 +65,6 @@ class Native(Products):
 
     def depthwise_backward(self, through: Through) -> Gone:
         layer, source, w = through.layer, through.source, through.layer.weight
-        assert w is not None
         size, vectors = through.size, through.gradient.norm.vectors
         dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if through.below else None
         dweight = _floats(vectors, *w.shape) if through.weight else None

@@ -9,7 +9,7 @@ from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops import train_widened as widened
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
-from effnet_kernels.ops.train_layers import Gone, Gradient, Layer, Source, Through
+from effnet_kernels.ops.train_block import Gone, Gradient, Layer, Source, Through
 
 _native = torch.ops.effnet_kernels_cuda
 
@@ -22,7 +22,6 @@ class Native(reference.Reference):
         x, norm = source.raw, source.norm
         if not _compiled(layer, x.shape[1]) or source.gate is not None or (statistics and x.numel() == 0):
             return super().conv(source, layer, statistics)
-        assert layer.weight is not None
         raw = empty_nhwc(x, *layer.output_size(x.shape)[1:])
         measured = x.new_empty((2, x.shape[1]), dtype=torch.float32) if statistics else None
         _native.train_depthwise.default(
@@ -42,7 +41,6 @@ class Native(reference.Reference):
         layer, source, size = through.layer, through.source, through.size
         if not _compiled(layer, size[1]) or (source is not None and source.gate is not None):
             return super().conv_backward(through)
-        assert layer.weight is not None
         gradient, w = through.gradient, layer.weight.contiguous()
         dx = empty_nhwc(w.new_empty(size[0]), *size[1:]) if through.below else None
         dweight = torch.empty_like(w) if through.weight else None
@@ -62,10 +60,4 @@ class Native(reference.Reference):
 def _compiled(layer: Layer, channels: int) -> bool:
     """Whether the convolution is depthwise with a window that there is a kernel for."""
     w = layer.weight
-    return (
-        w is not None
-        and w.shape[:2] == (channels, 1)
-        and channels > 1
-        and tuple(w.shape[2:]) in KERNELS
-        and layer.stride in STRIDES
-    )
+    return w.shape[:2] == (channels, 1) and channels > 1 and tuple(w.shape[2:]) in KERNELS and layer.stride in STRIDES

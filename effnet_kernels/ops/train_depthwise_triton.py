@@ -21,7 +21,7 @@ from torch import Tensor
 
 from effnet_kernels.ops.common import empty_nhwc
 from effnet_kernels.ops.depthwise_conv_bn_act_triton import activated, filtered
-from effnet_kernels.ops.train_layers import Layer, Source
+from effnet_kernels.ops.train_block import Layer, Source
 from effnet_kernels.ops.train_maps_triton import norm_arguments, vector
 from effnet_kernels.ops.train_parts_triton import add_up, merge, store_part
 from effnet_kernels.ops.triton_common import (
@@ -256,7 +256,6 @@ def weight_gradient_kernel(
 
 def forward(source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
     """The raw map and, on request, its [2, C] statistics."""
-    assert layer.weight is not None
     x, weight = source.raw, layer.weight.contiguous()
     n, c, oh, ow = layer.output_size(x.shape)
     y = empty_nhwc(x, c, oh, ow)
@@ -280,7 +279,6 @@ def input_gradient(
     dy: Tensor, source: Source | None, layer: Layer, size: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the source's map, [N, C, H, W]; if it is normalised that behind the norm, and [2, C] moments."""
-    assert layer.weight is not None
     weight = layer.weight.contiguous()
     (n, c, h, w), (top, _, left, _), (sh, sw) = size, layer.padding, layer.stride
     dx = empty_nhwc(dy, c, h, w)
@@ -306,7 +304,6 @@ def input_gradient(
 
 def weight_gradient(dy: Tensor, source: Source, layer: Layer) -> Tensor:
     """[C, 1, KH, KW] in the dtype of the weight."""
-    assert layer.weight is not None
     n, c, oh, ow = dy.shape
     _, columns, block_c = (config := tile(dy.dtype, c, layer.weight.shape[2], layer.stride[0])).block
     tiles = n * cdiv(oh, STRIP) * cdiv(ow, columns)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effnet_kernels.ops import triton_common as common
 from effnet_kernels.ops.activations import CODES
-from effnet_kernels.ops.train_layers import Gradient, Norm, Source
+from effnet_kernels.ops.train_block import Gradient, Norm, Source
 from effnet_kernels.ops.train_parts_triton import add_up, merge, store_part
 from effnet_kernels.ops.triton_common import (
     activate,

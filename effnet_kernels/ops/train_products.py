@@ -11,7 +11,7 @@ from torch import Tensor
 from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops import train_widened as widened
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.train_layers import Gone, Layer, Source, Through
+from effnet_kernels.ops.train_block import Gone, Layer, Source, Through
 
 
 class Products(reference.Reference):
@@ -30,7 +30,6 @@ class Products(reference.Reference):
             return self.depthwise(self._ungated(source), layer, statistics)
         a = self.apply(source, None)
         if layer.pointwise:
-            assert layer.weight is not None
             raw = empty_nhwc(a, layer.weight.shape[0], *a.shape[2:])
             _multiply(_rows(a), layer.weight.flatten(1).t(), _rows(raw))
         else:
@@ -39,7 +38,6 @@ class Products(reference.Reference):
 
     def conv_backward(self, through: Through) -> Gone:
         layer, source, size = through.layer, through.source, through.size
-        assert layer.weight is not None
         if _depthwise(layer, size[1]):
             return self.depthwise_backward(
                 through if source is None else through._replace(source=self._ungated(source))
@@ -63,7 +61,7 @@ class Products(reference.Reference):
 
 def _depthwise(layer: Layer, channels: int) -> bool:
     """Whether the convolution has one filter per channel."""
-    return layer.weight is not None and layer.weight.shape[:2] == (channels, 1) and channels > 1
+    return layer.weight.shape[:2] == (channels, 1) and channels > 1
 
 
 def _rows(x: Tensor) -> Tensor:

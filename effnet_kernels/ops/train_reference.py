@@ -6,7 +6,7 @@ from torch import Tensor
 
 from effnet_kernels.ops.activations import FUNCTIONS, GRADIENTS
 from effnet_kernels.ops.common import to_nhwc, wide
-from effnet_kernels.ops.train_layers import Gone, Gradient, Layer, Norm, Source, Through
+from effnet_kernels.ops.train_block import Gone, Gradient, Layer, Norm, Source, Through
 
 
 class Reference:
@@ -123,7 +123,6 @@ def behind_norm(gradient: Gradient) -> Tensor:
 
 def convolve(a: Tensor, layer: Layer) -> Tensor:
     """The convolution of a layer, dense channels-last."""
-    assert layer.weight is not None
     a, padding = _padded(a, layer)
     return to_nhwc(F.conv2d(a, layer.weight, None, layer.stride, padding, 1, layer.groups(a.shape[1])))
 
@@ -131,7 +130,6 @@ def convolve(a: Tensor, layer: Layer) -> Tensor:
 def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
     """Gradients of the input, if wanted, and of the weight, where the input ``a`` is given."""
     layer, size, below = through.layer, through.size, through.below
-    assert layer.weight is not None
     shape = dy.new_empty(1).expand(*size) if a is None else a
     shape, padding = _padded(shape, layer)
     da, dw, _ = torch.ops.aten.convolution_backward.default(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.train_layers import Gone, Layer, Through
+from effnet_kernels.ops.train_block import Gone, Layer, Through
 
 STRIP = 1 << 19  # values in the copies of a strip, input and output together: 2 MB
 
@@ -54,7 +54,6 @@ def convolve(a: Tensor, layer: Layer) -> Tensor:
 def convolve_backward(dy: Tensor, a: Tensor | None, through: Through) -> Gone:
     """``reference.convolve_backward``."""
     size, layer = through.size, through.layer.wide()
-    assert layer.weight is not None
     da = empty_nhwc(dy, *size[1:]) if through.below else None
     dweight = None if a is None else torch.zeros_like(layer.weight, memory_format=torch.contiguous_format)
     for strip in _strips(dy, a, da):

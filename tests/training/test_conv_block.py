@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm
-from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
+from effnet_kernels.training import ConvBNAct, conv_block
 from tests.ops.special_values import lost_convolutions
 from tests.training.blocks import (
     CASES,
@@ -14,6 +14,7 @@ from tests.training.blocks import (
     Case,
     assert_as_accurate,
     assert_memory_does_not_matter,
+    batch_norm_act,
     build,
     skip_jumps,
 )
@@ -46,7 +47,6 @@ def test_exact_in_double(case):
 SMALL = [
     Case(widths=(2, 3, 3, 2), hw=(4, 3), se=True, residual=True),
     Case(kinds="f", widths=(2, 3), hw=(4, 3), pool=True, last_act="silu"),
-    Case(kinds="n", widths=(2, 2), hw=(3, 3), last_act="silu"),
 ]
 
 
@@ -255,7 +255,6 @@ def bad_calls():
         r"layers\[1\].weight must have shape \[\*, 3": lambda: conv_block(
             x, [layer, layer._replace(weight=torch.randn(3, 4, 1, 1))]
         ),
-        r"layers\[0\].weight may be None": lambda: conv_block(x, [ConvBNAct(None, bn), layer]),
         r"layers\[0\].act must be one of": lambda: conv_block(x, [layer._replace(act="gelu")]),
         r"layers\[0\].bn.gamma must have shape": lambda: conv_block(
             x, [layer._replace(bn=bn._replace(gamma=torch.ones(4)))]

@@ -9,10 +9,16 @@ from torch.utils._pytree import tree_map
 import effnet_kernels as ek
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.common import to_nhwc
-from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import BlockProblem, Case, assert_as_accurate, assert_memory_does_not_matter, build
+from tests.training.blocks import (
+    BlockProblem,
+    Case,
+    assert_as_accurate,
+    assert_memory_does_not_matter,
+    batch_norm_act,
+    build,
+)
 from tests.training.test_models import assert_as_accurate_as_stock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
