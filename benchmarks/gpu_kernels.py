@@ -17,7 +17,8 @@ import torch
 from benchmarks import stock
 from benchmarks.cases import DTYPES
 from benchmarks.gpu import CALLS, COMMAND
-from benchmarks.gpu_parts import GPU, ROOT, Scope
+from benchmarks.gpu_parts import ROOT
+from benchmarks.gpu_scope import GPU, Scope
 from effnet_kernels import precompile
 from effnet_kernels.benchmarking import tuner
 from effnet_kernels.benchmarking.environment import commit

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import levels
+from benchmarks.files import in_same_turns, levels
+from benchmarks.sweep_plot import plot_sweep
 from effnet_kernels.benchmarking import plots, tables
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST, OURS
 from effnet_kernels.benchmarking.environment import describe
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, result in results.items():
         file = options.plots / f"benchmark-{name}.png"
         if result["level"] == "sweep":
-            plots.plot_sweep(result["cases"], result["environment"], file)
+            plot_sweep(result["cases"], result["environment"], file)
         else:
-            cases = {case: tables.in_same_turns(of["contenders"]) for case, of in result["cases"].items()}
+            cases = {case: in_same_turns(of["contenders"]) for case, of in result["cases"].items()}
             plots.plot_cases(cases, result["environment"], file, TITLES[result["level"]])
         print(file)
     for document in options.documents:
@@ -120,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
     header += ["GB/s", "share of copy"] if bandwidth else []
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for case, measured in cases.items():
-        contenders = tables.in_same_turns(measured["contenders"])
+        contenders = in_same_turns(measured["contenders"])
         timed = {name: r["median"] for name, r in contenders.items() if "median" in r}
         best = min((name for name in timed if name.startswith(OURS)), key=timed.__getitem__, default=None)
         other = min((name for name in timed if not name.startswith(OURS)), key=timed.__getitem__, default=None)

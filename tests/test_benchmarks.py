@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.files import in_same_turns
 from effnet_kernels.benchmarking import contenders, tables, timing
 from effnet_kernels.benchmarking.agreement import agreement
 from effnet_kernels.benchmarking.models import create_model, noise
@@ -201,14 +202,14 @@ def test_times_of_other_turns_are_compared_by_who_was_in_both():
         compiled: {"median": 3.0, "beside": {ours: 2.0}},
         "failed": {"failed": "no", "beside": {ours: 1.0}},
     }
-    found = tables.in_same_turns(results)
+    found = in_same_turns(results)
     times = {name: result["median"] for name, result in found.items() if "median" in result}
     assert times == {stock: 1.0, contenders.ours("triton"): 0.8, ours: 0.5, compiled: 0.75}
     assert tables.speedup(found, ours, stock) == 2.0
     assert tables.speedup(found, ours, compiled) == 1.5
     assert tables.speedup(found, ours, "failed") is None
     results[compiled]["beside"] = {}  # who set the pace has failed: there is nothing to compare it by
-    assert "median" not in tables.in_same_turns(results)[compiled]
+    assert "median" not in in_same_turns(results)[compiled]
 
 
 def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):

@@ -14,7 +14,7 @@ pytest.importorskip("timm")
 
 import triton
 
-from benchmarks import gpu_kernels, gpu_parts
+from benchmarks import gpu_kernels, gpu_scope
 from effnet_kernels import MBConv, cli, precompile
 from effnet_kernels.ops import fused_mbconv_triton as fused_mbconv
 from effnet_kernels.ops import triton_common
@@ -333,7 +333,7 @@ def record(model: str, size: int) -> list[precompile.Launch]:
 
 def test_the_tiles_that_are_tried_first(monkeypatch):
     """Those next to the chosen ones of the largest launches: as their launches would be with other tiles."""
-    scope = gpu_parts.GPU._replace(models=())
+    scope = gpu_scope.GPU._replace(models=())
     found = list(gpu_kernels.neighbours(scope, 90))
     assert len({launch.variant() for launch in found}) == len(found) > 3 * gpu_kernels.CLASSES
     chosen = {launch.variant() for launch in record("efficientnet_b0", 64)}
