@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.benchmarking import UserError, contenders, timing
+from effnet_kernels.benchmarking import contenders, timing
 from effnet_kernels.benchmarking.agreement import measure
 
 # Gradients against float64: ours at most so many times stock's error, as a root mean square over all of them.
@@ -102,19 +102,7 @@ def build(
     name: str, stock: nn.Module, x: Tensor, amp: torch.dtype | None, fused: Callable[[nn.Module, str], nn.Module]
 ) -> Step:
     """The contender ``name`` as a training step. Parameters are its own."""
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    if name == contenders.STOCK:
-        return Step(copy.deepcopy(stock), x, amp)
-    channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if name == contenders.CHANNELS_LAST:
-        return Step(channels_last, nhwc, amp)
-    if name in (contenders.COMPILED, contenders.AUTOTUNED):
-        channels_last.compile(options={"max_autotune": name == contenders.AUTOTUNED})
-        return Step(channels_last, nhwc, amp)
-    if name.startswith(f"{contenders.OURS} "):
-        model = channels_last if x.is_cuda else stock
-        return Step(fused(model, name.removeprefix(f"{contenders.OURS} ")), nhwc, amp)
-    raise UserError(f"there is no contender {name!r} in training")
+    return Step(*contenders.entry(name, stock, x, fused, {}), amp)
 
 
 def compare(

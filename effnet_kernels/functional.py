@@ -23,25 +23,9 @@ was named but cannot serve raises ValueError or RuntimeError with its reason.
 import torch
 from torch import Tensor
 
-from effnet_kernels.arguments import (
-    BatchNorm,
-    ConvBN,
-    InputError,
-    InputTypeError,
-    InputValueError,
-    Pair,
-    SqueezeExciteWeights,
-    autocast,
-    check_bn,
-    check_choice,
-    check_map,
-    check_residual,
-    check_se,
-    check_vector,
-    check_weight,
-    describe,
-    window,
-)
+from effnet_kernels import arguments
+from effnet_kernels.arguments import BatchNorm, ConvBN, InputTypeError, InputValueError, Pair, SqueezeExciteWeights
+from effnet_kernels.arguments import InputError as InputError
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import autocast_dtype
 from effnet_kernels.ops.depthwise_conv_bn_act import op as _depthwise_conv_bn_act
@@ -50,22 +34,6 @@ from effnet_kernels.ops.mbconv import op as _mbconv
 from effnet_kernels.ops.pointwise_conv_bn_act import op as _pointwise_conv_bn_act
 from effnet_kernels.ops.squeeze_excite import op as _squeeze_excite
 from effnet_kernels.ops.squeeze_excite_gate import op as _squeeze_excite_gate
-
-__all__ = [
-    "BatchNorm",
-    "ConvBN",
-    "InputError",
-    "InputTypeError",
-    "InputValueError",
-    "Pair",
-    "SqueezeExciteWeights",
-    "depthwise_conv_bn_act",
-    "fused_mbconv",
-    "mbconv",
-    "pointwise_conv_bn_act",
-    "squeeze_excite",
-    "squeeze_excite_gate",
-]
 
 
 def pointwise_conv_bn_act(
@@ -97,16 +65,16 @@ def pointwise_conv_bn_act(
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    check_map("x", x)
-    x, weight = autocast(x, weight)
-    check_weight("weight", weight, x, (None, x.shape[1], 1, 1))
-    check_bn("bn", bn, weight.shape[0], x)
-    check_choice("act", act, ACTIVATIONS)
+    arguments.check_map("x", x)
+    x, weight = arguments.autocast(x, weight)
+    arguments.check_weight("weight", weight, x, (None, x.shape[1], 1, 1))
+    arguments.check_bn("bn", bn, weight.shape[0], x)
+    arguments.check_choice("act", act, ACTIVATIONS)
     if gate is not None:
-        check_vector("gate", gate, (x.shape[0], x.shape[1]), x)
+        arguments.check_vector("gate", gate, (x.shape[0], x.shape[1]), x)
     if residual is not None:
         residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
-        check_weight("residual", residual, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+        arguments.check_weight("residual", residual, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
     if pool and x.shape[2] * x.shape[3] == 0:
         raise InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     return _pointwise_conv_bn_act(x, weight, list(bn[:4]), bn.eps, act, gate, residual, pool, backend)
@@ -137,12 +105,12 @@ def depthwise_conv_bn_act(
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    check_map("x", x)
-    x, weight = autocast(x, weight)
-    check_weight("weight", weight, x, (x.shape[1], 1, None, None))
-    check_bn("bn", bn, x.shape[1], x)
-    check_choice("act", act, ACTIVATIONS)
-    stride, padding = window(x.shape, weight, stride, padding)
+    arguments.check_map("x", x)
+    x, weight = arguments.autocast(x, weight)
+    arguments.check_weight("weight", weight, x, (x.shape[1], 1, None, None))
+    arguments.check_bn("bn", bn, x.shape[1], x)
+    arguments.check_choice("act", act, ACTIVATIONS)
+    stride, padding = arguments.window(x.shape, weight, stride, padding)
     return _depthwise_conv_bn_act(x, weight, list(bn[:4]), bn.eps, stride, padding, act, True, backend)
 
 
@@ -161,10 +129,10 @@ def squeeze_excite_gate(mean: Tensor, se: SqueezeExciteWeights, *, backend: str 
         TypeError, ValueError: see the module's docstring.
     """
     if not isinstance(mean, Tensor) or mean.dim() != 2:
-        raise InputValueError(f"mean must be a tensor of shape [N, C], got {describe(mean)}")
+        raise InputValueError(f"mean must be a tensor of shape [N, C], got {arguments.describe(mean)}")
     if mean.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(f"mean must be float32 or float64, got {mean.dtype}")
-    check_se("se", se, mean, mean.shape[1], (torch.float16, torch.bfloat16))
+    arguments.check_se("se", se, mean, mean.shape[1], (torch.float16, torch.bfloat16))
     return _squeeze_excite_gate(mean, list(se[:4]), se.act, se.gate, backend)
 
 
@@ -182,11 +150,11 @@ def squeeze_excite(x: Tensor, se: SqueezeExciteWeights, *, backend: str = "auto"
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    check_map("x", x)
-    (x,) = autocast(x)
+    arguments.check_map("x", x)
+    (x,) = arguments.autocast(x)
     if x.shape[2] * x.shape[3] == 0:
         raise InputValueError(f"x must have at least one pixel, got shape {tuple(x.shape)}")
-    check_se("se", se, x, x.shape[1])
+    arguments.check_se("se", se, x, x.shape[1])
     return _squeeze_excite(x, list(se[:4]), se.act, se.gate, backend)
 
 
@@ -219,18 +187,18 @@ def fused_mbconv(
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    check_map("x", x)
-    x, weight, project_weight = autocast(x, expand.weight, project.weight if project else None)
-    check_weight("expand.weight", weight, x, (None, x.shape[1], None, None))
-    check_bn("expand.bn", expand.bn, weight.shape[0], x)
-    check_choice("act", act, ACTIVATIONS)
+    arguments.check_map("x", x)
+    x, weight, project_weight = arguments.autocast(x, expand.weight, project.weight if project else None)
+    arguments.check_weight("expand.weight", weight, x, (None, x.shape[1], None, None))
+    arguments.check_bn("expand.bn", expand.bn, weight.shape[0], x)
+    arguments.check_choice("act", act, ACTIVATIONS)
     if project is not None:
-        check_weight("project.weight", project_weight, x, (None, weight.shape[0], 1, 1))
-        check_bn("project.bn", project.bn, project_weight.shape[0], x)
-    stride, padding = window(x.shape, weight, stride, padding)
+        arguments.check_weight("project.weight", project_weight, x, (None, weight.shape[0], 1, 1))
+        arguments.check_bn("project.bn", project.bn, project_weight.shape[0], x)
+    stride, padding = arguments.window(x.shape, weight, stride, padding)
     if residual:
         out = weight if project is None else project_weight
-        check_residual(x, out.shape[0], weight, stride, padding)
+        arguments.check_residual(x, out.shape[0], weight, stride, padding)
     return _fused_mbconv(
         x, weight, list(expand.bn[:4]), expand.bn.eps, stride, padding, act,
         project_weight, [] if project is None else list(project.bn[:4]), 0.0 if project is None else project.bn.eps,
@@ -273,26 +241,26 @@ def mbconv(
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    check_map("x", x)
-    x, expand_weight, weight, project_weight = autocast(
+    arguments.check_map("x", x)
+    x, expand_weight, weight, project_weight = arguments.autocast(
         x, expand.weight if expand else None, depthwise.weight, project.weight
     )
     mid = x.shape[1]
     if expand is not None:
-        check_weight("expand.weight", expand_weight, x, (None, x.shape[1], 1, 1))
+        arguments.check_weight("expand.weight", expand_weight, x, (None, x.shape[1], 1, 1))
         mid = expand_weight.shape[0]
-        check_bn("expand.bn", expand.bn, mid, x)
-    check_weight("depthwise.weight", weight, x, (mid, 1, None, None))
-    check_bn("depthwise.bn", depthwise.bn, mid, x)
-    check_weight("project.weight", project_weight, x, (None, mid, 1, 1))
-    check_bn("project.bn", project.bn, project_weight.shape[0], x)
+        arguments.check_bn("expand.bn", expand.bn, mid, x)
+    arguments.check_weight("depthwise.weight", weight, x, (mid, 1, None, None))
+    arguments.check_bn("depthwise.bn", depthwise.bn, mid, x)
+    arguments.check_weight("project.weight", project_weight, x, (None, mid, 1, 1))
+    arguments.check_bn("project.bn", project.bn, project_weight.shape[0], x)
     if se is not None:
-        check_se("se", se, x, mid)
-    check_choice("act", act, ACTIVATIONS)
-    check_choice("project_act", project_act, ACTIVATIONS)
-    stride, padding = window(x.shape, weight, stride, padding)
+        arguments.check_se("se", se, x, mid)
+    arguments.check_choice("act", act, ACTIVATIONS)
+    arguments.check_choice("project_act", project_act, ACTIVATIONS)
+    stride, padding = arguments.window(x.shape, weight, stride, padding)
     if residual:
-        check_residual(x, project_weight.shape[0], weight, stride, padding)
+        arguments.check_residual(x, project_weight.shape[0], weight, stride, padding)
     return _mbconv(
         x, expand_weight, [] if expand is None else list(expand.bn[:4]), 0.0 if expand is None else expand.bn.eps,
         weight, list(depthwise.bn[:4]), depthwise.bn.eps, stride, padding, act,

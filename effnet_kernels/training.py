@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels import arguments as args
+from effnet_kernels import arguments
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import autocast_dtype, conv_output_size, to_nhwc
@@ -36,7 +36,7 @@ class ConvBNAct(NamedTuple):
 
     def geometry(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Stride (vertical, horizontal) and padding (top, bottom, left, right) on an input ``[N, C, H, W]``."""
-        return args.window(size, self.weight, self.stride, self.padding)
+        return arguments.window(size, self.weight, self.stride, self.padding)
 
     def output_size(self, size: Sequence[int]) -> list[int]:
         """``[N, O, OH, OW]`` from the size of the input."""
@@ -69,8 +69,8 @@ def conv_block(
     Raises:
         TypeError, ValueError: as ``functional``; ValueError too for statistics over a single value per channel.
     """
-    args.check_map("x", x)
-    x, *weights = args.autocast(x, *(layer.weight for layer in layers))
+    arguments.check_map("x", x)
+    x, *weights = arguments.autocast(x, *(layer.weight for layer in layers))
     if not layers:
         raise F.InputValueError("layers must not be empty")
     if se is not None and len(layers) < 2:
@@ -81,15 +81,15 @@ def conv_block(
     shape, geometry = list(x.shape), []
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         name = f"layers[{i}]"
-        args.check_choice(f"{name}.act", layer.act, ACTIVATIONS)
+        arguments.check_choice(f"{name}.act", layer.act, ACTIVATIONS)
         depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
         wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
-        args.check_weight(f"{name}.weight", weight, x, wanted)
+        arguments.check_weight(f"{name}.weight", weight, x, wanted)
         stride, padding = layer.geometry(shape)
         shape = layer.output_size(shape)
-        args.check_bn(f"{name}.bn", layer.bn, shape[1], x)
+        arguments.check_bn(f"{name}.bn", layer.bn, shape[1], x)
         if se is not None and i == len(layers) - 2:
-            args.check_se("se", se, x, shape[1])
+            arguments.check_se("se", se, x, shape[1])
         values = shape[0] * shape[2] * shape[3]
         if not layer.frozen and values == 1:
             got = torch.Size(shape)  # torch's own words
@@ -99,7 +99,7 @@ def conv_block(
         raise F.InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     if residual is not None:
         residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
-        args.check_weight("residual", residual, x, tuple(shape))
+        arguments.check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
     return _conv_block_train(
         x, weights, [v for layer in layers for v in layer.bn[:4]],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effnet_kernels.functional as F
 from effnet_kernels.dispatch import accelerates, place, serves
-from effnet_kernels.modules import program
+from effnet_kernels.modules import program, reading
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.program import BACKEND_ATTRIBUTE
 from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
@@ -181,6 +181,20 @@ class SqueezeExcitePlan(NamedTuple):
 
     def __str__(self) -> str:
         return f"squeeze-and-excitation {self.se.act} {self.se.gate}"
+
+
+def plan_of_conv(
+    conv: nn.Module, bn: F.BatchNorm, act: str, shortcut: bool, drop_path: nn.Module | None, norm: nn.BatchNorm2d
+) -> Plan:
+    """The plan of one convolution with BatchNorm and activation: pointwise, depthwise or dense."""
+    rest = act, shortcut, drop_path, [norm]
+    if reading.is_pointwise(conv):
+        return PointwisePlan(F.ConvBN(reading.pointwise(conv), bn), *rest)
+    depthwise = reading.is_depthwise(conv)
+    weight, geometry = reading.spatial(conv, depthwise=depthwise)
+    if depthwise:
+        return DepthwisePlan(F.ConvBN(weight, bn), geometry, *rest)
+    return FusedMBConvPlan(F.ConvBN(weight, bn), geometry, None, None, *rest)
 
 
 # The op that decides whether a backend does better than the stock forward.

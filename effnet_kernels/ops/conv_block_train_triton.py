@@ -4,35 +4,24 @@ from torch import Tensor
 
 from effnet_kernels.ops import train_depthwise_triton as depthwise
 from effnet_kernels.ops import train_maps_triton as maps
-from effnet_kernels.ops.train_block import Gone, Gradient, Layer, Source, Through
+from effnet_kernels.ops.train_block import Gone, Gradient, Source, Through
 from effnet_kernels.ops.train_products import Products
 
 
 class Kernels(Products):
     """``block.Kernels``."""
 
-    def statistics(self, raw: Tensor) -> Tensor:
-        return maps.statistics(raw)
-
-    def pool(self, source: Source) -> Tensor:
-        return maps.pool(source)
+    statistics = staticmethod(maps.statistics)
+    pool = staticmethod(maps.pool)
+    moments = staticmethod(maps.moments)
+    gate_moments = staticmethod(maps.gate_moments)
+    raw_gradient = staticmethod(maps.raw_gradient)
+    depthwise = staticmethod(depthwise.forward)
 
     def apply(self, source: Source, residual: Tensor | None) -> Tensor:
         if source.norm is None and source.gate is None and residual is None:
             return source.raw
         return maps.apply(source, residual)
-
-    def moments(self, gradient: Gradient) -> Tensor:
-        return maps.moments(gradient)
-
-    def gate_moments(self, grad: Tensor, source: Source) -> Tensor:
-        return maps.gate_moments(grad, source)
-
-    def raw_gradient(self, gradient: Gradient, coefficients: Tensor) -> Tensor:
-        return maps.raw_gradient(gradient, coefficients)
-
-    def depthwise(self, source: Source, layer: Layer, statistics: bool) -> tuple[Tensor, Tensor | None]:
-        return depthwise.forward(source, layer, statistics)
 
     def depthwise_backward(self, through: Through) -> Gone:
         layer, source = through.layer, through.source
