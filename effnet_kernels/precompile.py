@@ -59,8 +59,8 @@ class Launch(NamedTuple):
 
     @property
     def op(self) -> str:
-        module = self.kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
-        return module if module in OPS else "conv_block_train"
+        op = self.kernel.fn.__module__.rpartition(".")[2].rpartition("_")[0]
+        return op if op in OPS else "conv_block_train"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,9 +9,9 @@ Classes that move the most data come first, so that a short budget is well spent
 """
 
 import contextlib
-import importlib
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effnet_kernels import tuning
 from effnet_kernels.benchmarking import timing
+from effnet_kernels.dispatch import kernel_of
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.triton_common import Config
 
@@ -126,7 +127,7 @@ def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[LauncherCa
 
     with contextlib.ExitStack() as patches:  # launchers call each other by way of their modules
         for op, name in LAUNCHERS.items():
-            module = importlib.import_module(f"effnet_kernels.ops.{op}_triton")
+            module = sys.modules[kernel_of(op, "triton").__module__]
             launcher = getattr(module, name)
             patches.callback(setattr, module, name, launcher)
             setattr(module, name, recording(op, launcher))

@@ -149,7 +149,7 @@ def register(schema: str, *, fake: Callable[..., Any], reference: Callable[..., 
     overload = define(
         schema, run=run, fake=lambda *args: fake(*args[:-1]), decomposition=lambda *args: reference(*args[:-1])
     )
-    op = Op(overload._schema.name.partition("::")[2], [a.name for a in overload._schema.arguments], overload)
+    op = Op(schema[: schema.index("(")], [argument.split()[1] for argument in _arguments(schema)], overload)
     setup_context, backward = _gradient(reference)
     torch.library.register_autograd(overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
     return op
@@ -170,10 +170,14 @@ def define(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], de
     return overload
 
 
+def _arguments(schema: str) -> list[str]:
+    """Type and name of each argument."""
+    return schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+
+
 def _with_lists(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with [] in place of None, which is how AOTInductor passes an empty list."""
-    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
-    positions = [i for i, argument in enumerate(arguments) if argument.startswith("Tensor[]?")]
+    positions = [i for i, argument in enumerate(_arguments(schema)) if argument.startswith("Tensor[]?")]
 
     def call(*args: Any) -> Any:
         filled = list(args)
