@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs")
-    documents = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "training"))]
+    documents = [ROOT / "docs" / f"{name}.md" for name in ("performance", "training")]
     parser.add_argument("documents", type=Path, nargs="*", default=[file for file in documents if file.exists()])
     options = parser.parse_args(arguments)
     results: dict[str, dict[str, Any]] = {}
