@@ -150,7 +150,7 @@ def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("entry", "value", "said"),
     [
-        ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+\.triton\.\w+ than is here: pack it anew"),
+        ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+_triton\.\w+ than is here: pack it anew"),
         ("module", "effnet_kernels.ops.mbconv_triton", r"packed with another effnet_kernels\.ops\.mbconv"),
         ("name", "../../kernel", "not a file of packed kernels"),
         ("cubin", "../cubin", "not a file of packed kernels"),
