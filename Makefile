@@ -101,10 +101,10 @@ coverage-table: build  ## regenerate docs/coverage.md: which blocks of which mod
 	@$(BIN)/python docs/coverage.py
 
 kernels: build  ## compile every Triton kernel for every generation of GPU and inspect the code (an hour)
-	@$(BIN)/python -m effnet_kernels.benchmarking.ahead_of_time
+	@$(BIN)/python -m benchmarks.ahead_of_time
 
 prediction: build  ## regenerate the predicted GPU times in docs/performance.md
-	@$(BIN)/python docs/gpu_prediction.py
+	@$(BIN)/python -m benchmarks.gpu_prediction
 
 machine-code: build  ## regenerate the costs of the CUDA kernels in docs/performance.md; needs nvcc, and sm_90a built
 	@$(BIN)/python -m benchmarks.machine_code --write

@@ -8,9 +8,7 @@ tensors and enqueueing is replaced by nothing: what is left is all that the pack
 
 import contextlib
 import functools
-import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -19,10 +17,10 @@ import torch
 
 import effnet_kernels as ek
 import effnet_kernels.functional as F
-from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import create_model
 from effnet_kernels.benchmarking.tables import text_table
+from effnet_kernels.dispatch import assume
 from effnet_kernels.ops import triton_common
 
 ROUNDS, CALLS = 50, 40
@@ -45,12 +43,12 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     conv, depthwise = F.ConvBN(one, wide), F.ConvBN(dw, wide)
     block = ek.MBConv(64, 64, exp_ratio=1.0, se_layer=ek.SqueezeExcite, device=device, dtype=torch.float16).eval()
     found: dict[str, Callable[[], object]] = {
-        "pointwise_conv_bn_act": lambda: F.pointwise_conv_bn_act(x, one, wide, backend="triton"),
-        "depthwise_conv_bn_act": lambda: F.depthwise_conv_bn_act(x, dw, wide, backend="triton"),
-        "squeeze_excite_gate": lambda: F.squeeze_excite_gate(mean, se, backend="triton"),
-        "squeeze_excite": lambda: F.squeeze_excite(x, se, backend="triton"),
-        "fused_mbconv": lambda: F.fused_mbconv(x, F.ConvBN(dense, wide), conv, residual=True, backend="triton"),
-        "mbconv": lambda: F.mbconv(x, conv, depthwise, se, conv, residual=True, backend="triton"),
+        "pointwise_conv_bn_act": lambda: F.pointwise_conv_bn_act(x, one, wide),
+        "depthwise_conv_bn_act": lambda: F.depthwise_conv_bn_act(x, dw, wide),
+        "squeeze_excite_gate": lambda: F.squeeze_excite_gate(mean, se),
+        "squeeze_excite": lambda: F.squeeze_excite(x, se),
+        "fused_mbconv": lambda: F.fused_mbconv(x, F.ConvBN(dense, wide), conv, residual=True),
+        "mbconv": lambda: F.mbconv(x, conv, depthwise, se, conv, residual=True),
         "mbconv, from its modules": lambda: block(x),
     }
     if device == "cuda":  # only there a forward can be captured
@@ -75,18 +73,13 @@ def enqueueing_left_out() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
             (triton_common, "_compiled", Everything()),
-            (triton_common, "generation", lambda device: 90),
+            (triton_common, "arch", lambda device: 90),
             (torch.cuda, "current_device", lambda: -1),
             (torch.cuda, "get_device_name", lambda device: "none"),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
-        patches.enter_context(mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve))
+        patches.enter_context(assume("triton"))
         yield
-
-
-@functools.cache
-def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., object]]:
-    return asked, importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
 
 
 @torch.inference_mode()

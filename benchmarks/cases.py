@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import shapes, stock
-from benchmarks.shapes import Block, Op
-from effnet_kernels.benchmarking import contenders, training
+from benchmarks import shapes, stock, training_step
+from benchmarks.shapes import Block, OpShape
+from effnet_kernels.benchmarking import contenders
 from effnet_kernels.benchmarking.models import create_model, noise
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,11 +41,11 @@ class Case(NamedTuple):
         guard: contenders.Guard = contextlib.nullcontext,
         keep: contenders.Keep | None = None,
     ) -> Results:
-        """``contenders.compare`` or ``training.compare`` of the contenders in ``names``."""
+        """``contenders.compare`` or ``training_step.compare`` of the contenders in ``names``."""
         module, x = self.make()
         how: dict[str, Any] = {"fused": self.fused, "seconds": seconds, "guard": guard, "keep": keep}
         if self.trains:
-            return training.compare(module, x, names, amp=self.amp, **how)
+            return training_step.compare(module, x, names, amp=self.amp, **how)
         return contenders.compare(module, x, names, **how)
 
     def entry(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def block_case(model: str, block: Block, count: int, batch: int, dtype: str, dev
     return Case("block", title, batch, make, traffic=traffic, count=count)
 
 
-def op_case(model: str, op: Op, count: int, batch: int, dtype: str, device: str) -> Case:
+def op_case(model: str, op: OpShape, count: int, batch: int, dtype: str, device: str) -> Case:
     """An op on a map that it meets in the network."""
 
     def make() -> tuple[nn.Module, Tensor]:
@@ -108,7 +108,7 @@ def op_case(model: str, op: Op, count: int, batch: int, dtype: str, device: str)
     return Case("op", title, batch, make, fused, traffic=traffic, count=count)
 
 
-def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, device: str) -> Case:
+def training_case(model: str, what: OpShape | Block | int, batch: int, dtype: str, device: str) -> Case:
     """A training step of an op, of a block, or of the network at this size; 16-bit dtypes under autocast."""
     amp = None if dtype == "float32" else DTYPES[dtype]
     precision = "float32" if amp is None else f"AMP {dtype}"
@@ -116,12 +116,12 @@ def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, de
     def make() -> tuple[nn.Module, Tensor]:
         if isinstance(what, int):
             return create_model(model).train().to(device), noise(batch, what, device=device)
-        if isinstance(what, Op):
+        if isinstance(what, OpShape):
             return stock.stock_op(what).train().to(device), _map(what, batch).to(device)
         return create_model(model).get_submodule(what.path).train().to(device), _map(what, batch).to(device)
 
     title, element = f"{what}, batch {batch}, {precision}", DTYPES[dtype].itemsize
-    if isinstance(what, Op):
+    if isinstance(what, OpShape):
         return Case("training_op", title, batch, make, stock.OurTrainingOp, amp, lambda: 3 * what.bytes(batch, element))
     if isinstance(what, Block):
         return Case("training_block", f"{model} {title}", batch, make, amp=amp)
@@ -130,6 +130,6 @@ def training_case(model: str, what: Op | Block | int, batch: int, dtype: str, de
     return Case("training_model", f"{model} @{title}", batch, make, amp=amp, traffic=traffic)
 
 
-def _map(what: Op | Block, batch: int) -> Tensor:
+def _map(what: OpShape | Block, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, what.channels[0], what.size, what.size, generator=generator)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, put
+from benchmarks.ceilings import copy_bandwidth
 from benchmarks.files import file_name
 from benchmarks.shapes import DEFAULT_MODELS, MODELS
-from effnet_kernels.benchmarking import contenders, timing
+from effnet_kernels.benchmarking import contenders
 from effnet_kernels.benchmarking.environment import cpu_flags, environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,7 +134,7 @@ class Suite:
             self.samples |= {(case.title, name): r["samples"] for name, r in results.items() if "samples" in r}
             if DEVICE == "cuda":
                 # Caches flatter a CPU at these sizes; on a GPU the graph rotates past them (timing.Graph).
-                self.bandwidth = self.bandwidth or timing.copy_bandwidth()
+                self.bandwidth = self.bandwidth or copy_bandwidth()
             cases[case.title] = case.entry()
             for name, result in results.items():
                 put(cases[case.title], name, result, self.bandwidth)

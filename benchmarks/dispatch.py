@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import levels
+from benchmarks.files import in_same_turns, levels
 from effnet_kernels.benchmarking.contenders import ours
 from effnet_kernels.benchmarking.environment import describe
-from effnet_kernels.benchmarking.tables import in_same_turns
 
 TABLE = Path(__file__).resolve().parents[1] / "effnet_kernels" / "dispatch.json"
 BACKENDS = ("cuda", "triton")

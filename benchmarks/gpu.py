@@ -30,13 +30,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.files import file_name
-from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND, scope_of
+from benchmarks.files import file_name, in_same_turns
+from benchmarks.gpu_parts import FIRST, PARTS, ROOT, SECOND
 from benchmarks.gpu_record import LOST, TAIL, OutOfTimeError, Record
+from benchmarks.gpu_scope import scope_of
 from effnet_kernels.benchmarking.contenders import OURS
 from effnet_kernels.benchmarking.environment import commit, describe, environment
-from effnet_kernels.benchmarking.tables import in_same_turns, speedup, text_table
 from effnet_kernels.benchmarking.tables import seconds as duration
+from effnet_kernels.benchmarking.tables import speedup, text_table
 
 # docs/gpu.md
 COMMAND = (

@@ -17,7 +17,8 @@ import torch
 from benchmarks import stock
 from benchmarks.cases import DTYPES
 from benchmarks.gpu import CALLS, COMMAND
-from benchmarks.gpu_parts import GPU, ROOT, Scope
+from benchmarks.gpu_parts import ROOT
+from benchmarks.gpu_scope import GPU, Scope
 from effnet_kernels import precompile
 from effnet_kernels.benchmarking import tuner
 from effnet_kernels.benchmarking.environment import commit
@@ -29,12 +30,12 @@ CLASSES = 5  # of each model
 SIZE = 64  # nothing is specialised on sizes
 
 
-def neighbours(scope: Scope, generation: int) -> Iterator[Launch]:
+def neighbours(scope: Scope, arch: int) -> Iterator[Launch]:
     """The tiles one step away from those of the largest launches at large batches, for the part ``tune``."""
     dtype = DTYPES[scope.dtype]
     for model, size, batch in (scope.flagship, *scope.models):
         if batch == scope.batch:
-            found = precompile.distinct(precompile.record_model(model, size, batch, dtype, generation))
+            found = precompile.distinct(precompile.record_model(model, size, batch, dtype, arch))
             # A gate has more constants that follow from its tile.
             found = [launch for launch in found if launch.op != "squeeze_excite_gate"]
             found = [launch for launch in found if launch.constants[-len(launch.config.block) :] == launch.config.block]
@@ -46,18 +47,18 @@ def _elements(launch: Launch) -> int:
     return sum(t.numel() for t in launch.tensors if t is not None)
 
 
-def launches(scope: Scope, generation: int) -> Iterator[Launch]:
+def launches(scope: Scope, arch: int) -> Iterator[Launch]:
     """Those of all its models, training steps and ops; blocks are parts of models."""
     dtype = DTYPES[scope.dtype]
     for model in dict.fromkeys(name for name, _, _ in (scope.flagship, *scope.models)):
-        yield from precompile.record_model(model, SIZE, 2, dtype, generation)
+        yield from precompile.record_model(model, SIZE, 2, dtype, arch)
     for model, _, _ in scope.training:
-        yield from precompile.record_model(model, SIZE, 2, dtype, generation, training=True)
+        yield from precompile.record_model(model, SIZE, 2, dtype, arch, training=True)
     for op in scope.ops:
         with torch.device("meta"):
             ours = stock.OurOp(op, stock.stock_op(op).to(dtype), "triton").eval()
             x = torch.empty(2, op.channels[0], SIZE, SIZE, dtype=dtype)
-        yield from precompile.record_module(ours.to(memory_format=torch.channels_last), x, generation)
+        yield from precompile.record_module(ours.to(memory_format=torch.channels_last), x, arch)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     options = parser.parse_args(arguments)
     began = time.time()
-    generation = triton_common.generation_of(options.architecture // 10)
-    found = list(launches(GPU, generation))
+    arch = triton_common.arch_of(options.architecture // 10)
+    found = list(launches(GPU, arch))
     progress = functools.partial(print, flush=True)
-    more = list(neighbours(GPU, generation)) if options.tune else []
+    more = list(neighbours(GPU, arch)) if options.tune else []
     count = precompile.pack(options.out, found, options.architecture, options.jobs, progress, optional=more)
     size = options.out.stat().st_size >> 10
     print(f"{count} kernels in {time.time() - began:.0f} s: {options.out}, {size} KiB\n\nThe calls (docs/gpu.md):")

@@ -109,7 +109,8 @@ def _entry(label: str, value: str, unit: str) -> str:
 @torch.inference_mode()
 def main() -> None:
     """The second call of each case on each backend, until then; titles are printed, "counted: ...", as they go."""
-    from benchmarks.gpu_parts import GPU, available
+    from benchmarks.gpu_parts import available
+    from benchmarks.gpu_scope import GPU
 
     until = float(sys.argv[1])
     for case in GPU.counted_cases():

@@ -17,7 +17,6 @@ import torch
 
 from benchmarks.cases import Case, put
 from effnet_kernels.benchmarking.contenders import OURS
-from effnet_kernels.benchmarking.environment import clocks
 
 LOST = 70  # exit status of a process whose GPU context a kernel has destroyed
 NO_TIME = "no time is left"  # in what a contender fails with that is not to blame for it
@@ -208,3 +207,13 @@ def exit_if_lost() -> None:
         except RuntimeError:
             traceback.print_exc()
             os._exit(LOST)
+
+
+def clocks() -> dict[str, int] | None:
+    """What the GPU runs at just now: MHz of its multiprocessors, milliwatts; None where NVML cannot be asked."""
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        return {"sm_mhz": torch.cuda.clock_rate(), "milliwatts": torch.cuda.power_draw()}
+    except (ImportError, RuntimeError):  # nvidia-ml-py is not installed, or there is no library under it
+        return None

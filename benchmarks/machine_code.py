@@ -30,9 +30,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import sass
 from benchmarks.cubins import Instructions, Kernel, blocks, cuobjdump, kernels, opcode, readable
 from effnet_kernels import native
-from effnet_kernels.benchmarking import sass
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 MARKER = re.compile(r"(<!-- machine-code -->\n).*?(<!-- /machine-code -->)", re.DOTALL)

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.files import levels
+from benchmarks.files import in_same_turns, levels
+from benchmarks.sweep_plot import plot_sweep
 from effnet_kernels.benchmarking import plots, tables
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST, OURS
 from effnet_kernels.benchmarking.environment import describe
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs")
-    documents = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "training"))]
+    documents = [ROOT / "docs" / f"{name}.md" for name in ("performance", "training")]
     parser.add_argument("documents", type=Path, nargs="*", default=[file for file in documents if file.exists()])
     options = parser.parse_args(arguments)
     results: dict[str, dict[str, Any]] = {}
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, result in results.items():
         file = options.plots / f"benchmark-{name}.png"
         if result["level"] == "sweep":
-            plots.plot_sweep(result["cases"], result["environment"], file)
+            plot_sweep(result["cases"], result["environment"], file)
         else:
-            cases = {case: tables.in_same_turns(of["contenders"]) for case, of in result["cases"].items()}
+            cases = {case: in_same_turns(of["contenders"]) for case, of in result["cases"].items()}
             plots.plot_cases(cases, result["environment"], file, TITLES[result["level"]])
         print(file)
     for document in options.documents:
@@ -87,7 +88,7 @@ def render(text: str, results: Mapping[str, dict[str, Any]], plots_folder: Path,
 
 
 def predicted(text: str) -> dict[str, float]:
-    """Seconds per image by "model @size", from the table that docs/gpu_prediction.py writes; in float16."""
+    """Seconds per image by "model @size", from the table that benchmarks/gpu_prediction.py writes; in float16."""
     rows = re.findall(r"^\| (\w+ @\d+) \| \d+ \| ([\d.]+) us \|", text, re.MULTILINE)
     return {model: float(microseconds) * 1e-6 for model, microseconds in rows}
 
@@ -120,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
     header += ["GB/s", "share of copy"] if bandwidth else []
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for case, measured in cases.items():
-        contenders = tables.in_same_turns(measured["contenders"])
+        contenders = in_same_turns(measured["contenders"])
         timed = {name: r["median"] for name, r in contenders.items() if "median" in r}
         best = min((name for name in timed if name.startswith(OURS)), key=timed.__getitem__, default=None)
         other = min((name for name in timed if not name.startswith(OURS)), key=timed.__getitem__, default=None)

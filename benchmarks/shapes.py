@@ -33,7 +33,7 @@ BLOCKS = {
 }
 
 
-class Op(NamedTuple):
+class OpShape(NamedTuple):
     """One op of section "ops" of docs/design.md on one map; `count` times in the network."""
 
     kind: str  # pointwise | depthwise | squeeze_excite | fused
@@ -92,26 +92,28 @@ def blocks(model: str, size: int | None = None) -> dict[Block, int]:
     return {same[0]: len(same) for same in seen.values()}
 
 
-def ops(model: str, size: int | None = None) -> dict[Op, int]:
+def ops(model: str, size: int | None = None) -> dict[OpShape, int]:
     """The distinct ops inside the blocks of a timm model, and how often the network has them."""
-    found: Counter[Op] = Counter()
+    found: Counter[OpShape] = Counter()
     for _, block, x, y in _visit(model, size, tuple(BLOCKS)):
         if hasattr(block, "conv_exp"):
             conv = block.conv_exp
-            found[Op("fused", (x[1], y[1]), x[2], conv.kernel_size[0], conv.stride[0], conv.out_channels)] += 1
+            found[OpShape("fused", (x[1], y[1]), x[2], conv.kernel_size[0], conv.stride[0], conv.out_channels)] += 1
             continue
         if hasattr(block, "conv"):
-            found[Op("fused", (x[1], y[1]), x[2], block.conv.kernel_size[0], block.conv.stride[0])] += 1
+            found[OpShape("fused", (x[1], y[1]), x[2], block.conv.kernel_size[0], block.conv.stride[0])] += 1
             continue
         conv = block.conv_dw
         out_size = y[2]
         if hasattr(block, "conv_pwl"):
-            found[Op("pointwise", (x[1], conv.in_channels), x[2])] += 1
+            found[OpShape("pointwise", (x[1], conv.in_channels), x[2])] += 1
         project = getattr(block, "conv_pwl", block.conv_pw)
-        found[Op("depthwise", (conv.in_channels, conv.in_channels), x[2], conv.kernel_size[0], conv.stride[0])] += 1
-        found[Op("pointwise", (project.in_channels, project.out_channels), out_size)] += 1
+        found[
+            OpShape("depthwise", (conv.in_channels, conv.in_channels), x[2], conv.kernel_size[0], conv.stride[0])
+        ] += 1
+        found[OpShape("pointwise", (project.in_channels, project.out_channels), out_size)] += 1
         if hasattr(block.se, "conv_reduce"):
-            found[Op("squeeze_excite", (conv.in_channels, block.se.conv_reduce.out_channels), out_size)] += 1
+            found[OpShape("squeeze_excite", (conv.in_channels, block.se.conv_reduce.out_channels), out_size)] += 1
     return dict(found)
 
 

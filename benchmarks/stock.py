@@ -5,11 +5,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import Op
+from benchmarks.shapes import OpShape
 from effnet_kernels import functional, training
 
 
-class SqueezeExcite(nn.Module):
+class StockSqueezeExcite(nn.Module):
     """Pool, reduce, SiLU, expand, sigmoid, scale."""
 
     def __init__(self, channels: int, reduced: int) -> None:
@@ -22,12 +22,12 @@ class SqueezeExcite(nn.Module):
         return x * self.expand(squeezed).sigmoid()
 
 
-def stock_op(op: Op) -> nn.Module:
+def stock_op(op: OpShape) -> nn.Module:
     """The op as the stock networks compute it, seeded, in eval mode."""
     torch.manual_seed(0)
     c_in, c_out = op.channels
     if op.kind == "squeeze_excite":
-        return SqueezeExcite(c_in, c_out).eval()
+        return StockSqueezeExcite(c_in, c_out).eval()
     if op.kind == "pointwise":
         layers = [nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.SiLU()]
     elif op.kind == "depthwise":
@@ -51,7 +51,7 @@ def stock_op(op: Op) -> nn.Module:
 class OurOp(nn.Module):
     """The same weights through ``effnet_kernels.functional``, on one backend."""
 
-    def __init__(self, op: Op, stock: nn.Module, backend: str) -> None:
+    def __init__(self, op: OpShape, stock: nn.Module, backend: str) -> None:
         super().__init__()
         self.op, self.stock, self.backend = op, stock, backend
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import conftest, shapes
+from benchmarks import conftest, shapes, training_step
 from benchmarks.cases import Case, training_case
-from effnet_kernels.benchmarking import training
 
 
 def cases(config: pytest.Config) -> list[Case]:
@@ -26,7 +25,7 @@ def cases(config: pytest.Config) -> list[Case]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    names = training.contender_names(conftest.DEVICE, compiled=not config.getoption("--no-compile"))
+    names = training_step.contender_names(conftest.DEVICE, compiled=not config.getoption("--no-compile"))
     metafunc.parametrize("trained", names)
     metafunc.parametrize("case", cases(config), ids=lambda case: case.title)
 

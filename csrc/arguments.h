@@ -35,7 +35,7 @@
   EFFNET_EXPAND_DEPTHWISE                                                                \
   ", Tensor[] se, str se_act, str se_gate, Tensor project_weight, Tensor[] project_bn, " \
   "float project_eps, str project_act, bool residual"
-// The gradient that effnet_kernels/ops/conv_block_train/layers.py describes.
+// The gradient that effnet_kernels/ops/train_block.py describes.
 #define EFFNET_GRADIENT "Tensor? grad, Tensor? raw, Tensor norm, str act, Tensor? gate, Tensor? bias"
 
 namespace effnet {

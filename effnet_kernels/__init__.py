@@ -1,6 +1,6 @@
 """Fused kernels that make EfficientNets fast as drop-in modules. See the README for use."""
 
-from effnet_kernels.backends import backends, use_backend
+from effnet_kernels.dispatch import backends, use_backend
 from effnet_kernels.modules import DepthwiseConvBNAct, DepthwiseSeparableConv, FusedMBConv, MBConv, SqueezeExcite
 from effnet_kernels.patching import PatchReport, patch, report, unpatch
 

@@ -15,11 +15,11 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import internals, tuning
-from effnet_kernels.backends import Problem, automatic, implementation, order_measured, place
 from effnet_kernels.benchmarking import UserError, contenders, plots, tables
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.benchmarking.environment import describe, environment
 from effnet_kernels.benchmarking.models import LIBRARIES, create_model, image_size, noise, require
+from effnet_kernels.dispatch import Query, automatic, implementation, order_measured, place
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,7 +85,7 @@ def verify(options: argparse.Namespace) -> int:
             stock_output = rounded(x)
         for backend in _backends(options.backend, device):
             try:
-                implementation(Problem("mbconv", place(x), dtype, (3, 3)), backend)
+                implementation(Query("mbconv", place(x), dtype, (3, 3)), backend)
             except RuntimeError as error:
                 rows.append((backend, name, "", "", "", "", f"not served: {str(error).partition(': ')[2]}"))
                 continue
@@ -156,7 +156,7 @@ def pack(options: argparse.Namespace) -> int:
     """Compile the Triton kernels of models into one file, for a GPU that need not be here."""
     precompile = _precompile()
     major, _, minor = options.capability.partition(".")
-    architecture, generation = int(major) * 10 + int(minor), precompile.triton_common.generation_of(int(major))
+    architecture, arch = int(major) * 10 + int(minor), precompile.triton_common.arch_of(int(major))
     if options.dtype == "bfloat16" and architecture < 80:
         raise UserError(f"--dtype bfloat16 needs compute capability 8.0, got {options.capability}")
     launches, file = [], Path(options.out)
@@ -165,7 +165,7 @@ def pack(options: argparse.Namespace) -> int:
             size = image_size(model, options.library)
             for training in (False, True) if options.training else (False,):
                 launches += precompile.record_model(
-                    model, size, 2, DTYPES[options.dtype], generation, library=options.library, training=training
+                    model, size, 2, DTYPES[options.dtype], arch, library=options.library, training=training
                 )
         count = precompile.pack(file, launches, architecture, options.jobs, _progress)
     except (OSError, ValueError) as error:

@@ -18,13 +18,11 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
@@ -35,8 +33,8 @@ from triton.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
 import effnet_kernels as ek
-from effnet_kernels.backends import Problem
 from effnet_kernels.benchmarking.models import check_name, library_model
+from effnet_kernels.dispatch import assume
 from effnet_kernels.ops import triton_common
 
 OPS = (
@@ -47,9 +45,6 @@ OPS = (
     "squeeze_excite",
     "squeeze_excite_gate",
 )
-# Those that name what is replaced while launches are recorded.
-_NAMES = [f"{op}.triton" for op in OPS] + [f"conv_block_train.triton_{part}" for part in ("depthwise", "parts")]
-_MODULES = [triton_common, *(importlib.import_module(f"effnet_kernels.ops.{name}") for name in _NAMES)]
 
 
 class Launch(NamedTuple):
@@ -64,7 +59,8 @@ class Launch(NamedTuple):
 
     @property
     def op(self) -> str:
-        return self.kernel.fn.__module__.split(".")[-2]
+        op = self.kernel.fn.__module__.rpartition(".")[2].rpartition("_")[0]
+        return op if op in OPS else "conv_block_train"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,32 +87,16 @@ class Launch(NamedTuple):
         return self.op, self.kernel.fn.__name__, types, self.constants, self.config
 
 
-def record(call: Callable[[], Any], generation: int) -> list[Launch]:
-    """The launches of ``call``, an op's ``launch`` on meta tensors, on a GPU of this generation (80, 90, 100)."""
+def record(call: Callable[[], Any], arch: int) -> list[Launch]:
+    """The launches of ``call``, an op's ``launch`` on meta tensors, for GPUs of this ``triton_common.arch``."""
     launches: list[Launch] = []
 
     def enqueue(kernel: Any, programs: int, tensors: Any, sizes: Any, constants: Any, config: Any) -> None:
         launches.append(Launch(kernel, programs, tuple(tensors), tuple(sizes), tuple(constants), config))
 
-    replacements = {
-        triton_common.launch_kernel: enqueue,
-        triton_common.config: lambda op, default, problem_class, device: default(*problem_class, generation),
-        triton_common.generation: lambda device: generation,
-    }
-    with _replaced(replacements):
+    with triton_common.recording(enqueue, arch):
         call()
     return launches
-
-
-@contextlib.contextmanager
-def _replaced(replacements: dict[Any, Any]) -> Iterator[None]:
-    """Put one function for another wherever the ops' modules name it."""
-    with contextlib.ExitStack() as stack:
-        for module in _MODULES:
-            for name, value in list(vars(module).items()):
-                if callable(value) and getattr(value, "__hash__", None) and value in replacements:
-                    stack.enter_context(mock.patch.object(module, name, replacements[value]))
-        yield
 
 
 def record_model(
@@ -124,7 +104,7 @@ def record_model(
     size: int,
     batch: int,
     dtype: torch.dtype,
-    generation: int,
+    arch: int,
     *,
     library: str = "timm",
     training: bool = False,
@@ -144,26 +124,20 @@ def record_model(
         network.train(training).to(None if training else dtype)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = torch.empty(batch, 3, size, size, dtype=dtype)
-    return record_module(ek.patch(network), images, generation)
+    return record_module(ek.patch(network), images, arch)
 
 
-def record_module(module: nn.Module, x: Tensor, generation: int) -> list[Launch]:
+def record_module(module: nn.Module, x: Tensor, arch: int) -> list[Launch]:
     """The launches of a module of ours on the meta device: of one forward, in training mode of backward, too."""
     x = x.to(memory_format=torch.channels_last)
-
-    def resolve(problem: Problem, asked: str) -> tuple[str, Callable[..., Any]]:
-        return "triton", importlib.import_module(f"effnet_kernels.ops.{problem.op}.triton").run
 
     def call() -> None:
         y = module(x)
         if module.training:
             y.backward(torch.empty_like(y))
 
-    with (
-        torch.inference_mode(not module.training),
-        mock.patch.object(sys.modules[Problem.__module__], "_resolve", resolve),
-    ):
-        return record(call, generation)
+    with torch.inference_mode(not module.training), assume("triton"):
+        return record(call, arch)
 
 
 def distinct(launches: Sequence[Launch]) -> list[Launch]:

@@ -13,20 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effnet_kernels import arguments
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.common import autocast_dtype, conv_output_size, to_nhwc
-from effnet_kernels.ops.conv_block_train.op import conv_block_train as _conv_block_train
+from effnet_kernels.ops.conv_block_train import conv_block_train as _conv_block_train
 
 
 class ConvBNAct(NamedTuple):
     """A bias-free convolution, its BatchNorm and the activation behind it.
 
-    ``weight`` is ``[O, C, KH, KW]``, or ``[C, 1, KH, KW]`` for a depthwise convolution; None leaves it out.
+    ``weight`` is ``[O, C, KH, KW]``, or ``[C, 1, KH, KW]`` for a depthwise convolution.
     With ``frozen`` the running statistics normalise, as in eval mode. Stride and padding as in ``functional``.
     """
 
-    weight: Tensor | None
+    weight: Tensor
     bn: F.BatchNorm
     act: str = "silu"
     stride: F.Pair = 1
@@ -35,18 +36,11 @@ class ConvBNAct(NamedTuple):
 
     def geometry(self, size: Sequence[int]) -> tuple[list[int], list[int]]:
         """Stride (vertical, horizontal) and padding (top, bottom, left, right) on an input ``[N, C, H, W]``."""
-        if self.weight is None:
-            return [1, 1], [0, 0, 0, 0]
-        return F._geometry(size, self.weight, self.stride, self.padding)
+        return arguments.window(size, self.weight, self.stride, self.padding)
 
     def output_size(self, size: Sequence[int]) -> list[int]:
         """``[N, O, OH, OW]`` from the size of the input."""
-        if self.weight is None:
-            return list(size)
-        (sh, sw), (top, bottom, left, right) = self.geometry(size)
-        channels, _, kh, kw = self.weight.shape
-        height = conv_output_size(size[2], kh, sh, top, bottom)
-        return [size[0], channels, height, conv_output_size(size[3], kw, sw, left, right)]
+        return [size[0], self.weight.shape[0], *conv_output_size(size, self.weight, *self.geometry(size))]
 
 
 def conv_block(
@@ -62,7 +56,7 @@ def conv_block(
 
     Args:
         x: ``[N, C, H, W]``.
-        layers: one after the other; only a single layer may be without convolution.
+        layers: one after the other.
         se: squeeze-and-excitation in front of the last layer.
         residual: ``[N, C_out, OH, OW]``, added at the end.
         pool: return the means over H and W, ``[N, C_out]``, instead of the map; not with ``residual``.
@@ -75,8 +69,8 @@ def conv_block(
     Raises:
         TypeError, ValueError: as ``functional``; ValueError too for statistics over a single value per channel.
     """
-    F._check_map("x", x)
-    x, *weights = F._autocast(x, *(layer.weight for layer in layers))
+    arguments.check_map("x", x)
+    x, *weights = arguments.autocast(x, *(layer.weight for layer in layers))
     if not layers:
         raise F.InputValueError("layers must not be empty")
     if se is not None and len(layers) < 2:
@@ -87,19 +81,15 @@ def conv_block(
     shape, geometry = list(x.shape), []
     for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         name = f"layers[{i}]"
-        F._check_choice(f"{name}.act", layer.act, ACTIVATIONS)
-        if weight is None:
-            if len(layers) > 1:
-                raise F.InputValueError(f"{name}.weight may be None only in a single layer")
-        else:
-            depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
-            wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
-            F._check_weight(f"{name}.weight", weight, x, wanted)
+        arguments.check_choice(f"{name}.act", layer.act, ACTIVATIONS)
+        depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1 != shape[1]
+        wanted = (shape[1], 1, None, None) if depthwise else (None, shape[1], None, None)
+        arguments.check_weight(f"{name}.weight", weight, x, wanted)
         stride, padding = layer.geometry(shape)
         shape = layer.output_size(shape)
-        F._check_bn(f"{name}.bn", layer.bn, shape[1], x)
+        arguments.check_bn(f"{name}.bn", layer.bn, shape[1], x)
         if se is not None and i == len(layers) - 2:
-            F._check_se("se", se, x, shape[1])
+            arguments.check_se("se", se, x, shape[1])
         values = shape[0] * shape[2] * shape[3]
         if not layer.frozen and values == 1:
             got = torch.Size(shape)  # torch's own words
@@ -109,40 +99,14 @@ def conv_block(
         raise F.InputValueError(f"x must have at least one pixel to pool, got shape {tuple(x.shape)}")
     if residual is not None:
         residual = residual if autocast_dtype(x) is None else residual.to(x.dtype)
-        F._check_weight("residual", residual, x, tuple(shape))
+        arguments.check_weight("residual", residual, x, tuple(shape))
         residual = to_nhwc(residual)
     return _conv_block_train(
-        x, [w for w in weights if w is not None], [v for layer in layers for v in layer.bn[:4]],
+        x, weights, [v for layer in layers for v in layer.bn[:4]],
         [layer.bn.eps for layer in layers], [layer.frozen for layer in layers], [layer.act for layer in layers],
         geometry, [] if se is None else list(se[:4]), "identity" if se is None else se.act,
         "sigmoid" if se is None else se.gate, residual, pool, backend,
     )  # fmt: skip
-
-
-def batch_norm_act(
-    x: Tensor,
-    bn: F.BatchNorm,
-    act: str = "silu",
-    *,
-    residual: Tensor | None = None,
-    frozen: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``act(bn(x)) + residual`` in one pass behind the statistics; x is all that is kept for backward.
-
-    Args:
-        x, residual: ``[N, C, H, W]``.
-        bn: vectors of ``[C]``; the running ones are used only if ``frozen``.
-        act, backend: see ``functional``.
-
-    Returns:
-        The map, and the ``[2, C]`` mean and biased variance that it was normalised by.
-
-    Raises:
-        TypeError, ValueError: as ``conv_block``.
-    """
-    y, (statistics,) = conv_block(x, [ConvBNAct(None, bn, act, frozen=frozen)], residual=residual, backend=backend)
-    return y, statistics
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 from tests.ops.oracle import stock_error
 
 # The reference and, where it is built, the native library; both run every test of modules and patching.

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("timm")
 
+from benchmarks import ahead_of_time as aot
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
 
 FLOAT16 = torch.float16
 CLEAN = aot.Resources(168, 0, 64 * 1024, 3, ("LDG.E.128", "HMMA.16816.F32", "HGMMA.64x64x16.F32", "UTCHMMA", "EXIT"))
@@ -25,22 +25,22 @@ def uninterpreted() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-@pytest.mark.parametrize("generation", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.slow
-def test_every_tile_compiles_to_what_was_meant(generation):
+def test_every_tile_compiles_to_what_was_meant(arch):
     """A process of its own: under the interpreter, which serves the other tests, nothing can be compiled."""
-    command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
-    command += ["--models", *aot.TILED_MODELS, "--dtypes", "float16", "float32", "--generations", generation]
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
+    command += ["--models", *aot.TILED_MODELS, "--dtypes", "float16", "float32", "--archs", arch]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     for op in ("depthwise_conv_bn_act", "pointwise_conv_bn_act", "fused_mbconv", "squeeze_excite_gate"):
-        assert f"\n{op} " in result.stdout, f"no {op} for sm_{generation}"
+        assert f"\n{op} " in result.stdout, f"no {op} for sm_{arch}"
 
 
 @pytest.mark.slow
 def test_a_bfloat16_model_compiles_to_what_was_meant():
-    command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
-    command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--generations", "90"]
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
+    command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--archs", "90"]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\npointwise_conv_bn_act " in result.stdout
@@ -72,18 +72,18 @@ def test_a_whole_model_is_recorded(launches):
     }
 
 
-@pytest.mark.parametrize("generation", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize(
     ("op", "constants"),
     [("pointwise_conv_bn_act", {"C_OUT": 256}), ("fused_mbconv", {"C_MID": 192}), ("depthwise_conv_bn_act", {})],
 )
-def test_each_complaint_is_made(launches, op, constants, generation):
+def test_each_complaint_is_made(launches, op, constants, arch):
     launch = launch_of(launches, op, **constants)
-    assert aot.complaints(launch, CLEAN, generation) == []
-    assert "spill" in aot.complaints(launch, CLEAN._replace(local=8), generation)[0]
-    assert "shared memory" in aot.complaints(launch, CLEAN._replace(shared=228 * 1024), generation)[0]
+    assert aot.complaints(launch, CLEAN, arch) == []
+    assert "spill" in aot.complaints(launch, CLEAN._replace(local=8), arch)[0]
+    assert "shared memory" in aot.complaints(launch, CLEAN._replace(shared=228 * 1024), arch)[0]
     without = CLEAN._replace(instructions=("LDG.E.64", "FFMA", "EXIT"))
-    assert len(aot.complaints(launch, without, generation)) == 1
+    assert len(aot.complaints(launch, without, arch)) == 1
 
 
 SPILLED = """
@@ -126,11 +126,11 @@ def test_only_a_spill_of_one_value_around_all_loops_is_no_complaint(
 COUNT_LOADS = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
-for generation in (80, 90, 100):
-    stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, generation)[0]
-    print(stem.op, *stem.config.block[:2], aot.compile_launch(stem, generation).count(r"LDG"))
+for arch in (80, 90, 100):
+    stem = precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, arch)[0]
+    print(stem.op, *stem.config.block[:2], aot.compile_launch(stem, arch).count(r"LDG"))
 """
 
 
@@ -147,7 +147,7 @@ def test_a_lane_of_a_stem_knows_its_taps():
 COUNT_COPIES = r"""
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 for launch in precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float16, 90):
     if launch.op == "fused_mbconv" and launch.constant("BLOCK_MID") == 256:
@@ -167,7 +167,7 @@ def test_dense_windows_are_copied_through_the_l1():
 COUNT_VARIANTS = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 def variants(size, batch):
     launches = precompile.record_model("efficientnet_b0", size, batch, torch.float16, 90)
@@ -193,10 +193,12 @@ def test_the_recorded_variants_are_those_that_triton_tells_apart():
 TRAINING_STEP = """
 import torch
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 from effnet_kernels.ops.common import empty_nhwc
-from effnet_kernels.ops.conv_block_train import block, triton
-from effnet_kernels.ops.conv_block_train.layers import Layer, Needs, SqueezeExcite
+from effnet_kernels.ops import conv_block_train_triton as triton
+from effnet_kernels.ops import train_block as block
+from effnet_kernels.arguments import SqueezeExciteWeights
+from effnet_kernels.ops.train_block import Layer, NeedsInputGrad
 
 def step(dtype, kernel, stride, size=28, batch=2):
     def empty(*shape, dtype=torch.float32):
@@ -211,28 +213,28 @@ def step(dtype, kernel, stride, size=28, batch=2):
         layer((144, 1, kernel, kernel), "silu", stride, kernel // 2),
         layer((24, 144, 1, 1), "identity"),
     ]
-    se = SqueezeExcite([empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144)], "silu", "sigmoid")
+    se = SqueezeExciteWeights(empty(6, 144, 1, 1), empty(6), empty(144, 6, 1, 1), empty(144))
     x = empty_nhwc(empty(batch, dtype=dtype), 24, size, size)
     residual = empty_nhwc(x, 24, (size - 1) // stride + 1, (size - 1) // stride + 1)
-    y, raws, statistics, squeezed = triton.run(block.forward, x, layers, se, residual, False)
-    needs = Needs(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
-    kept = block.Kept(x, raws, statistics, squeezed)
-    triton.run(block.backward, y, kept, layers, se, False, list(x.shape), needs)
+    y, raws, statistics, squeezed = block.forward(triton.run, x, layers, se, residual, False)
+    needs = NeedsInputGrad(True, [True] * 3, [True] * 3, [True] * 3, [True] * 4)
+    kept = block.Saved(x, raws, statistics, squeezed)
+    block.backward(triton.run, y, kept, layers, se, False, list(x.shape), needs)
 """
 
 COMPILE_TRAINING = (
     TRAINING_STEP
     + """
-for generation in (80, 90, 100):
+for arch in (80, 90, 100):
     seen = set()
     for dtype, kernel, stride in ((torch.float16, 3, 2), (torch.float32, 5, 1)):
-        launches = precompile.distinct(precompile.record(lambda: step(dtype, kernel, stride), generation))
+        launches = precompile.distinct(precompile.record(lambda: step(dtype, kernel, stride), arch))
         for launch in launches:
             name = launch.kernel.fn.__name__
             if "depthwise" in launch.kernel.fn.__module__ or name not in seen:
                 seen.add(name)
-                resources = aot.compile_launch(launch, generation)
-                print(generation, name, dtype, *aot.complaints(launch, resources, generation), sep="\\t")
+                resources = aot.compile_launch(launch, arch)
+                print(arch, name, dtype, *aot.complaints(launch, resources, arch), sep="\\t")
 """
 )
 
@@ -244,7 +246,7 @@ def test_the_kernels_of_training_compile_without_spills():
     assert result.returncode == 0, result.stderr
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert [row for row in rows if len(row) > 3] == []
-    names = {name for generation, name, *_ in rows if generation == "100"}
+    names = {name for arch, name, *_ in rows if arch == "100"}
     passes = ("statistics", "pool", "apply", "gradient", "gate_moments", "merge", "add")
     assert names == {f"{name}_kernel" for name in (*passes, "forward", "input_gradient", "weight_gradient")}
 

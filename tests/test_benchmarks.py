@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.files import in_same_turns
 from effnet_kernels.benchmarking import contenders, tables, timing
 from effnet_kernels.benchmarking.agreement import agreement
 from effnet_kernels.benchmarking.models import create_model, noise
@@ -60,7 +61,7 @@ def test_the_contender_under_autocast(dtype):
 
 def test_ops_of_v2_begin_with_dense_convolutions_alone():
     dense = [op for op in shapes.ops("tf_efficientnetv2_s", 384) if op.kind == "fused"]
-    assert dense[:2] == [shapes.Op("fused", (24, 24), 192, 3), shapes.Op("fused", (24, 48), 192, 3, 2, 96)]
+    assert dense[:2] == [shapes.OpShape("fused", (24, 24), 192, 3), shapes.OpShape("fused", (24, 48), 192, 3, 2, 96)]
     assert dense[0].bytes(1, 2) == 2 * (2 * 24 * 192**2 + 24 * 24 * 9)
 
 
@@ -68,12 +69,12 @@ def test_ops_of_b0_are_those_of_the_paper():
     found = shapes.ops("efficientnet_b0")
     count = {kind: sum(n for op, n in found.items() if op.kind == kind) for kind in {op.kind for op in found}}
     assert count == {"pointwise": 15 + 16, "depthwise": 16, "squeeze_excite": 16}
-    assert shapes.Op("depthwise", (96, 96), 112, 3, 2) in found  # MBConv6 k3x3 at the head of stage 3
-    assert shapes.Op("depthwise", (1152, 1152), 7, 5, 1) in found
+    assert shapes.OpShape("depthwise", (96, 96), 112, 3, 2) in found  # MBConv6 k3x3 at the head of stage 3
+    assert shapes.OpShape("depthwise", (1152, 1152), 7, 5, 1) in found
 
 
 def test_bytes_count_each_map_once():
-    op = shapes.Op("depthwise", (32, 32), 8, 3, 2)
+    op = shapes.OpShape("depthwise", (32, 32), 8, 3, 2)
     assert op.bytes(2, 4) == 4 * (2 * 32 * 64 + 2 * 32 * 16 + 32 * 9)
 
 
@@ -201,14 +202,14 @@ def test_times_of_other_turns_are_compared_by_who_was_in_both():
         compiled: {"median": 3.0, "beside": {ours: 2.0}},
         "failed": {"failed": "no", "beside": {ours: 1.0}},
     }
-    found = tables.in_same_turns(results)
+    found = in_same_turns(results)
     times = {name: result["median"] for name, result in found.items() if "median" in result}
     assert times == {stock: 1.0, contenders.ours("triton"): 0.8, ours: 0.5, compiled: 0.75}
     assert tables.speedup(found, ours, stock) == 2.0
     assert tables.speedup(found, ours, compiled) == 1.5
     assert tables.speedup(found, ours, "failed") is None
     results[compiled]["beside"] = {}  # who set the pace has failed: there is nothing to compare it by
-    assert "median" not in tables.in_same_turns(results)[compiled]
+    assert "median" not in in_same_turns(results)[compiled]
 
 
 def test_the_order_of_gpu_backends_follows_the_measurements(tmp_path):

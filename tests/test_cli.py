@@ -1,6 +1,5 @@
 """The command line: what it prints, what it writes, and its exit status."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import cli
-from effnet_kernels.backends import automatic
 from effnet_kernels.benchmarking import contenders
+from effnet_kernels.dispatch import automatic
 from effnet_kernels.ops import native_cpu
 
 pytest.importorskip("timm")
-backends = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
+from effnet_kernels import dispatch
 
 MODEL = ("--model", "efficientnet_b0", "--size", "64")
 
@@ -60,11 +59,11 @@ def test_verify_says_why_a_backend_does_not_serve_a_dtype(monkeypatch, capsys):
     if not effnet_kernels.backends()["cpu"][0]:
         pytest.skip("the native CPU library is not built")
     monkeypatch.setattr(native_cpu, "DTYPES", (torch.float32,))
-    backends._resolve.cache_clear()
+    dispatch._resolve.cache_clear()
     try:
         assert cli.main(["verify", *MODEL, "--device", "cpu", "--dtype", "float16", "--backend", "cpu"]) == 0
     finally:
-        backends._resolve.cache_clear()
+        dispatch._resolve.cache_clear()
     assert "not served: only float32, float16 and bfloat16" in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_kernels, gpu_parts, gpu_profile, gpu_record, report
+from benchmarks import gpu, gpu_kernels, gpu_parts, gpu_profile, gpu_record, gpu_scope, report
 from benchmarks.cases import Case, op_case
 from benchmarks.gpu_record import OutOfTimeError, Record
 from effnet_kernels import native
@@ -64,7 +64,7 @@ def test_every_measuring_part(record):
     assert content["environment"]["copy_bytes_per_second"] > 0
     record = Record(record.file)
     measured_at = record.file.stat().st_mtime_ns
-    known = op_case("efficientnet_b0", gpu_parts.SMOKE.ops[0], 1, 2, "float32", "cpu")
+    known = op_case("efficientnet_b0", gpu_scope.SMOKE.ops[0], 1, 2, "float32", "cpu")
     record.measure(known, [CHANNELS_LAST], 0.01)
     assert record.file.stat().st_mtime_ns == measured_at, "what the record has is not measured again"
     record.measure(known, [STOCK], 0.01)
@@ -192,7 +192,7 @@ def test_packed_kernels_that_are_of_no_use_do_not_fail_the_part(record, tmp_path
     (tmp_path / "kernels.zip").write_bytes(b"damaged")
     for packed, reason in ((tmp_path / "kernels.zip", "not a file of packed"), (tmp_path / "none", "No such file")):
         record.content["environment"]["packed_kernels"] = str(packed)
-        gpu_parts.build(record, gpu_parts.SMOKE)
+        gpu_parts.build(record, gpu_scope.SMOKE)
         assert reason in record.content["parts"]["build"]["packed"]
         assert "native" in record.content["parts"]["build"]["reason"]
 
@@ -212,7 +212,7 @@ def test_what_each_call_does():
         assert list(parts) == [name for name in gpu_parts.PARTS if name in parts], "in order of worth"
     assert sum(seconds for _, seconds in gpu.CALLS.values()) <= 590
     assert gpu_parts.PARTS["autotuned"].least == 150
-    contenders = {*gpu_parts.GPU.eager, *map(ours, gpu_parts.GPU.whole)}
+    contenders = {*gpu_scope.GPU.eager, *map(ours, gpu_scope.GPU.whole)}
     assert not contenders & {ours("auto"), COMPILED, AUTOTUNED}
 
 
@@ -373,7 +373,7 @@ def test_shares_are_those_of_the_last_ceilings(record):
     record.measure(case(), [STOCK], 0.01)
     assert "share_of_copy" not in contenders_of(record)[STOCK]
     for _ in range(2):
-        gpu_parts.ceilings(record, gpu_parts.SMOKE)
+        gpu_parts.ceilings(record, gpu_scope.SMOKE)
         found, copied = contenders_of(record)[STOCK], record.content["environment"]["copy_bytes_per_second"]
         assert found["share_of_copy"] == 8 / found["median"] / copied
         assert found["samples"] > 0
@@ -649,7 +649,7 @@ def test_what_pytest_says_is_counted(lines, end, reason):
 
 def fabricated() -> dict:
     """The record of a whole run, every number made up."""
-    scope = gpu_parts.GPU
+    scope = gpu_scope.GPU
     timed = {"median": 1e-3, "q1": 1e-3, "q3": 1e-3, "error": 0.0, "samples": 9, "share_of_copy": 0.5,
              "bytes_per_second": 1e12}  # fmt: skip
     names = [*scope.eager, *map(ours, scope.backends), COMPILED]

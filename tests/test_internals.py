@@ -203,7 +203,7 @@ COMPILED = """
 import copy, torch
 import effnet_kernels as ek
 from effnet_kernels import internals
-from effnet_kernels.backends import accelerates, serves
+from effnet_kernels.dispatch import accelerates, serves
 from tests.models import timm_model
 
 for function in (accelerates, serves, internals.traceable):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 
 # Resident memory, because the kernels' scratch is not the allocator's. The small first forward brings in
 # libraries, threads and packed weights, which stay; the peak counter is cleared behind it.

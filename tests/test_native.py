@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from effnet_kernels import native
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops import native_cuda
 
 
@@ -115,7 +115,7 @@ def test_the_package_works_without_the_library():
     """On a machine with no compiler: the reference serves, and the reason is told."""
     code = (
         "from pathlib import Path; from effnet_kernels import native; native._CPU_LIBRARY = Path('/nowhere/cpu.so');"
-        "import torch, effnet_kernels.functional as F; from effnet_kernels.backends import backends;"
+        "import torch, effnet_kernels.functional as F; from effnet_kernels.dispatch import backends;"
         "one = torch.ones(3); x = torch.ones(1, 3, 4, 4);"
         "y = F.pointwise_conv_bn_act(x, torch.ones(3, 3, 1, 1), F.BatchNorm(one, one, one, one));"
         "print(tuple(y.shape), backends()['cpu'][0])"
@@ -179,7 +179,7 @@ def gpus(monkeypatch, tmp_path):
 def test_a_gpu_without_code_costs_no_other_one_its_backend(gpus, monkeypatch):
     gpus([(7, 0), (9, 0)])
     assert native.cuda_available() == (True, "CUDA C++, built with CUDA 13.0 for 8.0 9.0a")
-    problem = Problem("mbconv", "cuda:1", torch.float16, (3, 3))
+    problem = Query("mbconv", "cuda:1", torch.float16, (3, 3))
     assert native_cuda.supports(problem) == (True, "any shape")
     missing = "_native_cuda.so has no code for GPU 0, compute capability 7.0: it was built for 8.0 9.0a"
     assert native_cuda.supports(problem._replace(device="cuda:0")) == (False, missing)

@@ -14,10 +14,10 @@ pytest.importorskip("timm")
 
 import triton
 
-from benchmarks import gpu_kernels, gpu_parts
+from benchmarks import gpu_kernels, gpu_scope
 from effnet_kernels import MBConv, cli, precompile
+from effnet_kernels.ops import fused_mbconv_triton as fused_mbconv
 from effnet_kernels.ops import triton_common
-from effnet_kernels.ops.fused_mbconv import triton as fused_mbconv
 from tests.test_ahead_of_time import uninterpreted
 
 LAUNCHES = """
@@ -150,8 +150,8 @@ def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("entry", "value", "said"),
     [
-        ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+\.triton\.\w+ than is here: pack it anew"),
-        ("module", "effnet_kernels.ops.mbconv.triton", r"packed with another effnet_kernels\.ops\.mbconv"),
+        ("code", "0" * 64, r"packed with another effnet_kernels\.ops\.\w+_triton\.\w+ than is here: pack it anew"),
+        ("module", "effnet_kernels.ops.mbconv_triton", r"packed with another effnet_kernels\.ops\.mbconv"),
         ("name", "../../kernel", "not a file of packed kernels"),
         ("cubin", "../cubin", "not a file of packed kernels"),
         ("module", "os", "not a file of packed kernels"),
@@ -239,8 +239,8 @@ def test_the_command(tmp_path, packed):
 KEYS = """
 import importlib, json, sys
 from effnet_kernels import precompile
-names = [f"{op}.triton" for op in precompile.OPS if op != "mbconv"]
-names += [f"conv_block_train.triton_{part}" for part in ("maps", "depthwise", "parts")]
+names = [f"{op}_triton" for op in precompile.OPS if op != "mbconv"]
+names += [f"train_{part}_triton" for part in ("maps", "depthwise", "parts")]
 keys = {}
 for name in names[:: int(sys.argv[1])]:
     module = importlib.import_module(f"effnet_kernels.ops.{name}")
@@ -333,7 +333,7 @@ def record(model: str, size: int) -> list[precompile.Launch]:
 
 def test_the_tiles_that_are_tried_first(monkeypatch):
     """Those next to the chosen ones of the largest launches: as their launches would be with other tiles."""
-    scope = gpu_parts.GPU._replace(models=())
+    scope = gpu_scope.GPU._replace(models=())
     found = list(gpu_kernels.neighbours(scope, 90))
     assert len({launch.variant() for launch in found}) == len(found) > 3 * gpu_kernels.CLASSES
     chosen = {launch.variant() for launch in record("efficientnet_b0", 64)}

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("timm")
 
+from benchmarks import ahead_of_time as aot
+from benchmarks import sass
 from effnet_kernels import precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
-from effnet_kernels.benchmarking import sass
 
 # Two loops, one in the other. The inner one's first loads are fetched ahead, before it, and its last step follows it.
 LISTING = """
@@ -125,7 +125,7 @@ def test_a_loop_of_unknown_trips_is_an_error():
 COMPILE = """
 import json, torch
 from effnet_kernels import functional as F, precompile
-from effnet_kernels.benchmarking import ahead_of_time as aot
+from benchmarks import ahead_of_time as aot
 
 launches = precompile.record_model("efficientnet_b0", 224, 1, torch.float16, 90)
 

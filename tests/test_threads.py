@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 
 pytest.importorskip("timm")
 pytestmark = [

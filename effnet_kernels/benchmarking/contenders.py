@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels
-from effnet_kernels.backends import automatic
 from effnet_kernels.benchmarking import UserError, peers, timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output, max_error
+from effnet_kernels.dispatch import automatic
 
 STOCK = "stock"
 CHANNELS_LAST = "stock channels_last"
@@ -84,6 +84,29 @@ class _Autocast(nn.Module):
             return self.model(x.float()).to(self.dtype)
 
 
+def entry(
+    name: str,
+    stock: nn.Module,
+    x: Tensor,
+    fused: Callable[[nn.Module, str], nn.Module],
+    compile_options: dict[str, Any],
+) -> tuple[nn.Module, Tensor]:
+    """The contender ``name`` as a module of its own, and x as it takes it. Other runtimes are none."""
+    if name == STOCK:
+        return copy.deepcopy(stock), x
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if name == CHANNELS_LAST:
+        return channels_last, nhwc
+    if name in (COMPILED, AUTOTUNED):
+        channels_last.compile(options={"max_autotune": name == AUTOTUNED, **compile_options})
+        return channels_last, nhwc
+    if name.startswith(f"{OURS} "):
+        # On a GPU dense windows are read in channels-last memory; from another they are copied at every call.
+        return fused(channels_last if x.is_cuda else stock, name.removeprefix(f"{OURS} ")), nhwc
+    raise UserError(f"there is no contender {name!r}")
+
+
 def build(
     name: str,
     stock: nn.Module,
@@ -94,20 +117,9 @@ def build(
     """The contender ``name`` as a call without arguments; on a GPU a captured graph, in ``pool`` (``timing.Graph``)."""
     if name in PEERS:
         return PEERS[name](stock, x)
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    if name == STOCK:
-        return _bind(copy.deepcopy(stock), x, pool)
-    if name == CHANNELS_LAST:
-        return _bind(_channels_last(stock), nhwc, pool)
-    if name in (COMPILED, AUTOTUNED):
-        # Weights as constants: what it does best for inference.
-        options: dict[str, Any] = {"freezing": True, "max_autotune": name == AUTOTUNED}
-        return _bind(torch.compile(_channels_last(stock), options=options), nhwc, pool)
-    if name.startswith(f"{OURS} "):
-        # On a GPU dense windows are read in channels-last memory; from another they are copied at every call.
-        model = _channels_last(stock) if x.is_cuda else stock
-        return _bind(fused(model, name.removeprefix(f"{OURS} ")), nhwc, pool)
-    raise UserError(f"there is no contender {name!r}")
+    # Weights as constants: what torch.compile does best for inference.
+    module, x = entry(name, stock, x, fused, {"freezing": True})
+    return timing.Graph(module, x, pool) if x.is_cuda else lambda: module(x)
 
 
 def compare(
@@ -197,16 +209,6 @@ def failure(error: Exception) -> str:
     """An exception as one line."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return next(iter(f"{kind}{error}".splitlines()), "")
-
-
-def _channels_last(stock: nn.Module) -> nn.Module:
-    return copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _bind(function: Callable[[Tensor], Tensor], x: Tensor, pool: Any) -> timing.Call:
-    if x.device.type == "cuda":
-        return timing.Graph(function, x, pool)
-    return lambda: function(x)
 
 
 def _wrong(name: str, output: Tensor, stock_output: Tensor, exact: Tensor) -> str | None:

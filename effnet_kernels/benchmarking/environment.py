@@ -44,16 +44,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return record
 
 
-def clocks() -> dict[str, int] | None:
-    """What the GPU runs at just now: MHz of its multiprocessors, milliwatts; None where NVML cannot be asked."""
-    if not torch.cuda.is_initialized():
-        return None
-    try:
-        return {"sm_mhz": torch.cuda.clock_rate(), "milliwatts": torch.cuda.power_draw()}
-    except (ImportError, RuntimeError):  # nvidia-ml-py is not installed, or there is no library under it
-        return None
-
-
 def describe(record: dict[str, Any]) -> str:
     """The record as one line, to stand next to numbers."""
     software = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)

@@ -5,9 +5,6 @@ from typing import Any
 
 from effnet_kernels.benchmarking.contenders import CHANNELS_LAST
 
-# What turns that are slower make larger, and what smaller.
-SCALED = {"median": 1, "q1": 1, "q3": 1, "bytes_per_second": -1, "share_of_copy": -1}
-
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces: the first and those without a heading to the left, the others to the right."""
@@ -25,29 +22,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def seconds(value: float) -> str:
     """A duration in ms, or in us below one."""
     return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
-
-
-def in_same_turns(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Results whose times can be compared.
-
-    Those of one that joined later are scaled by the time that another one took in the same turns (``beside``) and takes
-    in those of the others; if there is none, it has no time.
-    """
-
-    def slower(name: str) -> float | None:
-        """How many times slower the turns were that this one joined in."""
-        for pace, then in results[name].get("beside", {}).items():
-            before = slower(pace) if "median" in results.get(pace, {}) else None
-            return before and before * then / results[pace]["median"]
-        return None if "beside" in results[name] else 1.0
-
-    found = {}
-    for name, result in results.items():
-        factor = slower(name) if "median" in result else 1.0
-        rest = {key: value for key, value in result.items() if key not in SCALED}
-        scaled = {key: result[key] / factor ** SCALED[key] for key in SCALED if key in result} if factor else {}
-        found[name] = rest | scaled
-    return found
 
 
 def speedup(results: Mapping[str, Mapping[str, Any]], name: str, over: str = CHANNELS_LAST) -> float | None:

@@ -9,19 +9,19 @@ Classes that move the most data come first, so that a short budget is well spent
 """
 
 import contextlib
-import importlib
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from effnet_kernels import tuning
 from effnet_kernels.benchmarking import timing
+from effnet_kernels.dispatch import kernel_of
 from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.triton_common import Config
 
@@ -40,7 +40,7 @@ MAX_WARPS, MAX_STAGES = 16, 5
 Measure = Callable[[dict[Config, timing.Call]], dict[Config, float]]
 
 
-class Launch(NamedTuple):
+class LauncherCall(NamedTuple):
     """One call of a launcher, with its tensors."""
 
     function: Callable[..., Tensor | None]
@@ -107,9 +107,9 @@ def save(device_name: str, tuned: Tuned) -> None:
         tuning.save(device_name, {tuned.op: {tuning.class_name(tuned.problem_class): tuned.after}})
 
 
-def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
+def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[LauncherCall]]:
     """The launches of one forward by class, one of each shape as often as it occurs."""
-    classes: dict[tuple[Any, ...], list[Launch]] = {}
+    classes: dict[tuple[Any, ...], list[LauncherCall]] = {}
 
     def recording(op: str, function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def launcher(*args: Any) -> Tensor | None:
@@ -119,21 +119,23 @@ def record(model: nn.Module, x: Tensor) -> dict[tuple[Any, ...], list[Launch]]:
             (key,) = (key for key in triton_common.chosen if key[0] == op)
             triton_common.chosen.update(known)
             launches = classes.setdefault(key, [])
-            launch = Launch(function, args)
+            launch = LauncherCall(function, args)
             launches.append(next((each for each in launches if each.shape() == launch.shape()), launch))
             return result
 
         return launcher
 
-    with contextlib.ExitStack() as patches:
+    with contextlib.ExitStack() as patches:  # launchers call each other by way of their modules
         for op, name in LAUNCHERS.items():
-            module = importlib.import_module(f"effnet_kernels.ops.{op}.triton")
-            patches.enter_context(mock.patch.object(module, name, recording(op, getattr(module, name))))
+            module = sys.modules[kernel_of(op, "triton").__module__]
+            launcher = getattr(module, name)
+            patches.callback(setattr, module, name, launcher)
+            setattr(module, name, recording(op, launcher))
         model(x)
     return classes
 
 
-def _elements(launch: Launch) -> int:
+def _elements(launch: LauncherCall) -> int:
     return sum(arg.numel() for arg in launch.args if isinstance(arg, Tensor))
 
 
@@ -152,7 +154,9 @@ def neighbours(config: Config) -> list[Config]:
     return found
 
 
-def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, rounds: int | None = None) -> Tuned:
+def _tune_class(
+    key: tuple[Any, ...], launches: list[LauncherCall], measure: Measure, rounds: int | None = None
+) -> Tuned:
     def using(config: Config) -> timing.Call:
         def run() -> None:
             triton_common.chosen[key] = config
@@ -178,7 +182,7 @@ def _tune_class(key: tuple[Any, ...], launches: list[Launch], measure: Measure, 
     return Tuned(key[0], key[1], before, best, times[before], times[best])
 
 
-def _right(key: tuple[Any, ...], config: Config, launches: list[Launch], expected: list[list[Tensor]]) -> bool:
+def _right(key: tuple[Any, ...], config: Config, launches: list[LauncherCall], expected: list[list[Tensor]]) -> bool:
     """Whether a tile compiles and computes what the first one did, but for the order of sums."""
     triton_common.chosen[key] = config
     try:

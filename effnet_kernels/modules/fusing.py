@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels.functional as F
-from effnet_kernels.backends import accelerates, place
-from effnet_kernels.modules import program
+from effnet_kernels.dispatch import accelerates, place, serves
+from effnet_kernels.modules import program, reading
 from effnet_kernels.modules.guards import as_written, check_calls, check_class, is_plain, may_fuse
 from effnet_kernels.modules.program import BACKEND_ATTRIBUTE
 from effnet_kernels.modules.reading import Geometry, Unfusable, padding_for
-from effnet_kernels.modules.training import Chain, train, wants_gradients
 from effnet_kernels.ops.common import autocast_dtype
+from effnet_kernels.training import ConvBNAct, conv_block, update_running_statistics
 
 
 class Plan(Protocol):
@@ -30,8 +30,8 @@ class Plan(Protocol):
     def run(self, x: Tensor, backend: str) -> Tensor | None:
         """The result; None where the stock forward has to run."""
 
-    def chain(self) -> Chain | None:
-        """The plan as a block in training; None where there is no such block."""
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        """The plan as the layers of ``training.conv_block`` for x of this size, one per norm; [] if it has none."""
 
 
 class MBConvPlan(NamedTuple):
@@ -65,10 +65,10 @@ class MBConvPlan(NamedTuple):
         )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
-    def chain(self) -> Chain:
-        expand = [] if self.expand is None else [(self.expand, None, self.act)]
-        rest = [(self.depthwise, self.geometry, self.act), (self.project, None, self.project_act)]
-        return Chain([*expand, *rest], self.norms, self.se)
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        expand = [] if self.expand is None else [ConvBNAct(*self.expand, self.act)]
+        depthwise = ConvBNAct(*self.depthwise, self.act, self.geometry[1], padding_for(self.geometry, size))
+        return [*expand, depthwise, ConvBNAct(*self.project, self.project_act)]
 
     def __str__(self) -> str:
         name = "depthwise separable" if self.expand is None else "MBConv"
@@ -110,9 +110,9 @@ class FusedMBConvPlan(NamedTuple):
             )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
-    def chain(self) -> Chain:
-        project = [] if self.project is None else [(self.project, None, "identity")]
-        return Chain([(self.expand, self.geometry, self.act), *project], self.norms, self.se)
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        expand = ConvBNAct(*self.expand, self.act, self.geometry[1], padding_for(self.geometry, size))
+        return [expand] if self.project is None else [expand, ConvBNAct(*self.project, "identity")]
 
     def __str__(self) -> str:
         name = "convolution" if self.project is None else "Fused-MBConv"
@@ -134,8 +134,8 @@ class DepthwisePlan(NamedTuple):
         y, _ = F.depthwise_conv_bn_act(x, *self.conv, self.act, stride=stride, padding=padding, backend=backend)
         return _add_shortcut(y, x, self.drop_path) if self.shortcut else y
 
-    def chain(self) -> Chain:
-        return Chain([(self.conv, self.geometry, self.act)], self.norms)
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        return [ConvBNAct(*self.conv, self.act, self.geometry[1], padding_for(self.geometry, size))]
 
     def __str__(self) -> str:
         return _describe("depthwise", self.geometry, self.act, None, self.shortcut)
@@ -158,8 +158,8 @@ class PointwisePlan(NamedTuple):
         )
         return _add_shortcut(y, x, self.drop_path) if self.shortcut and not residual else y
 
-    def chain(self) -> Chain:
-        return Chain([(self.conv, None, self.act)], self.norms, pool=self.pool)
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        return [ConvBNAct(*self.conv, self.act)]
 
     def __str__(self) -> str:
         return f"pointwise {self.act}" + " + pool" * self.pool + " + shortcut" * self.shortcut
@@ -176,11 +176,25 @@ class SqueezeExcitePlan(NamedTuple):
             return None
         return F.squeeze_excite(x, self.se, backend=backend)
 
-    def chain(self) -> None:
-        return None
+    def layers(self, size: Sequence[int]) -> list[ConvBNAct]:
+        return []
 
     def __str__(self) -> str:
         return f"squeeze-and-excitation {self.se.act} {self.se.gate}"
+
+
+def plan_of_conv(
+    conv: nn.Module, bn: F.BatchNorm, act: str, shortcut: bool, drop_path: nn.Module | None, norm: nn.BatchNorm2d
+) -> Plan:
+    """The plan of one convolution with BatchNorm and activation: pointwise, depthwise or dense."""
+    rest = act, shortcut, drop_path, [norm]
+    if reading.is_pointwise(conv):
+        return PointwisePlan(F.ConvBN(reading.pointwise(conv), bn), *rest)
+    depthwise = reading.is_depthwise(conv)
+    weight, geometry = reading.spatial(conv, depthwise=depthwise)
+    if depthwise:
+        return DepthwisePlan(F.ConvBN(weight, bn), geometry, *rest)
+    return FusedMBConvPlan(F.ConvBN(weight, bn), geometry, None, None, *rest)
 
 
 # The op that decides whether a backend does better than the stock forward.
@@ -223,7 +237,7 @@ def fuse(part: Part, block: nn.Module, x: Tensor) -> Tensor | None:
         return None
     backend = block.__dict__.get(BACKEND_ATTRIBUTE, "auto")
     try:
-        if any(norm.training for norm in plan.norms) or wants_gradients(plan.chain, x):
+        if any(norm.training for norm in plan.norms) or _wants_gradients(plan, x):
             if not torch.compiler.is_compiling():
                 program.thaw(block)
             return _train(plan, x, backend)
@@ -271,15 +285,41 @@ def _is_worth_it(plan: Plan, x: Tensor, backend: str) -> bool:
     return accelerates(backend, _OPS[type(plan)], place(x), _dtype(x), kernel, stride)
 
 
+def _wants_gradients(plan: Plan, x: Tensor) -> bool:
+    """Whether backward will come to this block; an exported program has the ops of inference."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    if x.requires_grad or isinstance(plan, SqueezeExcitePlan):
+        return True
+    parameters = [t for weight, bn, *_ in plan.layers(x.shape) for t in (weight, bn.gamma, bn.beta)]
+    return any(t.requires_grad for t in (*parameters, *(getattr(plan, "se", None) or ())[:4]))
+
+
 def _train(plan: Plan, x: Tensor, backend: str) -> Tensor | None:
-    """The result with gradients, or by statistics of the batch; None as ``fuse``."""
-    chain, dtype = plan.chain(), _dtype(x)
-    if chain is None or (torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()):
+    """The result with gradients, or by statistics of the batch, with running statistics updated.
+
+    BatchNorms in eval mode normalise by their running statistics. None as ``fuse``, and where torch has to raise.
+    """
+    layers, dtype = plan.layers(x.shape), _dtype(x)
+    if not layers or (torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()):
         return None  # of tensors from inference mode nothing may be kept for backward: torch's own error
+    if x.dim() != 4 or not serves(backend, "conv_block_train", place(x), dtype):
+        return None
+    size, counts = list(x.shape), []
+    for i, (layer, norm) in enumerate(zip(layers, plan.norms, strict=True)):
+        size = layer.output_size(size)
+        counts.append(size[0] * size[2] * size[3])
+        if counts[i] <= int(norm.training):  # nothing to compute, or nothing to take statistics of: torch's own error
+            return None
+        layers[i] = layer._replace(frozen=not norm.training)
     shortcut, drop_path = getattr(plan, "shortcut", False), getattr(plan, "drop_path", None)
-    residual = shortcut and drop_path is None and dtype == x.dtype
-    y = train(chain, x, dtype, residual, backend)
-    return _add_shortcut(y, x, drop_path) if y is not None and shortcut and not residual else y
+    residual = x if shortcut and drop_path is None and dtype == x.dtype else None
+    se, pool = getattr(plan, "se", None), getattr(plan, "pool", False)
+    y, statistics = conv_block(x, layers, se, residual=residual, pool=pool, backend=backend)
+    for norm, measured, values in zip(plan.norms, statistics, counts, strict=True):
+        if norm.training and norm.track_running_stats:
+            update_running_statistics(norm, measured, values)
+    return _add_shortcut(y, x, drop_path) if shortcut and residual is None else y
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -15,7 +15,6 @@ A program belongs to the module whose forward it is, in whose dictionary it stan
 anything across calls.
 """
 
-import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from operator import eq, is_
@@ -24,14 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.backends import requested
+from effnet_kernels.dispatch import requested
 from effnet_kernels.internals import hooks_registered
+from effnet_kernels.modules.captured import ON_GPU, Captured
 from effnet_kernels.modules.guards import as_written, is_observed
 from effnet_kernels.ops import native_cpu
 from effnet_kernels.ops.common import autocast_dtype, to_nhwc
-from effnet_kernels.ops.recording import Call, Recording, converted, current, recording
+from effnet_kernels.ops.recording import Recording, converted, current, recording
 
-# Attributes of modules, and of nobody else: what is kept, the word of ``patch(frozen=True)``, and its backend.
+# Attributes of modules, and of nobody else: what is kept, the promise of ``patch(frozen=True)``, and its backend.
 KEPT_ATTRIBUTE = "_effnet_kernels_kept"
 FROZEN_ATTRIBUTE = "_effnet_kernels_frozen"
 BACKEND_ATTRIBUTE = "_effnet_kernels_backend"
@@ -57,9 +57,9 @@ class Form(NamedTuple):
 
 
 class Frozen:
-    """The word that weights and settings are constants, shared by all modules that one call of ``patch`` has frozen.
+    """The promise that weights and settings are constants, shared by all modules that one call of ``patch`` has frozen.
 
-    Programs hold for one ``epoch``: loading weights or moving the model begins another, and training it ends the word.
+    Programs hold for one ``epoch``: loading weights or moving the model begins another; training ends the promise.
     """
 
     def __init__(self) -> None:
@@ -68,26 +68,26 @@ class Frozen:
 
     @staticmethod
     def of(module: nn.Module) -> "Frozen | None":
-        """The word that was given for a module, if it holds."""
+        """The promise that was given for a module, if it holds."""
         frozen = vars(module).get(FROZEN_ATTRIBUTE)
         return frozen if frozen is not None and frozen.holds else None
 
 
-class Words:
+class Promises:
     """Those that were given for a module and all parts of it that are patched, at one moment."""
 
     def __init__(self, owner: nn.Module, modules: Iterable[nn.Module]) -> None:
         patched = [owner, *(module for module in modules if type(module) in REPLACEABLE)]
-        words = {id(word): word for word in map(Frozen.of, patched)}
-        self.words = [(word, word.epoch) for word in words.values() if word is not None]
-        self.given = len(self.words) == len(words)
+        promises = {id(promise): promise for promise in map(Frozen.of, patched)}
+        self.promises = [(promise, promise.epoch) for promise in promises.values() if promise is not None]
+        self.given = len(self.promises) == len(promises)
 
     def hold(self, owner: nn.Module) -> bool:
         """Whether all of them hold, and nothing was loaded or moved since."""
-        return Frozen.of(owner) is not None and all(word.holds and word.epoch == epoch for word, epoch in self.words)
+        return Frozen.of(owner) is not None and all(p.holds and p.epoch == epoch for p, epoch in self.promises)
 
 
-class State:
+class Guards:
     """What a program was made from but for the contents of tensors: modules, and that nobody watches them.
 
     Args:
@@ -167,11 +167,11 @@ class Program:
     Args:
         made: what was recorded.
         y: what came of it.
-        state: what it was made from, or the words that this is constant.
+        state: what it was made from, or the promises that this is constant.
     """
 
-    def __init__(self, made: Recording, y: Tensor, state: State | Words) -> None:
-        constant = isinstance(state, Words)
+    def __init__(self, made: Recording, y: Tensor, state: Guards | Promises) -> None:
+        constant = isinstance(state, Promises)
         self.calls = [call._replace(memory=[], table=native_cpu.NO_TABLE) if constant else call for call in made.calls]
         self.covered, self.state = made.covered, state
         self.x, self.y = Form.of(made.first), Form.of(y)
@@ -199,45 +199,6 @@ class Program:
         return y
 
 
-class Captured:
-    """The frozen forward of a model on a GPU as a CUDA graph, for inputs of one form. Threads call it in turns."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], state: Words) -> None:
-        self.calls, self.covered, self.state = [_ON_GPU], set[int](), state
-        # The graph reads the weights where they are: that memory stays, whatever becomes of the parameters.
-        self.memory = [
-            t.untyped_storage() for module in modules for t in (*module.parameters(False), *module.buffers(False))
-        ]
-        self.lock, self.graph, self.done = threading.Lock(), torch.cuda.CUDAGraph(), torch.cuda.Event()
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device), recording(None):
-            self.x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run(self.x)  # whatever a first call on a stream sets up
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
-                self.y = run(self.x)
-
-    def holds(self, owner: nn.Module) -> bool:
-        return self.state.hold(owner)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with self.lock, torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self.done)
-            with torch.inference_mode(False), torch.no_grad():
-                self.x.copy_(x)
-            self.graph.replay()
-            y = self.y.clone()
-            self.done.record(stream)
-        return y
-
-
-# What is noted of a plan that ran on a GPU: there is nothing to repeat but all of it at once.
-_ON_GPU = Call((), [], [], native_cpu.NO_TABLE, native_cpu.NO_TABLE, native_cpu.NO_TABLE)
-
-
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
@@ -247,7 +208,7 @@ def may_keep(x: Tensor) -> bool:
     return (x.is_cpu and not on_gpu(x)) or current() is not None
 
 
-class Kept:
+class Programs:
     """The programs of one module, by what they stand for and the form of the input. Copies of the module start anew."""
 
     def __init__(self, owner: int = 0) -> None:
@@ -257,14 +218,14 @@ class Kept:
         self.pauses: dict[Hashable, tuple[int, int]] = {}
 
     @staticmethod
-    def by(owner: nn.Module) -> "Kept":
+    def by(owner: nn.Module) -> "Programs":
         kept = vars(owner).get(KEPT_ATTRIBUTE)
         if kept is None or kept.owner != id(owner):
-            kept = vars(owner)[KEPT_ATTRIBUTE] = Kept(id(owner))
+            kept = vars(owner)[KEPT_ATTRIBUTE] = Programs(id(owner))
         return kept
 
-    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
-        return Kept, ()
+    def __reduce__(self) -> tuple[type["Programs"], tuple[()]]:
+        return Programs, ()
 
     def of(self, key: Hashable) -> list[Program | Captured]:
         return [program for (other, _), program in [*self.programs.items()] if other == key]
@@ -317,11 +278,11 @@ def record(
     if on_gpu(x):
         y = run(x)
         if outer is not None and y is not None:
-            outer.follow(x, x, [_ON_GPU], y)
+            outer.follow(x, x, [ON_GPU], y)
             _cover(owner, {*map(id, modules)})
         return y
-    kept, form = Kept.by(owner), Form.of(x)
-    if kept.pausing(key) or not State.sees_all(owner, modules):
+    kept, form = Programs.by(owner), Form.of(x)
+    if kept.pausing(key) or not Guards.sees_all(owner, modules):
         with recording(None):
             y = run(x)
         if outer is not None:
@@ -342,17 +303,17 @@ def record_all(
     """``run(x)``, kept if it came down to a program and the calls that it makes of modules can be left out."""
     if not x.is_cpu and (Frozen.of(owner) is None or not on_gpu(x) or torch.cuda.is_current_stream_capturing()):
         return run(x)
-    kept, modules = Kept.by(owner), [*_below(calls := [*calls])]
-    if kept.pausing(key) or not State.sees_all(owner, modules):
+    kept, modules = Programs.by(owner), [*_below(calls := [*calls])]
+    if kept.pausing(key) or not Guards.sees_all(owner, modules):
         return run(x)
     for module in modules:
         if type(module) in REPLACEABLE:
-            Kept.by(module)  # an entry of its dictionary, which is compared
+            Programs.by(module)  # an entry of its dictionary, which is compared
     state = _state(kept, key, owner, modules)
     y, made = _recorded(kept.of(key), owner, x, run)
     program: Program | Captured | None = None
     if made.ends_in(y) and all(_may_be_left_out(call, made.covered) for call in calls):
-        if isinstance(state, Words) and on_gpu(x):
+        if isinstance(state, Promises) and on_gpu(x):
             program = Captured(run, x, modules, state) if state.hold(owner) else None
         else:
             program = _program(made, y, owner, state)
@@ -363,8 +324,8 @@ def record_all(
 def _recorded(
     known: Sequence[Program | Captured], owner: nn.Module, x: Tensor, run: Callable[[Tensor], Any]
 ) -> tuple[Any, Recording]:
-    constant = [program for program in known if isinstance(program.state, Words) and program.holds(owner)]
-    alike = constant or [program for program in known if isinstance(program.state, State)]
+    constant = [program for program in known if isinstance(program.state, Promises) and program.holds(owner)]
+    alike = constant or [program for program in known if isinstance(program.state, Guards)]
     made = Recording(x, [call for program in alike for call in program.calls], bool(constant))
     with recording(made):
         y = run(x)
@@ -374,20 +335,20 @@ def _recorded(
     return y, made
 
 
-def _state(kept: Kept, key: Hashable, owner: nn.Module, modules: list[nn.Module]) -> State | Words:
+def _state(kept: Programs, key: Hashable, owner: nn.Module, modules: list[nn.Module]) -> Guards | Promises:
     """What a forward that is about to be recorded is made from; programs for other forms share it."""
-    words = Words(owner, modules)
-    if words.given:
-        return words
+    promises = Promises(owner, modules)
+    if promises.given:
+        return promises
     states = (program.state for program in kept.of(key))
-    return next((s for s in states if isinstance(s, State) and s.hold(owner)), None) or State(owner, modules)
+    return next((s for s in states if isinstance(s, Guards) and s.hold(owner)), None) or Guards(owner, modules)
 
 
-def _program(made: Recording, y: Tensor, owner: nn.Module, state: State | Words) -> Program | None:
+def _program(made: Recording, y: Tensor, owner: nn.Module, state: Guards | Promises) -> Program | None:
     """What was recorded as a program; None if something has changed meanwhile, or is not the modules'."""
     if not state.hold(owner):
         return None
-    if isinstance(state, State):
+    if isinstance(state, Guards):
         held = {*map(id, state.tensors)}
         if not all(id(source) in held for call in made.calls for source in call.sources):
             return None
@@ -426,7 +387,7 @@ def forget(module: nn.Module) -> None:
 
 
 def thaw(module: nn.Module) -> None:
-    """End the word that a module's weights and settings are constants, for all that it was given for."""
+    """End the promise that a module's weights and settings are constants, for all that it was given for."""
     frozen = vars(module).get(FROZEN_ATTRIBUTE)
     if frozen is not None:
         frozen.holds = False

@@ -1,1 +1,1 @@
-"""One folder per op: the reference that defines it, its schema, and a file per backend."""
+"""The ops: ``<op>.py`` has the definition, the schema and the native kernels, ``<op>_triton.py`` the Triton kernels."""

@@ -9,15 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import internals
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.dispatch import Query, implementation, place
 from effnet_kernels.ops.activations import FUNCTIONS
 
 LIBRARY = torch.library.Library("effnet_kernels", "DEF")
 
 
-def conv_output_size(size: int, kernel: int, stride: int, before: int, after: int) -> int:
-    """Output extent of a convolution along one axis with explicit padding on both sides."""
-    return (size + before + after - kernel) // stride + 1
+def supports(query: Query) -> tuple[bool, str]:
+    """The references serve every problem."""
+    return True, "any problem"
+
+
+def conv_output_size(
+    size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:
+    """(OH, OW) of a convolution of [N, C, H, W], padded by (top, bottom, left, right)."""
+    (_, _, h, w), (_, _, kh, kw), (top, bottom, left, right) = size, weight.shape, padding
+    return (h + top + bottom - kh) // stride[0] + 1, (w + left + right - kw) // stride[1] + 1
 
 
 def empty_nhwc(x: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -98,9 +106,11 @@ class Op:
     call for an op with this many arguments. Plain inference calls the backend straight away.
     """
 
-    def __init__(self, overload: Any, problem: Callable[..., Problem]) -> None:
-        self.overload = overload
-        self.problem = problem
+    def __init__(self, name: str, arguments: Sequence[str], overload: Any) -> None:
+        self.name, self.overload = name, overload
+        self._windowed = "stride" in arguments
+        if self._windowed:
+            self._weight, self._stride = arguments.index("weight"), arguments.index("stride")
 
     def __call__(self, *args: Any) -> Any:
         if (
@@ -112,22 +122,24 @@ class Op:
             return self.overload(*args)
         return self.run(*args)
 
+    def query(self, *args: Any) -> Query:
+        """What a backend is asked about this call."""
+        x = args[0]
+        if not self._windowed:
+            return Query(self.name, place(x), x.dtype)
+        weight, stride = args[self._weight], args[self._stride]
+        return Query(self.name, place(x), x.dtype, (weight.shape[2], weight.shape[3]), (stride[0], stride[1]))
+
     def run(self, *args: Any) -> Any:
         """The op without the dispatcher: the last argument names the backend."""
-        return without_autocast(args[0], implementation(self.problem(*args), args[-1]), *args[:-1])
+        return without_autocast(args[0], implementation(self.query(*args), args[-1]), *args[:-1])
 
 
-def register(
-    schema: str,
-    *,
-    fake: Callable[..., Any],
-    reference: Callable[..., Any],
-    problem: Callable[..., Problem],
-) -> Op:
+def register(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Op:
     """Define one op from its schema: kernel, fake kernel and gradient.
 
-    The last argument of every schema is ``str backend``; ``backends`` finds the implementation that
-    serves ``problem(*args)``. The gradient re-evaluates ``reference``: it needs nothing but the op's
+    The last argument of every schema is ``str backend``; ``dispatch`` finds the implementation that
+    serves a call. The gradient re-evaluates ``reference``: it needs nothing but the op's
     inputs, so inference-only kernels stay differentiable.
     """
 
@@ -137,7 +149,7 @@ def register(
     overload = define(
         schema, run=run, fake=lambda *args: fake(*args[:-1]), decomposition=lambda *args: reference(*args[:-1])
     )
-    op = Op(overload, problem)
+    op = Op(schema[: schema.index("(")], [argument.split()[1] for argument in _arguments(schema)], overload)
     setup_context, backward = _gradient(reference)
     torch.library.register_autograd(overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
     return op
@@ -158,10 +170,14 @@ def define(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any], de
     return overload
 
 
+def _arguments(schema: str) -> list[str]:
+    """Type and name of each argument."""
+    return schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+
+
 def _with_lists(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with [] in place of None, which is how AOTInductor passes an empty list."""
-    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
-    positions = [i for i, argument in enumerate(arguments) if argument.startswith("Tensor[]?")]
+    positions = [i for i, argument in enumerate(_arguments(schema)) if argument.startswith("Tensor[]?")]
 
     def call(*args: Any) -> Any:
         filled = list(args)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import native
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.recording import Call, Recording, converted, current
 
@@ -18,34 +18,42 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _native = torch.ops.effnet_kernels_cpu
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
+def supports(query: Query) -> tuple[bool, str]:
+    if query.device != "cpu":
+        return False, f"the tensors are on {query.device}"
+    if query.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have CPU kernels"
+    if query.op == "conv_block_train" and query.dtype == torch.float16:
+        return False, "only float32 and bfloat16 train on the CPU: small gradients are zero in float16"
     return True, "any shape"
 
 
 def bind(
-    op: str, fake: Callable[..., Any], *, dense: tuple[str, ...] = ("x",), vectors: tuple[str, ...] = ()
+    op: str,
+    fake: Callable[..., Any],
+    *,
+    dense: tuple[str, ...] = ("x",),
+    vectors: tuple[str, ...] = (),
+    strided_unless: str | None = None,
 ) -> Callable[..., Any]:
-    """``run`` of one op.
+    """The op on this backend.
 
     The native op has the op's own schema without ``backend``, with the outputs in front. Outputs come from the op's
-    fake kernel, so the two cannot disagree.
+    fake kernel, so the two cannot disagree. It is looked up when it is called: the library may not be there.
 
     Args:
         dense: names of the maps that the native op takes in dense [N, H, W, C] only.
         vectors: names of the [N, C] tensors that it takes in contiguous float32 only.
+        strided_unless: name of an argument without which it takes x in any strides.
     """
-    call = getattr(_native, op).default
     names = [*inspect.signature(fake).parameters]
 
     def run(*args: Any) -> Any:
         out = fake(*args)
         arguments = dict(zip(names, args, strict=True))
+        as_it_is = strided_unless is not None and not arguments[strided_unless]
         for name in dense:
-            if arguments[name] is not None:
+            if arguments[name] is not None and not (as_it_is and name == "x"):
                 arguments[name] = converted(arguments[name], to_nhwc)
         for name in vectors:
             if arguments[name] is not None:
@@ -53,7 +61,7 @@ def bind(
         outs = out if isinstance(out, tuple) else (out,)
         into = current()
         if into is None or not _record(into, op, outs, arguments):
-            call(*outs, *arguments.values())
+            getattr(_native, op).default(*outs, *arguments.values())
         return out
 
     return run

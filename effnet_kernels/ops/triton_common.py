@@ -1,17 +1,17 @@
 """What the Triton kernels share: activation and BatchNorm in an epilogue, tile configurations, the launch.
 
-The file of an op, ``ops/<op>/triton.py``, has three functions:
+The file of an op, ``ops/<op>_triton.py``, has two functions:
 
-* ``supports(problem)``, usually ``triton_common.supports``;
 * ``launch(out, *args)``: enqueue the kernels that fill ``out``, what the op's fake kernel allocates;
 * ``run(*args)``: allocate and launch.
 
 ``mbconv`` is made of the ``launch`` functions of the other ops.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import knobs
 
 from effnet_kernels import tuning
-from effnet_kernels.backends import Problem
+from effnet_kernels.dispatch import Query
 from effnet_kernels.ops.activations import CODES
 from effnet_kernels.ops.common import to_nhwc
 
@@ -37,15 +37,15 @@ SIGMOID = tl.constexpr(CODES["sigmoid"])
 HARDSIGMOID = tl.constexpr(CODES["hardsigmoid"])
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(query: Query) -> tuple[bool, str]:
     """Device and dtype; the kernels take every shape, kernel size, stride and padding."""
-    if problem.device_type != ("cpu" if INTERPRETED else "cuda"):
-        return False, f"the tensors are on {problem.device}"
-    if problem.dtype not in DTYPES:
+    if query.device_type != ("cpu" if INTERPRETED else "cuda"):
+        return False, f"the tensors are on {query.device}"
+    if query.dtype not in DTYPES:
         return False, "only float32, float16 and bfloat16 have Triton kernels"
     if not INTERPRETED:
-        index = torch.device(problem.device).index
-        what, least = ("bfloat16", (8, 0)) if problem.dtype == torch.bfloat16 else ("Triton", (7, 5))
+        index = torch.device(query.device).index
+        what, least = ("bfloat16", (8, 0)) if query.dtype == torch.bfloat16 else ("Triton", (7, 5))
         if torch.cuda.get_device_capability(index) < least:
             needed = f"{what} needs compute capability {least[0]}.{least[1]}"
             return False, f"{needed}, {torch.cuda.get_device_name(index)} has less"
@@ -239,6 +239,21 @@ class Config(NamedTuple):
         return f"{'x'.join(map(str, self.block))} w{self.num_warps} s{self.num_stages}"
 
 
+# In the ``with`` block of ``recording``: who gets the launches, and for GPUs of which column (``arch``).
+_recorder: tuple[Callable[..., None], int] | None = None
+
+
+@contextlib.contextmanager
+def recording(record: Callable[..., None], arch: int) -> Iterator[None]:
+    """Give ``record`` the arguments of ``launch_kernel`` in its place, with the tiles of ``arch``."""
+    global _recorder
+    before, _recorder = _recorder, (record, arch)
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
 # By key: a compiled variant, and what its launch takes; nothing where that is not known, and all launches go through
 # Triton. The variant is kept because its module goes with it.
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -263,6 +278,9 @@ def launch_kernel(
     Raises:
         RuntimeError: the variant would have to be compiled during a CUDA graph capture.
     """
+    if _recorder is not None:
+        _recorder[0](kernel, programs, tensors, sizes, constants, config)
+        return
     if programs == 0:
         return
     if INTERPRETED:
@@ -328,21 +346,23 @@ def channel_block(channels: int) -> int:
     return next(block for block in (64, 32, 16) if cdiv(channels, block) * block <= limit)
 
 
-def generation(device: torch.device) -> int:
+def arch(device: torch.device) -> int:
     """Which column of a table of configurations a GPU takes: 75, 80, 90 or 100.
 
     Consumer GPUs (8.6, 8.9, 12.x) have neither the matrix instructions nor the shared memory of 9.0 and 10.x and take
     column 80, whose tiles need at most 99 KiB. The interpreter takes it too.
     """
-    return 80 if INTERPRETED else _generation(device.index)
+    if _recorder is not None:
+        return _recorder[1]
+    return 80 if INTERPRETED else _arch(device.index)
 
 
 @functools.cache
-def _generation(index: int | None) -> int:
-    return generation_of(torch.cuda.get_device_capability(index)[0])
+def _arch(index: int | None) -> int:
+    return arch_of(torch.cuda.get_device_capability(index)[0])
 
 
-def generation_of(major: int) -> int:
+def arch_of(major: int) -> int:
     """The column for GPUs of compute capability ``major``.x."""
     return {7: 75, 9: 90, 10: 100, 11: 100}.get(major, 80)
 
@@ -354,14 +374,16 @@ chosen: dict[tuple[Any, ...], Config] = {}
 def config(op: str, default: Callable[..., Config], problem_class: tuple[Any, ...], device: torch.device) -> Config:
     """The tile for a class of problems: what ``effnet-kernels tune`` stored for this GPU, else ``default``.
 
-    ``default(*problem_class, generation)`` is the rule in the op's file. Its arguments are what a kernel is
+    ``default(*problem_class, arch)`` is the rule in the op's file. Its arguments are what a kernel is
     specialised on (dtype, channels, window), never sizes of maps or batches.
     """
+    if _recorder is not None:
+        return default(*problem_class, arch(device))
     key = (op, problem_class, device.index)
     found = chosen.get(key)
     if found is None:
         name = None if INTERPRETED else torch.cuda.get_device_name(device)
         tuned = tuning.load(name).get(op, {}).get(tuning.class_name(problem_class)) if name else None
-        found = default(*problem_class, generation(device)) if tuned is None else Config(*tuned)
+        found = default(*problem_class, arch(device)) if tuned is None else Config(*tuned)
         chosen[key] = found
     return found

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeVar
 from torch import nn
 
 from effnet_kernels import internals
-from effnet_kernels.backends import check_backend
+from effnet_kernels.dispatch import check_backend
 from effnet_kernels.modules import program
 from effnet_kernels.modules.fusing import Part, plan_of
 from effnet_kernels.modules.guards import STANDS_FOR

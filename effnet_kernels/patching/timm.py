@@ -5,13 +5,7 @@ from collections import OrderedDict  # noqa: F401 (TorchScript looks here for wh
 from typing import Any
 
 import torch  # noqa: F401 (the same)
-from timm.layers import (
-    BatchNormAct2d,
-    Conv2dSame,
-    DropPath,
-    activations,
-    activations_me,
-)
+from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, activations, activations_me
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
 from timm.models import _efficientnet_blocks as blocks
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
@@ -20,7 +14,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import depthwise_separable_conv, fused_mbconv, mbconv, reading, squeeze_excite
-from effnet_kernels.modules.fusing import DepthwisePlan, FusedMBConvPlan, Part, Plan, PointwisePlan, fuse, fuse_all
+from effnet_kernels.modules.fusing import FusedMBConvPlan, Part, Plan, PointwisePlan, fuse, fuse_all, plan_of_conv
 from effnet_kernels.modules.guards import as_written
 from effnet_kernels.patching.classes import PatchedType
 from effnet_kernels.patching.core import UNSUPPORTED, StandIn, register
@@ -40,17 +34,10 @@ def read_conv_bn_act(block: nn.Module) -> Plan:
     """The plan of a ConvBnAct: pointwise, depthwise or dense."""
     d = block.__dict__
     children = d["_modules"]
-    conv = children["conv"]
     reading.no_op(children.get("aa"), "anti-aliasing")
     bn, act = reading.batch_norm(children["bn1"])
-    rest = act, d["has_skip"], reading.drop_path(children["drop_path"]), [children["bn1"]]
-    if reading.is_pointwise(conv):
-        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), *rest)
-    if reading.is_depthwise(conv):
-        weight, geometry = reading.spatial(conv, depthwise=True)
-        return DepthwisePlan(ConvBN(weight, bn), geometry, *rest)
-    weight, geometry = reading.spatial(conv, depthwise=False)
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, *rest)
+    drop_path = reading.drop_path(children["drop_path"])
+    return plan_of_conv(children["conv"], bn, act, d["has_skip"], drop_path, children["bn1"])
 
 
 def read_stem(model: nn.Module) -> Plan:

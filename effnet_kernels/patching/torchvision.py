@@ -11,7 +11,6 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 from effnet_kernels.functional import ConvBN
 from effnet_kernels.modules import reading, squeeze_excite
 from effnet_kernels.modules.fusing import (
-    DepthwisePlan,
     FusedMBConvPlan,
     MBConvPlan,
     Part,
@@ -19,6 +18,7 @@ from effnet_kernels.modules.fusing import (
     PointwisePlan,
     fuse,
     fuse_all,
+    plan_of_conv,
 )
 from effnet_kernels.modules.guards import as_written, is_observed, may_fuse
 from effnet_kernels.modules.wrapped import own_class
@@ -29,14 +29,7 @@ from effnet_kernels.patching.core import StandIn, register
 def read_conv_norm_activation(module: nn.Module) -> Plan:
     """The plan of a Conv2dNormActivation: pointwise, depthwise or dense."""
     conv, bn, act, norm = _conv_bn_act(module)
-    rest = act, False, None, [norm]
-    if reading.is_pointwise(conv):
-        return PointwisePlan(ConvBN(reading.pointwise(conv), bn), *rest)
-    if reading.is_depthwise(conv):
-        weight, geometry = reading.spatial(conv, depthwise=True)
-        return DepthwisePlan(ConvBN(weight, bn), geometry, *rest)
-    weight, geometry = reading.spatial(conv, depthwise=False)
-    return FusedMBConvPlan(ConvBN(weight, bn), geometry, None, None, *rest)
+    return plan_of_conv(conv, bn, act, False, None, norm)
 
 
 def read_mbconv(block: nn.Module) -> MBConvPlan:

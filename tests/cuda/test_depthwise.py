@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, implementation
+from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.ops import oracle
@@ -188,7 +188,7 @@ def test_means_are_summed_in_float32():
 
 def test_windows_that_are_not_compiled_are_a_reason():
     device = on_device(torch.zeros(1)).device.type
-    problem = Problem("depthwise_conv_bn_act", device, torch.float16, (3, 3))
+    problem = Query("depthwise_conv_bn_act", device, torch.float16, (3, 3))
     implementation(problem, "cuda")
     with pytest.raises(RuntimeError, match="only kernels of 3x3, 5x5 and 7x7 are compiled, not 3x5"):
         implementation(problem._replace(kernel=(3, 5)), "cuda")

@@ -1,6 +1,5 @@
 """What the bindings do with devices, threads, streams and temporaries: those of a GPU, on an emulated runtime."""
 
-import importlib
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,7 +19,7 @@ from tests.ops.inputs import SAMPLES, build, sample
 H100 = 90
 # Every op in each of its forms.
 FORMS = {"mbconv-in-one": MBConv(2, (7, 7), cin=16, mid=64, cout=16)}
-TRAINING = {"train_depthwise": "_forward", "train_depthwise_backward": "_backward"}
+TRAINING = ("train_depthwise", "train_depthwise_backward")
 OPS = [*SAMPLES, "depthwise_conv_bn_act-alone", *FORMS, *TRAINING]
 
 
@@ -32,10 +31,10 @@ def recorded(name: str) -> tuple[Any, tuple]:
     if name not in TRAINING:
         return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name))
     calls: list[tuple] = []
-    training = importlib.import_module("effnet_kernels.ops.conv_block_train.cuda")  # it wants the library loaded
+    packet = getattr(torch.ops.effnet_kernels_cuda, name)
     with pytest.MonkeyPatch.context() as patch:
-        op = getattr(training, TRAINING[name])
-        patch.setattr(training, TRAINING[name], lambda *args: calls.append(args) or op(*args))
+        op = packet.default
+        patch.setattr(packet, "default", lambda *args: calls.append(args) or op(*args))
         problem_of(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
     return op, tree_map_only(torch.Tensor, torch.Tensor.detach, calls[0])
 

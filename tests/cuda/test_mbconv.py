@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from effnet_kernels.backends import Problem, backends
-from effnet_kernels.ops.mbconv import mixed
+from effnet_kernels.dispatch import Query, backends
+from effnet_kernels.ops import mbconv_mixed as mixed
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.cuda.tools import check, cycled
 from tests.ops import oracle
@@ -147,7 +147,7 @@ def test_mixed(case, launches, dtype, emulation):
 
 def test_mixed_is_for_16_bits():
     device = on_device(torch.zeros(1)).device.type
-    assert mixed.supports(Problem("mbconv", device, torch.float32, (3, 3))) == (
+    assert mixed.supports(Query("mbconv", device, torch.float32, (3, 3))) == (
         False,
         "only 16 bits have depthwise convolutions on tensor cores",
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 from tests import whole_models
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from effnet_kernels.backends import Problem as Asked
-from effnet_kernels.backends import implementation
+from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.functional import BatchNorm
-from effnet_kernels.ops.conv_block_train import reference
+from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from effnet_kernels.training import ConvBNAct, conv_block
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import CASES, Case, Problem, assert_as_accurate, build
+from tests.training.blocks import CASES, BlockProblem, Case, assert_as_accurate, build
 from tests.training.test_conv_block import skip_jumps, subset
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -21,7 +20,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, tor
 SAME = {3: (1, 1, 1, 1), 5: (1, 2, 2, 2), 7: (3, 3, 2, 3)}  # and a little off
 
 
-class OnDevice(Problem):
+class OnDevice(BlockProblem):
     """A problem that runs on ``DEVICE``, with results on the CPU."""
 
     def to(self, dtype, vectors):
@@ -44,7 +43,7 @@ class OnDevice(Problem):
         return tree_map(torch.Tensor.cpu, [y.detach(), *torch.autograd.grad(y, there, on_device(self.grad))])
 
 
-def problem_of(case: Case, dtype: torch.dtype) -> Problem:
+def problem_of(case: Case, dtype: torch.dtype) -> BlockProblem:
     p = build(case, dtype)
     return OnDevice(p.x, p.layers, p.se, p.residual, p.pool, p.grad)
 
@@ -160,9 +159,9 @@ def test_an_empty_batch_has_gradients_of_zero():
 
 def test_what_is_not_compiled_is_a_reason():
     device = on_device(torch.zeros(1)).device.type
-    implementation(Asked("conv_block_train", device, torch.float16), "cuda")
+    implementation(Query("conv_block_train", device, torch.float16), "cuda")
     with pytest.raises(RuntimeError, match="only float32, float16 and bfloat16 have CUDA kernels"):
-        implementation(Asked("conv_block_train", device, torch.float64), "cuda")
+        implementation(Query("conv_block_train", device, torch.float64), "cuda")
 
 
 def test_bad_arguments():

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import effnet_kernels as ek
+from benchmarks.training_step import Step
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, automatic, backends, implementation
 from effnet_kernels.benchmarking import timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
-from effnet_kernels.benchmarking.training import Step
+from effnet_kernels.dispatch import Query, automatic, backends, implementation
 from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Captured
 from effnet_kernels.ops.common import Op
 from tests import whole_models
@@ -296,6 +296,6 @@ def test_a_training_step_in_a_graph():
 def test_auto_is_the_first_of_the_dispatch_table_that_serves():
     available = {name for name, (served, _) in backends().items() if served}
     for op in ("depthwise_conv_bn_act", "pointwise_conv_bn_act", "mbconv", "fused_mbconv", "squeeze_excite"):
-        problem = Problem(op, "cuda", torch.float16, (3, 3))
+        problem = Query(op, "cuda", torch.float16, (3, 3))
         first = next(name for name in automatic("cuda", op) if name in available)
         assert implementation(problem) is implementation(problem, first)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.modules.program import _WITHOUT_SETTINGS, State
+from effnet_kernels.modules.program import _WITHOUT_SETTINGS, Guards
 from tests.models import randomize
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -21,7 +21,7 @@ CONTENTS = ("_parameters", "_buffers", "_modules")
 
 def make():
     block = randomize(ek.MBConv(8, 8, exp_ratio=4.0, se_layer=ek.SqueezeExcite, act_layer=nn.SiLU)).eval()
-    return block, State(block, [m for m in block.modules() if m is not block])
+    return block, Guards(block, [m for m in block.modules() if m is not block])
 
 
 def settings_of(module):
@@ -112,7 +112,7 @@ def test_attributes_of_any_kind(value):
     """Comparing them may raise, and must not."""
     block = make()[0]
     block.conv_pw.note = value
-    state = State(block, [m for m in block.modules() if m is not block])
+    state = Guards(block, [m for m in block.modules() if m is not block])
     assert state.hold(block)
     block.conv_pw.note = torch.zeros(3)
     assert not state.hold(block)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from effnet_kernels import native
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 from tests.ops.cases import Case
 from tests.ops.inputs import Problem, build
 from tests.processor import NATIVE

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effnet_kernels import functional
-from effnet_kernels.backends import Problem as BackendProblem
-from effnet_kernels.backends import implementation
+from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.functional import BatchNorm, ConvBN, SqueezeExciteWeights
 from tests.ops import oracle
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze
@@ -142,7 +141,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def serves(backend: str, op: str, dtype: torch.dtype) -> None:
     """Skip the test where the backend has no kernel of this dtype, with the backend's own reason."""
     try:
-        implementation(BackendProblem(op, "cpu", dtype), backend)
+        implementation(Query(op, "cpu", dtype), backend)
     except RuntimeError as error:
         pytest.skip(str(error))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 from effnet_kernels.ops.common import Op
 from tests.ops.inputs import SAMPLES, sample
 

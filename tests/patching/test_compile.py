@@ -143,10 +143,10 @@ _DDP = """
 import os, sys, torch, timm, effnet_kernels as ek
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from effnet_kernels.modules import training
+from effnet_kernels.modules import fusing
 from tests.models import timm_model
-fused, call = [], training.conv_block
-training.conv_block = lambda *args, **kwargs: fused.append(1) or call(*args, **kwargs)
+fused, call = [], fusing.conv_block
+fusing.conv_block = lambda *args, **kwargs: fused.append(1) or call(*args, **kwargs)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import effnet_kernels as ek
-from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Words
+from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Promises
 from tests.patching.conftest import build
 
 pytestmark = pytest.mark.skipif(not ek.backends()["cpu"][0], reason="the native CPU library is not built")
@@ -152,7 +152,9 @@ def test_a_frozen_program_holds_nothing_of_the_model(model, x):
         p.untyped_storage().resize_(0)
     with torch.inference_mode():
         assert torch.equal(model(x), before)
-    assert all(isinstance(p.state, Words) and len(p.table) == 0 for p in vars(model)[KEPT_ATTRIBUTE].programs.values())
+    assert all(
+        isinstance(p.state, Promises) and len(p.table) == 0 for p in vars(model)[KEPT_ATTRIBUTE].programs.values()
+    )
 
 
 def test_words_of_parts(model, x):

@@ -2,13 +2,13 @@
 
 import copy
 import re
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import effnet_kernels as ek
+from effnet_kernels import dispatch
 from effnet_kernels.patching import core
 from tests.models import images, timm_model, torchvision_model
 from tests.patching.conftest import NAMES, build
@@ -36,7 +36,7 @@ def test_bad_backend_leaves_the_model_alone(monkeypatch):
         ek.patch(model, backend="tpu")
     with pytest.raises(TypeError, match="backend must be a string"):
         ek.patch(model, backend=3)
-    available = sys.modules["effnet_kernels.backends"]._AVAILABLE  # the attribute of that name is the function
+    available = dispatch._AVAILABLE
     monkeypatch.setitem(available, "cpu", lambda: (False, "it was not built"))
     with pytest.raises(RuntimeError, match="'cpu' is not available: it was not built"):
         ek.patch(model, backend="cpu")

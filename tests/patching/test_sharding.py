@@ -16,7 +16,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from effnet_kernels.modules import training as modules_training
 from tests.models import BACKENDS, rms, timm_model
 from tests.ops.oracle import measuring
 from tests.patching.conftest import build
@@ -40,7 +39,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the ops called so far."""
     calls: list[str] = []
     names = ("mbconv", "fused_mbconv", "pointwise_conv_bn_act", "depthwise_conv_bn_act", "squeeze_excite")
-    for module, name in [*((fusing.F, name) for name in names), (modules_training, "conv_block")]:
+    for module, name in [*((fusing.F, name) for name in names), (fusing, "conv_block")]:
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, op=op, **k: (calls.append(name), op(*a, **k))[1])
     return calls

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_kernels.benchmarking import contenders, training
+from benchmarks import training_step
+from effnet_kernels.benchmarking import contenders
 
 NAMES = [contenders.STOCK, contenders.CHANNELS_LAST, contenders.ours("reference")]
 
@@ -19,7 +20,7 @@ def block():
 
 def test_a_step_is_timed_and_its_memory_counted():
     x = torch.randn(2, 3, 10, 10)
-    results = training.compare(block(), x, NAMES, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
+    results = training_step.compare(block(), x, NAMES, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
     assert list(results) == NAMES
     maps = 4 * 2 * 8 * 8 * 8
     for result in results.values():
@@ -33,7 +34,7 @@ def test_counting_saved_bytes_keeps_no_graph_alive():
     """A node that holds its own output would live on, and break the capture of a graph of later steps."""
     module, outputs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()), []
     module.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[-1])))
-    assert training.Step(module, torch.randn(2, 3, 4, 4), None).saved_bytes() == 4 * 2 * 16 * (3 + 4)
+    assert training_step.Step(module, torch.randn(2, 3, 4, 4), None).saved_bytes() == 4 * 2 * 16 * (3 + 4)
     (output,) = outputs
     assert output() is None
 
@@ -52,7 +53,7 @@ class Wrong(nn.Module):
 
 def test_wrong_gradients_are_not_timed():
     x = torch.randn(2, 3, 10, 10)
-    results = training.compare(block(), x, NAMES, fused=lambda stock, _: Wrong(stock), seconds=0.01)
+    results = training_step.compare(block(), x, NAMES, fused=lambda stock, _: Wrong(stock), seconds=0.01)
     assert "median" in results[contenders.STOCK]
     assert "allowed" in results[NAMES[-1]]["wrong"]
     assert "median" not in results[NAMES[-1]]
@@ -61,7 +62,7 @@ def test_wrong_gradients_are_not_timed():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_stock_that_is_not_finite_allows_nothing(value, monkeypatch):
     """A few roundings are left: enough for a contender that is right, not for a wrong one."""
-    gradients, first = training.Step.gradients, []
+    gradients, first = training_step.Step.gradients, []
 
     def lost(step):
         """float64 first, then stock."""
@@ -71,19 +72,19 @@ def test_stock_that_is_not_finite_allows_nothing(value, monkeypatch):
             result[0] = value
         return result
 
-    monkeypatch.setattr(training.Step, "gradients", lost)
+    monkeypatch.setattr(training_step.Step, "gradients", lost)
     x = torch.randn(2, 3, 10, 10)
     ours = NAMES[-1:]
-    results = training.compare(block(), x, ours, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
+    results = training_step.compare(block(), x, ours, fused=lambda stock, _: copy.deepcopy(stock), seconds=0.01)
     assert "median" in results[ours[0]], results
     first.clear()
-    results = training.compare(block(), x, ours, fused=lambda stock, _: Wrong(stock), seconds=0.01)
+    results = training_step.compare(block(), x, ours, fused=lambda stock, _: Wrong(stock), seconds=0.01)
     assert "allowed" in results[ours[0]]["wrong"]
 
 
 def test_the_module_is_left_as_it_was():
     module, x = block(), torch.randn(2, 3, 10, 10)
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    training.Step(module, x, None).gradients()
+    training_step.Step(module, x, None).gradients()
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm
-from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
+from effnet_kernels.training import ConvBNAct, conv_block
 from tests.ops.special_values import lost_convolutions
 from tests.training.blocks import (
     CASES,
+    BlockProblem,
     Case,
-    Problem,
     assert_as_accurate,
     assert_memory_does_not_matter,
+    batch_norm_act,
     build,
     skip_jumps,
 )
@@ -46,11 +47,10 @@ def test_exact_in_double(case):
 SMALL = [
     Case(widths=(2, 3, 3, 2), hw=(4, 3), se=True, residual=True),
     Case(kinds="f", widths=(2, 3), hw=(4, 3), pool=True, last_act="silu"),
-    Case(kinds="n", widths=(2, 2), hw=(3, 3), last_act="silu"),
 ]
 
 
-def function(problem: Problem, backend: str = "auto", frozen: bool = False):
+def function(problem: BlockProblem, backend: str = "auto", frozen: bool = False):
     """The block as a function of its leaves."""
 
     def call(*leaves):
@@ -137,7 +137,7 @@ def test_saved_tensors_that_are_others_are_refused(change, backend):
         y.sum().backward()
 
 
-def subset(problem: Problem, wanted: list[int], backend: str) -> None:
+def subset(problem: BlockProblem, wanted: list[int], backend: str) -> None:
     """The gradients of some leaves alone are the same as all of them together."""
     everything = problem.run(backend)[1:]
     for i, leaf in enumerate(problem.leaves()):
@@ -255,7 +255,6 @@ def bad_calls():
         r"layers\[1\].weight must have shape \[\*, 3": lambda: conv_block(
             x, [layer, layer._replace(weight=torch.randn(3, 4, 1, 1))]
         ),
-        r"layers\[0\].weight may be None": lambda: conv_block(x, [ConvBNAct(None, bn), layer]),
         r"layers\[0\].act must be one of": lambda: conv_block(x, [layer._replace(act="gelu")]),
         r"layers\[0\].bn.gamma must have shape": lambda: conv_block(
             x, [layer._replace(bn=bn._replace(gamma=torch.ones(4)))]

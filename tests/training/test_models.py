@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import effnet_kernels as ek
-from effnet_kernels.modules import training
+from effnet_kernels.modules import fusing
 from tests.models import BACKENDS, images, randomize, rms, timm_model, torchvision_model
 from tests.ops.oracle import measuring, stock_error
 from tests.patching.conftest import build
@@ -26,8 +26,8 @@ def backend(request):
 def chains(monkeypatch):
     """The inputs of the blocks that ran fused in training so far."""
     seen = []
-    call = training.conv_block
-    monkeypatch.setattr(training, "conv_block", lambda x, *a, **k: (seen.append(x), call(x, *a, **k))[1])
+    call = fusing.conv_block
+    monkeypatch.setattr(fusing, "conv_block", lambda x, *a, **k: (seen.append(x), call(x, *a, **k))[1])
     return seen
 
 

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import native
+from effnet_kernels.ops import train_reference as reference
+from effnet_kernels.ops import train_widened as widened
 from effnet_kernels.ops.common import to_nhwc
-from effnet_kernels.ops.conv_block_train import reference, widened
-from effnet_kernels.ops.conv_block_train.layers import Gradient, Layer, Norm, Through
+from effnet_kernels.ops.train_block import Gradient, Layer, Norm, Through
 from tests.training.blocks import CASES, assert_as_accurate, build, skip_jumps
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effnet_kernels.backends import backends
+from effnet_kernels.dispatch import backends
 from tests.ops.conftest import one_thread, poison
 from tests.ops.device import DEVICE, mark
 

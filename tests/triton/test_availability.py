@@ -7,14 +7,17 @@ from unittest import mock
 import pytest
 import torch
 
+from effnet_kernels import dispatch
 from effnet_kernels import functional as F
-from effnet_kernels.backends import Problem, backends, check_backend, implementation, use_backend
-from effnet_kernels.ops import triton_common
-from effnet_kernels.ops.mbconv import reference, triton  # before the environment changes, or it is not interpreted
+from effnet_kernels.dispatch import Query, backends, check_backend, implementation, use_backend
+from effnet_kernels.ops import (
+    mbconv,  # before the environment changes, or it is not interpreted
+    triton_common,
+)
+from effnet_kernels.ops import mbconv_triton as triton
 from tests.ops.special_values import unit_bn
 
-module = importlib.import_module("effnet_kernels.backends")  # the package's attribute is the function
-CUDA = Problem("mbconv", "cuda", torch.float16, (3, 3))
+CUDA = Query("mbconv", "cuda", torch.float16, (3, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +25,8 @@ def fresh(monkeypatch):
     """A GPU machine in the eyes of the dispatch, and nothing remembered of this one."""
 
     def forget():
-        module._triton_available.cache_clear()
-        module._resolve.cache_clear()
+        dispatch._triton_available.cache_clear()
+        dispatch._resolve.cache_clear()
 
     forget()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -40,8 +43,8 @@ def fresh(monkeypatch):
 def test_auto_takes_triton_for_tensors_on_a_gpu():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert implementation(CUDA._replace(dtype=dtype), "triton") is triton.run
-        assert implementation(CUDA._replace(dtype=dtype)) is not reference.run
-    assert implementation(CUDA._replace(dtype=torch.float64)) is reference.run
+        assert implementation(CUDA._replace(dtype=dtype)) is not mbconv.reference
+    assert implementation(CUDA._replace(dtype=torch.float64)) is mbconv.reference
 
 
 def missing(monkeypatch):
@@ -93,7 +96,7 @@ def test_bfloat16_needs_ampere(monkeypatch):
     with pytest.raises(RuntimeError, match=r"bfloat16 needs compute capability 8\.0, a GPU has less"):
         implementation(problem, "triton")
     assert "triton" not in implementation(problem).__module__  # where there is a GPU, CUDA C++ may serve
-    assert implementation(CUDA, "triton") is not reference.run
+    assert implementation(CUDA, "triton") is not mbconv.reference
 
 
 def test_an_old_gpu_costs_no_other_one_its_backend(monkeypatch):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from effnet_kernels.ops import fused_mbconv_triton as fused
 from effnet_kernels.ops import triton_common
-from effnet_kernels.ops.fused_mbconv import triton as fused
-from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
+from effnet_kernels.ops.fused_mbconv_triton import FLAT_BELOW
 from tests.ops import oracle
 from tests.ops.cases import Fused, Pointwise
 from tests.ops.device import native, on_device

@@ -9,10 +9,16 @@ from torch.utils._pytree import tree_map
 import effnet_kernels as ek
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.common import to_nhwc
-from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import Case, Problem, assert_as_accurate, assert_memory_does_not_matter, build
+from tests.training.blocks import (
+    BlockProblem,
+    Case,
+    assert_as_accurate,
+    assert_memory_does_not_matter,
+    batch_norm_act,
+    build,
+)
 from tests.training.test_models import assert_as_accurate_as_stock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,16 +40,16 @@ CASES = [
 ]
 
 
-def native(problem: Problem) -> Problem:
+def native(problem: BlockProblem) -> BlockProblem:
     """The problem with its maps and parameters where the kernels run."""
     moved = on_device((problem.x, [tuple(layer) for layer in problem.layers], problem.se, problem.residual))
     leaves = tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, moved)
     x, layers, se, residual = leaves
     layers = [type(problem.layers[0])(*layer) for layer in layers]
-    return Problem(x, layers, se, residual, problem.pool, on_device(problem.grad))
+    return BlockProblem(x, layers, se, residual, problem.pool, on_device(problem.grad))
 
 
-class OnDevice(Problem):
+class OnDevice(BlockProblem):
     """What ``assert_as_accurate`` calls, with the results back on the CPU."""
 
     def to(self, dtype, vectors):
@@ -51,7 +57,7 @@ class OnDevice(Problem):
         return OnDevice(**vars(rounded))
 
     def run(self, backend):
-        return [t.cpu() for t in Problem.run(native(self), backend)]
+        return [t.cpu() for t in BlockProblem.run(native(self), backend)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
@@ -90,7 +96,7 @@ def test_derivatives_at_kinks_and_far_out(act, dtype):
 @pytest.mark.parametrize("first", [0.0, 1e3], ids=["", "outlier"])
 def test_statistics(offset, first):
     """Where values lie far from zero, or the first of a strip far from the others."""
-    from effnet_kernels.ops.conv_block_train import triton_maps
+    from effnet_kernels.ops import train_maps_triton as triton_maps
 
     x = torch.randn(4, 9, 20, 21, generator=torch.Generator().manual_seed(0)) + offset
     x[:, :, 0, 0] += first
@@ -102,7 +108,7 @@ def test_statistics(offset, first):
 
 
 def test_many_parts_are_put_together_in_levels():
-    from effnet_kernels.ops.conv_block_train.triton_parts import add_up, merge
+    from effnet_kernels.ops.train_parts_triton import add_up, merge
 
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(300, 50, 3, generator=generator) + 100  # parts, values, channels

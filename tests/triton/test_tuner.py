@@ -78,7 +78,7 @@ def test_no_more_steps_than_asked_for(model):
 
 def test_a_tile_with_a_wrong_result_is_not_taken(model, monkeypatch):
     """One warp is fastest, and here it breaks the depthwise convolution."""
-    from effnet_kernels.ops.depthwise_conv_bn_act import triton as depthwise
+    from effnet_kernels.ops import depthwise_conv_bn_act_triton as depthwise
 
     launch = depthwise.launch_kernel
 

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
 
-from effnet_kernels.ops.depthwise_conv_bn_act import triton as depthwise
-from effnet_kernels.ops.fused_mbconv import triton as fused
-from effnet_kernels.ops.pointwise_conv_bn_act import triton as pointwise
-from effnet_kernels.ops.squeeze_excite_gate import triton as gate
+from effnet_kernels.ops import depthwise_conv_bn_act_triton as depthwise
+from effnet_kernels.ops import fused_mbconv_triton as fused
+from effnet_kernels.ops import pointwise_conv_bn_act_triton as pointwise
+from effnet_kernels.ops import squeeze_excite_gate_triton as gate
 from effnet_kernels.ops.triton_common import Config, launch_kernel
 
 driver = ctypes.CDLL("libcuda.so.1")
@@ -89,7 +89,7 @@ def gpu():
     now.streams, now.capturing = [0, 0], False
 
 
-class Launch(NamedTuple):
+class DriverLaunch(NamedTuple):
     name: str
     function: int
     grid: str
@@ -99,7 +99,7 @@ class Launch(NamedTuple):
     parameters: list[str]
 
 
-def journal() -> tuple[list[str], list[Launch]]:
+def journal() -> tuple[list[str], list[DriverLaunch]]:
     """Since the last time: the kernels loaded, and the launches."""
     loads, launches = [], []
     for line in driver.stub_journal().decode().splitlines():
@@ -109,7 +109,7 @@ def journal() -> tuple[list[str], list[Launch]]:
             loads.append(fields[0])
         else:
             name, function, grid, block, dynamic, stream, parameters = fields
-            launch = Launch(name, int(function), grid, block, int(dynamic), int(stream), parameters.split(","))
+            launch = DriverLaunch(name, int(function), grid, block, int(dynamic), int(stream), parameters.split(","))
             launches.append(launch)
     record.append([loads, [(*launch[:1], *launch[2:6], len(launch.parameters)) for launch in launches]])
     return loads, launches
@@ -123,7 +123,9 @@ def in_memory(value: Tensor | int | float) -> str:
     return struct.pack("<i" if value < 2**31 else "<q", value).hex()
 
 
-def check(launch: Launch, kernel: Any, programs: int, warps: int, **arguments: Tensor | int | float | None) -> None:
+def check(
+    launch: DriverLaunch, kernel: Any, programs: int, warps: int, **arguments: Tensor | int | float | None
+) -> None:
     """Arguments by name, to be found in the order of the kernel's signature. None is compiled in like a constant."""
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     assert sorted(names) == sorted(arguments)
@@ -136,13 +138,13 @@ def check(launch: Launch, kernel: Any, programs: int, warps: int, **arguments: T
     assert launch.stream == now.streams[now.device]
 
 
-def one(call: Callable[..., Any], *arguments: Any, first: bool) -> tuple[Any, Launch]:
+def one(call: Callable[..., Any], *arguments: Any, first: bool) -> tuple[Any, DriverLaunch]:
     """The call's result and its only launch, for which nothing but the first call loads anything."""
     result, (launch,) = some(call, *arguments, first=[first])
     return result, launch
 
 
-def some(call: Callable[..., Any], *arguments: Any, first: Sequence[bool]) -> tuple[Any, list[Launch]]:
+def some(call: Callable[..., Any], *arguments: Any, first: Sequence[bool]) -> tuple[Any, list[DriverLaunch]]:
     """The call's result and its launches, and which of them load a kernel."""
     variants = len(compiled)
     result = call(*arguments)
@@ -170,7 +172,7 @@ BN = ("gamma_ptr", "beta_ptr", "mean_ptr", "var_ptr")
 PROJECT_BN = tuple(f"project_{name}" for name in BN)
 
 
-def same_variant(launches: Sequence[Launch]) -> None:
+def same_variant(launches: Sequence[DriverLaunch]) -> None:
     assert len({(launch.function, launch.shared, launch.block) for launch in launches}) == 1
 
 
@@ -221,7 +223,7 @@ def test_squeeze_excite_gate_in_one_launch():
     same_variant(launches)
 
 
-def check_gate(launches: Sequence[Launch], y: Tensor, sums: Tensor, se: Sequence[Tensor], pixels: int) -> None:
+def check_gate(launches: Sequence[DriverLaunch], y: Tensor, sums: Tensor, se: Sequence[Tensor], pixels: int) -> None:
     """Both kernels, and that the second one reads what the first one fills."""
     hidden, last = launches
     parts = int.from_bytes(bytes.fromhex(hidden.parameters[0]), "little")
@@ -285,7 +287,7 @@ def means(sums: Tensor, rows: int = 32, warps: int = 4, stages: int = 2, **home:
     return call
 
 
-def check_means(launch: Launch, out: Tensor, sums: Tensor, warps: int = 4) -> None:
+def check_means(launch: DriverLaunch, out: Tensor, sums: Tensor, warps: int = 4) -> None:
     check(launch, depthwise.mean_kernel, 2, warps, mean_ptr=out, sums_ptr=sums, tiles=4, pixels=9)
 
 
