@@ -118,6 +118,7 @@ def order_measured() -> str | None:
 
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("effnet_kernels_backend", default="auto")
+_assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("effnet_kernels_assumed", default=None)
 
 
 def backends() -> Mapping[str, tuple[bool, str]]:
@@ -166,14 +167,11 @@ def use_backend(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def assume(name: str) -> Iterator[None]:
     """As ``use_backend``, whether the backend can run here or not; tensors may be on the meta device."""
-    token = _requested.set(name + _ASSUMED)
+    token = _assumed.set(name)
     try:
         yield
     finally:
-        _requested.reset(token)
-
-
-_ASSUMED = ", assumed"
+        _assumed.reset(token)
 
 
 def requested(backend: str = "auto") -> str:
@@ -192,6 +190,9 @@ def implementation(query: Query, backend: str = "auto") -> Any:
         ValueError, RuntimeError: the backend was asked for by name and is unknown, unavailable, or
             does not support this query; the message carries its reason.
     """
+    assumed = _assumed.get()
+    if assumed is not None:
+        return kernel_of(query.op, assumed)
     return _resolve(_placed(query), requested(backend))[1]
 
 
@@ -201,10 +202,10 @@ def accelerates(backend: str, *query: Any) -> bool:
 
     ``query``: the fields of a ``Query``, for torch.compile one by one.
     """
+    if _assumed.get() is not None:
+        return True
     wanted = _placed(Query(*query))
-    asked = requested(backend)
-    if wanted.device == "meta" and not asked.endswith(_ASSUMED):  # without data there is nothing to compute
-        asked = "auto"
+    asked = "auto" if wanted.device == "meta" else requested(backend)  # without data there is nothing to compute
     return asked != "auto" or _resolve(wanted, asked)[0] != "reference"
 
 
@@ -236,9 +237,6 @@ def _found(path: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _resolve(query: Query, asked: str) -> tuple[str, Callable[..., Any]]:
-    if asked.endswith(_ASSUMED):
-        name = asked.removesuffix(_ASSUMED)
-        return name, kernel_of(query.op, name)
     candidates = automatic(query.device_type, query.op) if asked == "auto" else (check_backend(asked),)
     if asked == "mixed":
         candidates = automatic("cuda", query.op)[:-1]  # without the reference
