@@ -2,7 +2,7 @@
 
 They get a copy of their input that is normalised, activated and gated, and give back the gradient of that copy. What a
 native backend adds are passes over maps and the depthwise convolution, which takes its input as it is kept. Products of
-bfloat16 run in float32 on a processor that has no instructions for them (widened.py).
+bfloat16 run in float32 on a processor that has no instructions for them (train_widened.py).
 """
 
 import torch

@@ -72,6 +72,8 @@ CASES = [
     Case(kinds="d", widths=(18, 18), kernel=(1, 2), padding=(0, 0, 0, 1), stride=2),
     Case(kinds="pd", widths=(5, 18, 18), se=True, stride=2),  # a gate in front of a depthwise convolution
     Case(kinds="p", widths=(8, 40), last_act="silu", pool=True),
+    Case(kinds="p", widths=(19, 19), last_act="silu", residual=True),
+    Case(kinds="p", widths=(19, 19), last_act="silu", frozen="0"),
 ]
 
 

@@ -47,6 +47,7 @@ def test_exact_in_double(case):
 SMALL = [
     Case(widths=(2, 3, 3, 2), hw=(4, 3), se=True, residual=True),
     Case(kinds="f", widths=(2, 3), hw=(4, 3), pool=True, last_act="silu"),
+    Case(kinds="p", widths=(2, 2), hw=(3, 3), last_act="silu"),
 ]
 
 

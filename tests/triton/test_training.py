@@ -35,8 +35,8 @@ CASES = [
     (Case(kinds="d", widths=(33, 33), n=1, hw=(5, 18), last_act="hardswish"), torch.float32),
     (Case(kinds="fp", widths=(5, 18, 7), act="hardswish", se=True), torch.float32),
     (Case(kinds="p", widths=(8, 40), last_act="silu", pool=True), torch.bfloat16),
-    (Case(kinds="n", widths=(19, 19), last_act="silu", residual=True, hw=(12, 13)), torch.float16),
-    (Case(kinds="n", widths=(70, 70), last_act="silu", frozen="0"), torch.float32),
+    (Case(kinds="p", widths=(19, 19), last_act="silu", residual=True, hw=(12, 13)), torch.float16),
+    (Case(kinds="p", widths=(70, 70), last_act="silu", frozen="0"), torch.float32),
 ]
 
 
