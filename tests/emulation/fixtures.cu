@@ -175,18 +175,19 @@ __global__ void __launch_bounds__(64) bounded(const float* in, float* out, int) 
 template <typename T>
 __global__ void matrix_product(const float* in, float* out, int) {
   __shared__ __align__(16) T a[16][32];
-  __shared__ __align__(16) T b[16][32];  // transposed
+  __shared__ __align__(16) T b[2][16][16];  // halves of k, transposed
   const int lane = threadIdx.x;
   for (int i = lane; i < 512; i += 32) {
     a[i / 32][i % 32] = T(in[i]);
-    b[i % 16][i / 16] = T(in[512 + i]);
+    const int k = i / 256 * 16 + i % 16, n = i / 16 % 16;
+    b[k / 16][n][k % 16] = T(in[512 + 16 * k + n]);
   }
   __syncwarp();
   float d[2][4] = {};
   for (int k = 0; k < 32; k += 16) {
     uint32_t of_a[4], of_b[4];
     ldmatrix_x4(of_a, &a[lane % 16][k + lane / 16 * 8]);
-    ldmatrix_x4(of_b, &b[lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
+    ldmatrix_x4(of_b, &b[k / 16][lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
     for (int half = 0; half < 2; ++half) mma_m16n8k16<T>(d[half], of_a, {of_b[2 * half], of_b[2 * half + 1]});
   }
   for (int half = 0; half < 2; ++half)
