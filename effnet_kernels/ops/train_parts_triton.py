@@ -1,4 +1,4 @@
-"""Sums and moments of a map from those of its tiles, in Triton: in one order, so that two runs give the same bits."""
+"""Sums and statistics of a map from those of its tiles, in Triton: in one order, so two runs give the same bits."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from effnet_kernels.ops.triton_common import Config, callee, cdiv, launch_kernel
 
 @callee
 def store_part(parts_ptr, part, c, C: tl.constexpr, count, shift, mean, squares):
-    """The moments of some values: how many, their mean less ``shift``, the sum of their squared deviations."""
+    """The statistics of some values: how many, their mean less ``shift``, the sum of their squared deviations."""
     at = parts_ptr + part * 4 * C + c
     tl.store(at, tl.zeros(c.shape, tl.float32) + count, mask=c < C)
     tl.store(at + C, shift, mask=c < C)
@@ -25,7 +25,7 @@ def merge_kernel(
     rows, each,
     C: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The moments of ``each`` parts together (Chan, Golub and LeVeque, The American Statistician 37, 1983)."""
+    """The statistics of ``each`` parts together (Chan, Golub and LeVeque, The American Statistician 37, 1983)."""
     channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     chunk = tl.program_id(0) // channel_blocks
     c = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -112,7 +112,7 @@ def add_up(sums: Tensor, factor: float = 1.0, dtype: torch.dtype = torch.float32
 
 
 def merge(parts: Tensor) -> Tensor:
-    """[2, C] mean and biased variance from the moments of parts, [rows, 4, C]: in order, 128 at a time."""
+    """[2, C] mean and biased variance from the statistics of parts, [rows, 4, C]: in order, 128 at a time."""
     rows, _, c = parts.shape
     each = max(1, rows if rows <= 256 else 128)
     chunks = max(1, cdiv(rows, each))
