@@ -26,7 +26,7 @@ def uninterpreted() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("generation", ["80", "90", "100"])
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_tile_compiles_to_what_was_meant(generation):
     """A process of its own: under the interpreter, which serves the other tests, nothing can be compiled."""
     command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
@@ -37,7 +37,7 @@ def test_every_tile_compiles_to_what_was_meant(generation):
         assert f"\n{op} " in result.stdout, f"no {op} for sm_{generation}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bfloat16_model_compiles_to_what_was_meant():
     command = [sys.executable, "-m", "effnet_kernels.benchmarking.ahead_of_time", "--tiles", "--jobs", "1"]
     command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--generations", "90"]
@@ -237,7 +237,7 @@ for generation in (80, 90, 100):
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_of_training_compile_without_spills():
     command = [sys.executable, "-c", COMPILE_TRAINING]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)

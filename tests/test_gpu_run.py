@@ -551,7 +551,7 @@ def test_what_a_part_starts_can_be_interrupted():
     assert result.stdout == "True\n", result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rehearsal(tmp_path):
     """Without git, and with a first call that is killed in the middle of a part."""
     pytest.importorskip("timm")

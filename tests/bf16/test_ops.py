@@ -13,7 +13,7 @@ from tests.bf16 import build
 from tests.processor import LACKING
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable())),
 ]
 

@@ -263,7 +263,7 @@ def under_asan(name: str, size: int, threads: int, dynamic_shared: int) -> subpr
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "size", "threads", "dynamic_shared", "report"),
     [
@@ -283,7 +283,7 @@ def test_sanitizers_report_accesses_that_the_gpu_does_not_have(name, size, threa
         assert re.search(r"block \(0, 0, 0\), thread \(1023, 0, 0\)", result.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "size", "threads", "dynamic_shared"),
     [

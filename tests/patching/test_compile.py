@@ -61,7 +61,7 @@ def test_gradients_through_aot(x, backend):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor(x, backend):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     with torch.no_grad():

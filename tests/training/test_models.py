@@ -240,7 +240,7 @@ def test_gradient_scaler(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, twin.parameters(), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_training_step(backend):
     """Forward and backward as one graph each; buffers are updated inside."""
     model = ek.patch(narrow_b0(), backend=backend)
