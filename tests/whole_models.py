@@ -6,10 +6,9 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
+from tests.criterion import measuring
 from tests.models import calibrate, images, randomize
-from tests.ops.cases import DTYPES
 from tests.ops.device import DEVICE
-from tests.ops.oracle import measuring
 
 # The blocks of B0 and of V2, narrow.
 B0 = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c12_se0.25"]
@@ -37,14 +36,23 @@ def torchvision_efficientnet() -> nn.Module:
 
 
 # What every kernel backend is tried on: a model and the dtype.
+MODELS = {
+    "b0": lambda: narrow(B0),
+    "v2-padded-as-tensorflow": lambda: narrow(V2, pad_type="same"),
+    "timm": lambda: pytest.importorskip("timm").create_model("test_efficientnet"),
+    "torchvision": torchvision_efficientnet,
+}
+EVERY_DAY = [("b0", torch.float16), ("v2-padded-as-tensorflow", torch.bfloat16), ("torchvision", torch.float32)]
+OTHERS = [
+    ("b0", torch.float32),
+    ("b0", torch.bfloat16),
+    ("v2-padded-as-tensorflow", torch.float16),
+    ("timm", torch.float32),
+]
 CASES = [
-    *(pytest.param(lambda: narrow(B0), dtype, id=f"b0-{dtype}") for dtype in DTYPES),
-    *(
-        pytest.param(lambda: narrow(V2, pad_type="same"), dtype, id=f"v2-padded-as-tensorflow-{dtype}")
-        for dtype in DTYPES[1:]
-    ),
-    pytest.param(lambda: pytest.importorskip("timm").create_model("test_efficientnet"), torch.float32, id="timm"),
-    pytest.param(torchvision_efficientnet, torch.float32, id="torchvision"),
+    pytest.param(MODELS[name], dtype, marks=[pytest.mark.exhaustive] * (each not in EVERY_DAY), id=f"{name}-{dtype}")
+    for each in (*EVERY_DAY, *OTHERS)
+    for name, dtype in [each]
 ]
 
 

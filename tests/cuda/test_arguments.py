@@ -10,7 +10,7 @@ from effnet_kernels.native import _cuda_build
 from effnet_kernels.ops.common import Op
 from tests.cuda.tools import native_call
 from tests.ops.device import DEVICE, on_device
-from tests.ops.inputs import SAMPLES, sample
+from tests.ops.inputs import SAMPLES, each_op, sample
 from tests.ops.test_native_arguments import _describe, spoiled
 
 
@@ -41,7 +41,7 @@ def test_bad_arguments_are_refused(name):
     assert torch.isfinite(good[0]).all()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@each_op
 def test_opcheck(name, monkeypatch):
     problem = sample(name)
     calls = []

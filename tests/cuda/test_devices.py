@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tests.cuda.test_training import TILED, problem_of
+from tests.cuda.test_training import TILED
 from tests.cuda.tools import native_call
 from tests.emulation.build import as_cuda
 from tests.ops.cases import Fused, MBConv
 from tests.ops.device import native
 from tests.ops.inputs import SAMPLES, build, sample
+from tests.training import blocks
 
 H100 = 90
 # Every op in each of its forms.
@@ -36,7 +37,7 @@ def recorded(name: str) -> tuple[Any, tuple]:
     with pytest.MonkeyPatch.context() as patch:
         op = getattr(training, TRAINING[name])
         patch.setattr(training, TRAINING[name], lambda *args: calls.append(args) or op(*args))
-        problem_of(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
+        blocks.build(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
     return op, tree_map_only(torch.Tensor, torch.Tensor.detach, calls[0])
 
 

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from effnet_kernels.ops.common import Op
-from tests.ops.inputs import SAMPLES, Problem, sample
+from tests.ops.inputs import SAMPLES, Problem, each_op, sample
 
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 
@@ -37,7 +37,7 @@ def _batch_norms(tree: object) -> list[tuple[torch.Tensor, ...]]:
     return [bn for item in tree for bn in _batch_norms(item)] if isinstance(tree, tuple) else []
 
 
-@each_sample
+@each_op
 def test_opcheck(name, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:

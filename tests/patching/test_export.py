@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import effnet_kernels as ek
-from tests.models import images, randomize, rms
-from tests.patching.conftest import build
+from tests.criterion import rms
+from tests.models import images, randomize
+from tests.ops.cases import in_turns
+from tests.patching.conftest import NAMES, build
 
 DYNAMIC = ({0: Dim("n", min=1), 2: Dim("h", min=33), 3: Dim("w", min=33)},)
 
@@ -54,8 +56,11 @@ def run_fresh(code: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], check=True, cwd=folder)
 
 
-def test_decompositions_end_in_stock_ops(model, x):
-    ek.patch(model)
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES[1:-1]), NAMES[-1]]
+)
+def test_decompositions_end_in_stock_ops(name, x):
+    model = ek.patch(build(name))
     program = torch.export.export(model, (x,))
     assert len(ours(program)) == len(ek.report(model).patched)
     decomposed = program.run_decompositions()
@@ -64,7 +69,7 @@ def test_decompositions_end_in_stock_ops(model, x):
         assert_same(decomposed.module()(x), model(x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_decomposed_for_every_size(strict):
     model = Blocks()
     with torch.no_grad():
@@ -76,8 +81,7 @@ def test_decomposed_for_every_size(strict):
             assert_same(decomposed.module()(more), model(more))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("size", [15, 16])
+@in_turns("size, strict", [15, 16], [False, True])
 def test_same_padding_of_every_size(strict, size):
     """No padding at all for one size, and some for the next."""
     model = randomize(ek.MBConv(4, 8, 3, stride=2, exp_ratio=2.0, pad_type="same").eval())
@@ -92,7 +96,11 @@ def test_same_padding_of_every_size(strict, size):
                 assert_same(decomposed.module()(more), model(more))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.exhaustive) for dtype in (torch.float16, torch.float64))],
+    ids=str,
+)
 def test_decomposed_in_other_dtypes(dtype):
     model, x = Blocks().to(dtype), images(2, 37).to(dtype)
     with torch.no_grad(), ek.use_backend("reference"):
@@ -101,6 +109,7 @@ def test_decomposed_in_other_dtypes(dtype):
         assert_same(decomposed.module()(x), model(x), 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.exhaustive
 def test_a_table_without_an_op_keeps_it():
     model, x = Blocks(), images(2, 37)
     kept = torch.ops.effnet_kernels.mbconv.default

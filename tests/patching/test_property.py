@@ -37,14 +37,14 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 import effnet_kernels as ek
-from tests.models import BACKENDS, calibrate, images, randomize, rms
-from tests.ops.oracle import measuring, stock_error
+from tests.criterion import GRADIENTS, measuring, rms, stock_error
+from tests.models import BACKENDS, calibrate, images, randomize
 from tests.patching.conftest import NAMES as WHOLE
 from tests.patching.conftest import build
 
 blocks = pytest.importorskip("timm.models._efficientnet_blocks")
 
-EXAMPLES = int(os.environ.get("EFFNET_KERNELS_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("EFFNET_KERNELS_EXAMPLES", settings.default.max_examples))
 SEED = os.environ.get("EFFNET_KERNELS_SEED")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
@@ -826,7 +826,7 @@ class World:
             assert p.isfinite().equal(s.isfinite()) or not e.isfinite().all(), name
             if not (e.isfinite().all() and s.isfinite().all() and p.isfinite().all()):
                 continue
-            allowed, error = 2 * rms(stock_error(s, e)) + 8 * eps * rms(e), rms(p - e)
+            allowed, error = 2 * rms(stock_error(s, e)) + GRADIENTS * eps * rms(e), rms(p - e)
             if error > allowed:
                 if sensitive is None:
                     generator = torch.Generator().manual_seed(3)

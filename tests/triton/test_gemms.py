@@ -7,7 +7,7 @@ from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.fused_mbconv import triton as fused
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
-from tests.ops.cases import Fused, Pointwise
+from tests.ops.cases import Fused, Pointwise, cell_id
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_pool, check_value, each_value
@@ -30,7 +30,10 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype"), TILED, ids=lambda value: f"{type(value).__name__}-{value}")
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(*each, marks=[pytest.mark.exhaustive] * (i % 2), id=cell_id(*each)) for i, each in enumerate(TILED)],
+)
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_many_tiles(case, dtype):

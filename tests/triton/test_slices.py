@@ -6,7 +6,7 @@ import torch
 from effnet_kernels import functional as F
 from effnet_kernels.ops.mbconv import triton as mbconv
 from effnet_kernels.ops.squeeze_excite_gate import triton as squeeze_excite_gate
-from tests.ops.cases import MBConv, Squeeze
+from tests.ops.cases import MBConv, SqueezeGate, in_turns
 from tests.ops.device import native
 from tests.ops.inputs import build
 
@@ -29,8 +29,7 @@ def test_images_per_slice(images, each, l2, share, expected):
     assert mbconv.images_per_slice(images, each, l2, share) == expected
 
 
-@pytest.mark.parametrize("expand", [True, False])
-@pytest.mark.parametrize("se", [True, False])
+@in_turns("expand, se", [True, False], [True, False])
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_the_same_bits(expand, se, monkeypatch):
@@ -59,7 +58,7 @@ SQUEEZES = pytest.mark.parametrize(("c", "reduced"), [(600, 20), (1000, 130)])
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_a_gate_has_the_same_bits_beside_any_other_images(c, reduced):
-    mean, se = native(build(Squeeze(7, (3, 3), c=c, reduced=reduced), torch.float32, gate_only=True)).args
+    mean, se = native(build(SqueezeGate(7, c=c, reduced=reduced), torch.float32)).args
     whole = F.squeeze_excite_gate(mean, se, backend="triton")
     for images in (slice(0, 1), slice(1, 7), slice(3, 5)):
         assert torch.equal(F.squeeze_excite_gate(mean[images], se, backend="triton"), whole[images])
@@ -99,7 +98,7 @@ def test_programs_that_share_an_image(images, blocks, available, expected):
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_a_gate_has_the_same_bits_by_any_number_of_programs(monkeypatch):
-    mean, se = native(build(Squeeze(2, (3, 3), c=1100, reduced=20), torch.float32, gate_only=True)).args
+    mean, se = native(build(SqueezeGate(2, c=1100, reduced=20), torch.float32)).args
     launched, gates = [], []
     launch = squeeze_excite_gate.launch_kernel
 

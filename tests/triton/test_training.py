@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 import effnet_kernels as ek
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
-from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import Case, Problem, assert_as_accurate, assert_memory_does_not_matter, build
+from tests.ops.device import DEVICE
+from tests.training.blocks import Case, assert_as_accurate, assert_memory_does_not_matter, build
 from tests.training.test_models import assert_as_accurate_as_stock
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,35 +33,28 @@ CASES = [
 ]
 
 
-def native(problem: Problem) -> Problem:
-    """The problem with its maps and parameters where the kernels run."""
-    moved = on_device((problem.x, [tuple(layer) for layer in problem.layers], problem.se, problem.residual))
-    leaves = tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, moved)
-    x, layers, se, residual = leaves
-    layers = [type(problem.layers[0])(*layer) for layer in layers]
-    return Problem(x, layers, se, residual, problem.pool, on_device(problem.grad))
-
-
-class OnDevice(Problem):
-    """What ``assert_as_accurate`` calls, with the results back on the CPU."""
-
-    def to(self, dtype, vectors):
-        rounded = super().to(dtype, vectors)
-        return OnDevice(**vars(rounded))
-
-    def run(self, backend):
-        return [t.cpu() for t in Problem.run(native(self), backend)]
-
-
-@pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=[pytest.mark.exhaustive] * (i % 2), id=f"{dtype}-{case}")
+        for i, (case, dtype) in enumerate(CASES)
+    ],
+)
 @pytest.mark.usefixtures("poison")
 def test_gradients(case, dtype):
-    assert_as_accurate(OnDevice(**vars(build(case, dtype))), dtype, torch.float32, "triton")
+    assert_as_accurate(build(case, dtype), dtype, "triton")
 
 
-@pytest.mark.parametrize("case", [CASES[0][0], Case(kinds="d", widths=(18, 18), hw=(5, 3)), CASES[10][0]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(kinds="d", widths=(18, 18), hw=(5, 3)),
+        *(pytest.param(CASES[i][0], marks=pytest.mark.exhaustive) for i in (0, 10)),
+    ],
+    ids=str,
+)
 def test_saved_tensors_may_come_back_in_other_memory(case):
-    assert_memory_does_not_matter(native(build(case).to(torch.float32, torch.float32)), "triton")
+    assert_memory_does_not_matter(build(case).to(torch.float32, torch.float32).on_device(), "triton")
 
 
 @pytest.mark.parametrize("act", ["identity", "relu", "relu6", "silu", "hardswish"])
@@ -118,7 +110,7 @@ def test_many_parts_are_put_together_in_levels():
 
 def test_two_runs_give_the_same_bits():
     case = Case(se=True, residual=True, widths=(5, 17, 17, 5), hw=(6, 5))
-    problem = native(build(case).to(torch.float32, torch.float32))
+    problem = build(case).to(torch.float32, torch.float32)
     for first, second in zip(problem.run("triton"), problem.run("triton"), strict=True):
         assert torch.equal(first, second)
 
@@ -127,13 +119,13 @@ def test_large_activations_in_half_precision():
     """Finite wherever float32 is."""
     case = Case(se=True, scale=1e4, hw=(4, 3))
     for dtype in (torch.float32, torch.float16):
-        results = native(build(case, torch.float16).to(dtype, torch.float32)).run("triton")
+        results = build(case, torch.float16).to(dtype, torch.float32).run("triton")
         assert all(torch.isfinite(t).all() for t in results), dtype
 
 
 def test_a_bias_of_any_layout():
     """The gradient behind a pooled map comes as it comes: here as one number, and transposed."""
-    problem = native(build(Case(kinds="p", widths=(8, 5), last_act="silu", pool=True)).to(torch.float32, torch.float32))
+    problem = build(Case(kinds="p", widths=(8, 5), last_act="silu", pool=True)).to(torch.float32, torch.float32)
     for grad in (problem.grad[:1, :1].expand(problem.grad.shape), problem.grad.t().contiguous().t()):
         problem.grad = grad
         got = problem.run("triton")
