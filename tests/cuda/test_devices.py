@@ -11,10 +11,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from tests.cuda.test_training import TILED
-from tests.cuda.tools import native_call
 from tests.emulation.build import as_cuda
 from tests.ops.cases import Fused, MBConv
-from tests.ops.device import native
+from tests.ops.device import native, native_call
 from tests.ops.inputs import SAMPLES, build, sample
 from tests.training import blocks
 
@@ -31,7 +30,7 @@ def recorded(name: str) -> tuple[Any, tuple]:
         op, (out, mean, *rest, _) = recorded("depthwise_conv_bn_act")
         return op, (out, mean.new_empty(0), *rest, False)
     if name not in TRAINING:
-        return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name))
+        return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name), "cuda")
     calls: list[tuple] = []
     training = importlib.import_module("effnet_kernels.ops.conv_block_train.cuda")  # it wants the library loaded
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +100,7 @@ def test_a_call_uses_the_device_of_its_tensors_alone(name, runtime):
 
 
 def test_the_device_that_a_thread_was_on_is_current_again(runtime):
-    op, args = native_call(sample("mbconv"))
+    op, args = native_call(sample("mbconv"), "cuda")
 
     def run() -> tuple[int, int]:
         runtime.set_device(80)
@@ -113,7 +112,7 @@ def test_the_device_that_a_thread_was_on_is_current_again(runtime):
 
 
 def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
-    op, args = native_call(sample("pointwise_conv_bn_act"))
+    op, args = native_call(sample("pointwise_conv_bn_act"), "cuda")
 
     def run() -> int:
         runtime.set_device(80)
@@ -126,7 +125,7 @@ def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
 
 def test_a_thread_in_which_no_context_is_current(runtime):
     """Another library has put it away: torch and this library have numbers of their own to go by."""
-    op, args = native_call(sample("pointwise_conv_bn_act"))
+    op, args = native_call(sample("pointwise_conv_bn_act"), "cuda")
 
     def run() -> list[torch.Tensor]:
         runtime.set_torch_device(1)

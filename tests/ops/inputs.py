@@ -16,7 +16,7 @@ from effnet_kernels import functional
 from effnet_kernels.functional import BatchNorm, ConvBN, SqueezeExciteWeights
 from tests import criterion
 from tests.ops import oracle
-from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, SqueezeGate
+from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, SqueezeGate
 
 
 class Expected(NamedTuple):
@@ -235,6 +235,16 @@ SAMPLES: dict[str, Case] = {
 }
 
 
+# (name, dtype): means, which the gate gets, are float32.
+sample_cells = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype}")
+        for name, case in SAMPLES.items()
+        for dtype in DTYPES
+        if dtype == torch.float32 or not isinstance(case, SqueezeGate)
+    ],
+)
 # Each op once, and the options of an op exhaustively.
 each_op = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * ("-" in name)) for name in SAMPLES]

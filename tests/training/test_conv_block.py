@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
+from tests.ops.cases import in_turns
 from tests.ops.special_values import lost_convolutions
 from tests.training.blocks import (
     CASES,
@@ -73,8 +74,7 @@ def test_gradcheck(case, frozen):
     assert torch.autograd.gradcheck(function(problem, frozen=frozen), problem.leaves())
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@in_turns("case, frozen", SMALL, [False, True])
 def test_second_derivatives(case, frozen):
     """Of everything, and where only x or only the last layer wants gradients."""
     problem = build(case).to(torch.float64, torch.float64)
