@@ -134,6 +134,7 @@ for generation in (80, 90, 100):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_lane_of_a_stem_knows_its_taps():
     """It loads 27 elements for each of two pixels, up to 32 of weights and 8 of vectors: with lanes along the window's
     axis it could not know which of its 32 elements are none, and would compare and address each of them."""
@@ -158,6 +159,7 @@ for launch in precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float1
 """
 
 
+@pytest.mark.exhaustive
 def test_dense_windows_are_copied_through_the_l1():
     """By 8 bytes, and weights past it, by 16."""
     result = subprocess.run([sys.executable, "-c", COUNT_COPIES], env=uninterpreted(), capture_output=True, text=True)
@@ -264,6 +266,7 @@ for window in ((3, 1), (5, 2)):
 )
 
 
+@pytest.mark.exhaustive
 def test_training_at_a_new_size_or_batch_compiles_nothing():
     """Progressive learning, by Triton's own key; the larger maps have their sums put together in several levels."""
     result = subprocess.run([sys.executable, "-c", COUNT_TRAINING], env=uninterpreted(), capture_output=True, text=True)

@@ -259,6 +259,10 @@ def cell_id(case: Case, dtype: torch.dtype) -> str:
     return f"{type(case).__name__}-{str(dtype)[6:]}-{case}"
 
 
+def _name(value: Any) -> str:
+    return ",".join(map(_name, value)) if type(value) is tuple else getattr(value, "__name__", str(value))
+
+
 def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
     """``parametrize`` by the product of the axes: every combination of all but the shortest axis, whose values take
     turns; the others are exhaustive."""
@@ -267,7 +271,7 @@ def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
     for indexed in itertools.product(*map(enumerate, axes)):
         turn, values = sum(i for i, _ in indexed), [value for _, value in indexed]
         marks = [pytest.mark.exhaustive] * (turn % shortest != 0)
-        rows.append(pytest.param(*values, marks=marks, id="-".join(getattr(v, "__name__", str(v)) for v in values)))
+        rows.append(pytest.param(*values, marks=marks, id="-".join(map(_name, values))))
     return pytest.mark.parametrize(names.split(", "), rows)
 
 

@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
 from tests.criterion import assert_same_function
-from tests.models import images, timm_model
+from tests.models import BACKENDS, images, timm_model
+from tests.ops.cases import in_turns
 from tests.patching.conftest import build
 
 BLOCKS = {"mbconv", "fused_mbconv", "train"}
@@ -182,8 +183,7 @@ REPLACED = [
 ]
 
 
-@pytest.mark.parametrize("where", REPLACED, ids=lambda where: ".".join(getattr(p, "__name__", p) for p in where))
-@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
+@in_turns("name, where, backend", ["tf_efficientnetv2_b0", "torchvision"], REPLACED, BACKENDS)
 def test_what_is_replaced_on_a_class_runs(name, where, backend, monkeypatch):
     """Also once calls are kept; and when it is put back, the fused forward runs again, to the bit."""
     *path, attribute = where
@@ -318,8 +318,7 @@ def test_weight_subclass(patched, fused):
     class Special(torch.Tensor):
         pass
 
-    weight = patched.conv_pwl.weight
-    patched.conv_pwl.weight = nn.Parameter(weight.detach().as_subclass(Special))
+    patched.conv_pwl.weight = nn.Parameter(patched.conv_pwl.weight.detach().as_subclass(Special))
     fused.clear()
     patched(sample(patched))
     assert not BLOCKS & set(fused)
@@ -328,10 +327,8 @@ def test_weight_subclass(patched, fused):
 def test_scripting_and_tracing(fused):
     """TorchScript compiles the stock source; a trace records stock operators."""
     for name in ("test_efficientnet", "torchvision"):
-        model = build(name)
-        x = torch.randn(1, 3, 40, 40)
-        ek.patch(model, backend="reference")
-        stock = ek.unpatch(copy.deepcopy(model))
+        stock, x = build(name), torch.randn(1, 3, 40, 40)
+        model = ek.patch(copy.deepcopy(stock), backend="reference")
         with torch.no_grad():
             scripted, traced = torch.jit.script(model), torch.jit.trace(model, x)
             fused.clear()
@@ -344,9 +341,8 @@ def test_scripting_and_tracing(fused):
 def test_symbolic_tracing(fused):
     model = ek.patch(build("mobilenetv3_small_050"), backend="reference")
     x = torch.randn(1, 3, 40, 40)
-    graph = torch.fx.symbolic_trace(model)
     with torch.no_grad():
-        assert torch.equal(graph(x), ek.unpatch(model)(x))
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), ek.unpatch(model)(x))
     assert not fused
 
 
