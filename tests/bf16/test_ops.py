@@ -25,10 +25,10 @@ def cases(isa: str) -> str:
 @pytest.mark.parametrize(
     "tests",
     [
-        ["tests/ops/test_numbers.py", "tests/ops/test_special_values.py"],
+        ["tests/ops/test_numbers.py::test_grid"],
         pytest.param(["tests/ops", "--exhaustive"], marks=pytest.mark.exhaustive),
     ],
-    ids=["numbers", "everything"],
+    ids=["grid", "everything"],
 )
 def test_ops(tests, isa):
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]

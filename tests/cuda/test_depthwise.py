@@ -10,10 +10,11 @@ from effnet_kernels.backends import Problem, implementation
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, Depthwise, cells, in_turns
+from tests.ops.cases import DTYPES, Depthwise, cells
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build, cast
 from tests.ops.special_values import check_depthwise_mean, check_value, each_value, unit_bn
+from tests.thinning import in_turns
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

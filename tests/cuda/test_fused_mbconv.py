@@ -9,10 +9,11 @@ import torch
 from effnet_kernels import functional as F
 from tests.cuda.tools import check
 from tests.emulation.build import asan_is_loaded
-from tests.ops.cases import Fused, cells, in_turns
+from tests.ops.cases import Fused, cells
 from tests.ops.device import native
 from tests.ops.inputs import Problem, build, laid_out
 from tests.ops.special_values import check_value, each_value
+from tests.thinning import in_turns
 
 # A block has up to 128 pixels; chunks are 64 expanded channels; 64 output channels, or 128 in 16 bits.
 TILED = [

@@ -10,9 +10,10 @@ from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.cuda.tools import check
 from tests.emulation import build
 from tests.ops import inputs
-from tests.ops.cases import DTYPES, Pointwise, cells, in_turns
+from tests.ops.cases import DTYPES, Pointwise, cells
 from tests.ops.device import native, on_device
 from tests.ops.special_values import check_activation, check_pool, check_value, each_step, each_value, unit_bn
+from tests.thinning import in_turns
 
 # Tiles are 128 pixels by 32, 64, 96 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
 TILED = [

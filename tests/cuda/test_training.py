@@ -9,8 +9,9 @@ from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.conv_block_train import reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from effnet_kernels.training import ConvBNAct, conv_block
-from tests.ops.cases import DTYPES, in_turns
+from tests.ops.cases import DTYPES
 from tests.ops.device import DEVICE, on_device
+from tests.thinning import in_turns
 from tests.training.blocks import CASES, Case, assert_as_accurate, build, cells
 from tests.training.test_conv_block import subset
 

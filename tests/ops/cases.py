@@ -259,22 +259,6 @@ def cell_id(case: Case, dtype: torch.dtype) -> str:
     return f"{type(case).__name__}-{str(dtype)[6:]}-{case}"
 
 
-def _name(value: Any) -> str:
-    return ",".join(map(_name, value)) if type(value) is tuple else getattr(value, "__name__", str(value))
-
-
-def in_turns(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """``parametrize`` by the product of the axes: every combination of all but the shortest axis, whose values take
-    turns; the others are exhaustive."""
-    shortest = min(map(len, axes))
-    rows = []
-    for indexed in itertools.product(*map(enumerate, axes)):
-        turn, values = sum(i for i, _ in indexed), [value for _, value in indexed]
-        marks = [pytest.mark.exhaustive] * (turn % shortest != 0)
-        rows.append(pytest.param(*values, marks=marks, id="-".join(map(_name, values))))
-    return pytest.mark.parametrize(names.split(", "), rows)
-
-
 def drawn(kind: type[C]) -> st.SearchStrategy[C]:
     """Any case of the op, sizes bounded; shrinks towards few images, pixels and channels."""
     channels = st.integers(1, 70)

@@ -75,10 +75,11 @@ def native_call(problem: Problem, backend: str) -> tuple[torch._ops.OpOverload, 
 
 def opcheck(problem: Problem, backend: str) -> None:
     """torch's own checks of the op that a problem calls."""
+    args, kwargs = for_backend((problem.args, problem.kwargs), backend)
     calls: list[tuple[Any, tuple]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Op, "__call__", lambda op, *args: calls.append((op.overload, args)) or torch.zeros(()))
-        problem.call(backend)
+        problem.function(*args, **kwargs, backend=backend)
     ((overload, args),) = calls
     torch.library.opcheck(overload, args)
 

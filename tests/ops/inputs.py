@@ -17,6 +17,7 @@ from effnet_kernels.functional import BatchNorm, ConvBN, SqueezeExciteWeights
 from tests import criterion
 from tests.ops import oracle
 from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, SqueezeGate
+from tests.thinning import daily
 
 
 class Expected(NamedTuple):
@@ -246,9 +247,7 @@ sample_cells = pytest.mark.parametrize(
     ],
 )
 # Each op once, and the options of an op exhaustively.
-each_op = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * ("-" in name)) for name in SAMPLES]
-)
+each_op = pytest.mark.parametrize("name", daily(SAMPLES, [name for name in SAMPLES if "-" not in name]))
 
 
 def sample(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.guarded import Copies, death, guarded
-from tests.ops.cases import DTYPES, KINDS, Case, Fused, MBConv, dealt, hostile, in_turns
+from tests.ops.cases import DTYPES, KINDS, Case, Fused, MBConv, dealt, hostile
 from tests.ops.inputs import build, sample
+from tests.thinning import daily, in_turns
 
 # Larger than one band of rows; and windows for Winograd's algorithm.
 MORE: dict[type[Case], list[Case]] = {
@@ -26,7 +27,7 @@ def assert_within(case: Case, dtype: torch.dtype, backend: str, at_end: bool) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtypes", ["dealt", pytest.param("all", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("dtypes", daily(["dealt", "all"], ["dealt"]))
 @torch.inference_mode()
 def test_grid(kind, dtypes, backend):
     cases = [*hostile(kind), *MORE.get(kind, [])]

@@ -7,6 +7,7 @@ import effnet_kernels as ek
 from effnet_kernels.benchmarking.agreement import exact_output
 from tests.criterion import assert_as_accurate
 from tests.models import BACKENDS, images, timm_model, torchvision_model
+from tests.thinning import daily
 
 TIMM = [
     "efficientnet_b0",
@@ -47,18 +48,8 @@ EVERY_DAY = ["efficientnet_b0", "efficientnet_b0_gn", "mixnet_s", "mobilenetv2_0
              "efficientnet_v2_s"]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("library", "name", "backend"),
-    [
-        pytest.param(
-            library, name, backend,
-            marks=[pytest.mark.exhaustive] * (name not in EVERY_DAY or backend != BACKENDS[-1]),
-            id=f"{library}-{name}-{backend}",
-        )
-        for library, name in MODELS
-        for backend in BACKENDS
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("backend", daily(BACKENDS, BACKENDS[-1:]))
+@pytest.mark.parametrize(("library", "name"), daily(MODELS, [model for model in MODELS if model[1] in EVERY_DAY]))
 def test_error_is_at_most_twice_that_of_stock(library: str, name: str, backend: str) -> None:
     model = timm_model(name) if library == "timm" else torchvision_model(name)
     x = images(2, 65)  # odd: SAME pads differ on the two sides

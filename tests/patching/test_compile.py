@@ -1,6 +1,7 @@
 """Patched models under torch.compile, torch.export, fx feature extraction and DistributedDataParallel."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -11,13 +12,11 @@ from torch import nn
 import effnet_kernels as ek
 from tests.criterion import assert_same_function
 from tests.models import BACKENDS, images
-from tests.ops.cases import in_turns
 from tests.patching.conftest import NAMES, build
+from tests.thinning import daily, in_turns
 
 # Compiling takes seconds: the last backend every day.
-each_backend = pytest.mark.parametrize(
-    "backend", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in BACKENDS[:-1]), BACKENDS[-1]]
-)
+each_backend = pytest.mark.parametrize("backend", daily(BACKENDS, BACKENDS[-1:]))
 EVERY_DAY = [("test_efficientnet", BACKENDS[-1]), ("torchvision", "reference")]
 
 
@@ -38,14 +37,7 @@ def counting(targets):
     return compiler
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        pytest.param(name, backend, marks=[pytest.mark.exhaustive] * ((name, backend) not in EVERY_DAY))
-        for name in NAMES
-        for backend in BACKENDS
-    ],
-)
+@pytest.mark.parametrize(("name", "backend"), daily(itertools.product(NAMES, BACKENDS), EVERY_DAY))
 def test_one_graph_with_the_ops_in_it(name, x, backend):
     model = ek.patch(build(name), backend=backend)
     targets = []
@@ -126,7 +118,7 @@ def test_export_with_a_batch_of_any_size(x):
             torch.testing.assert_close(program.module()(more), model(more), rtol=1e-5, atol=1e-6)
 
 
-@each_backend
+@pytest.mark.exhaustive
 def test_exported_program_in_a_fresh_process(x, backend, tmp_path):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     with torch.no_grad():

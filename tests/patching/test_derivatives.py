@@ -10,8 +10,8 @@ import effnet_kernels as ek
 from effnet_kernels.modules import fusing
 from tests.criterion import assert_gradients, of_sums, rms
 from tests.models import BACKENDS, images
-from tests.ops.cases import in_turns
 from tests.patching.conftest import build
+from tests.thinning import daily, in_turns
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 
@@ -58,7 +58,7 @@ def hessian(model, x):
 
 
 @in_turns("function, training, backend", [hvp, penalty, jacobian, hessian], [False, True], BACKENDS)
-@pytest.mark.parametrize("name", ["test_efficientnet", pytest.param("torchvision", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", daily(["test_efficientnet", "torchvision"], ["test_efficientnet"]))
 def test_higher_derivatives(name, function, training, backend):
     x = images(2, 37)
     inputs = (x, images(2, 37, seed=7)) if function is hvp else (x,)

@@ -9,8 +9,8 @@ import torch
 import effnet_kernels as ek
 from tests.criterion import assert_same_function
 from tests.models import BACKENDS, images, timm_model
-from tests.ops.cases import in_turns
 from tests.patching.conftest import build
+from tests.thinning import daily, in_turns
 
 NAMES = ["test_efficientnet", "mobilenetv3_small_050", "tf_efficientnetv2_b0"]
 
@@ -24,7 +24,8 @@ DOORS = {
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}
 
 
-@in_turns("name, mode, training, backend", NAMES, list(MODES), [False, True], BACKENDS)
+@in_turns("mode, training, backend", list(MODES), [False, True], BACKENDS)
+@pytest.mark.parametrize("name", daily(NAMES, NAMES[:2]))
 def test_same_bits(name, training, mode, backend):
     """With and without checkpointing, and in the calls after the first, which are kept."""
     model = ek.patch(build(name), backend=backend).train(training)

@@ -14,8 +14,8 @@ from torch.export import Dim, ExportedProgram
 import effnet_kernels as ek
 from tests.criterion import rms
 from tests.models import images, randomize
-from tests.ops.cases import in_turns
 from tests.patching.conftest import NAMES, build
+from tests.thinning import daily, in_turns
 
 DYNAMIC = ({0: Dim("n", min=1), 2: Dim("h", min=33), 3: Dim("w", min=33)},)
 
@@ -56,9 +56,7 @@ def run_fresh(code: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], check=True, cwd=folder)
 
 
-@pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES[1:-1]), NAMES[-1]]
-)
+@pytest.mark.parametrize("name", daily(NAMES, NAMES[::3]))
 def test_decompositions_end_in_stock_ops(name, x):
     model = ek.patch(build(name))
     program = torch.export.export(model, (x,))
@@ -69,7 +67,7 @@ def test_decompositions_end_in_stock_ops(name, x):
         assert_same(decomposed.module()(x), model(x))
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("strict", daily([False, True], [False]))
 def test_decomposed_for_every_size(strict):
     model = Blocks()
     with torch.no_grad():
@@ -96,11 +94,7 @@ def test_same_padding_of_every_size(strict, size):
                 assert_same(decomposed.module()(more), model(more))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.exhaustive) for dtype in (torch.float16, torch.float64))],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", daily([torch.bfloat16, torch.float16, torch.float64], [torch.bfloat16]))
 def test_decomposed_in_other_dtypes(dtype):
     model, x = Blocks().to(dtype), images(2, 37).to(dtype)
     with torch.no_grad(), ek.use_backend("reference"):
@@ -124,6 +118,7 @@ def test_a_table_without_an_op_keeps_it():
     assert stock(program.run_decompositions())
 
 
+@pytest.mark.exhaustive
 def test_compilers_keep_the_ops_after_export_has_decomposed_them():
     model, x = Blocks(), images(2, 37)
     with torch.no_grad():

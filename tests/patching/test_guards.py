@@ -16,8 +16,8 @@ import effnet_kernels as ek
 from effnet_kernels.modules import fusing
 from tests.criterion import assert_same_function
 from tests.models import BACKENDS, images, timm_model
-from tests.ops.cases import in_turns
 from tests.patching.conftest import build
+from tests.thinning import in_turns
 
 BLOCKS = {"mbconv", "fused_mbconv", "train"}
 

@@ -12,8 +12,8 @@ import effnet_kernels as ek
 from effnet_kernels.patching import core
 from tests.criterion import assert_same_function
 from tests.models import BACKENDS, images, timm_model, torchvision_model
-from tests.ops.cases import in_turns
 from tests.patching.conftest import NAMES, build
+from tests.thinning import in_turns
 
 
 @pytest.mark.parametrize("function", [ek.patch, ek.unpatch, ek.report])

@@ -10,6 +10,7 @@ import torch
 
 from tests.guarded import Copies, death, guarded
 from tests.processor import NATIVE
+from tests.thinning import daily
 from tests.training.blocks import CASES, Case, build
 
 
@@ -22,9 +23,7 @@ def assert_within(case: Case, dtype: torch.dtype, at_end: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    "isa", [pytest.param(isa, marks=[pytest.mark.exhaustive] * (isa != NATIVE[-1])) for isa in NATIVE]
-)
+@pytest.mark.parametrize("isa", daily(NATIVE, NATIVE[-1:]))
 def test_bounds(isa):
     # In a process of its own: one that has run backward cannot fork and run it again.
     environment = {**os.environ, "EFFNET_KERNELS_CPU_ISA": isa}

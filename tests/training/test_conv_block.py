@@ -7,8 +7,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, batch_norm_act, conv_block
-from tests.ops.cases import in_turns
 from tests.ops.special_values import lost_convolutions
+from tests.thinning import in_turns
 from tests.training.blocks import (
     CASES,
     Case,

@@ -14,6 +14,7 @@ from tests.criterion import GRADIENTS, assert_as_accurate, measuring, rms
 from tests.models import BACKENDS, images, randomize, timm_model, torchvision_model
 from tests.patching.conftest import build
 from tests.training.saved import saved_bytes
+from tests.whole_models import narrow
 
 
 @pytest.fixture(params=BACKENDS)
@@ -33,15 +34,9 @@ def chains(monkeypatch):
 
 def narrow_b0(**kwargs: object) -> nn.Module:
     """EfficientNet-B0 with a quarter of its channels, one block a stage, in training mode."""
-    timm = pytest.importorskip("timm")
-    args = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r2_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c16_se0.25"]
-    from timm.models._efficientnet_builder import decode_arch_def
-
     torch.manual_seed(0)
-    model = timm.models.efficientnet.EfficientNet(
-        decode_arch_def([[a] for a in args]), num_classes=10, num_features=64, stem_size=8, act_layer=nn.SiLU, **kwargs
-    )
-    return randomize(model).train()
+    stages = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r2_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c16_se0.25"]
+    return randomize(narrow(stages, num_features=64, **kwargs)).train()
 
 
 def narrow_v2() -> nn.Module:

@@ -7,10 +7,11 @@ from effnet_kernels.ops import triton_common
 from effnet_kernels.ops.fused_mbconv import triton as fused
 from effnet_kernels.ops.fused_mbconv.triton import FLAT_BELOW
 from tests.ops import oracle
-from tests.ops.cases import Fused, Pointwise, cell_id
+from tests.ops.cases import Fused, Pointwise
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_pool, check_value, each_value
+from tests.thinning import daily
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TILED = [
@@ -30,10 +31,7 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [pytest.param(*each, marks=[pytest.mark.exhaustive] * (i % 2), id=cell_id(*each)) for i, each in enumerate(TILED)],
-)
+@pytest.mark.parametrize(("case", "dtype"), daily(TILED, TILED[::2]))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_many_tiles(case, dtype):

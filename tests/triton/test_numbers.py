@@ -23,7 +23,6 @@ from tests.ops.cases import (
     few_cells,
     fits,
     hostile,
-    in_turns,
 )
 from tests.ops.device import native
 from tests.ops.inputs import build
@@ -34,6 +33,7 @@ from tests.ops.special_values import (
     check_value,
     each_step,
 )
+from tests.thinning import in_turns
 
 HOSTILE = [case for kind in KINDS for case in hostile(kind)[:: 3 if kind is MBConv else 1]]
 # More than one tile each way, and every class of tiles.

@@ -6,9 +6,10 @@ import torch
 from effnet_kernels import functional as F
 from effnet_kernels.ops.mbconv import triton as mbconv
 from effnet_kernels.ops.squeeze_excite_gate import triton as squeeze_excite_gate
-from tests.ops.cases import MBConv, SqueezeGate, in_turns
+from tests.ops.cases import MBConv, SqueezeGate
 from tests.ops.device import native
 from tests.ops.inputs import build
+from tests.thinning import in_turns
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.training import batch_norm_act
 from tests.models import images, randomize
 from tests.ops.device import DEVICE
+from tests.thinning import daily
 from tests.training.blocks import Case, assert_as_accurate, assert_memory_does_not_matter, build
 from tests.training.test_models import assert_as_accurate_as_stock
+from tests.whole_models import narrow
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
@@ -31,28 +33,16 @@ CASES = [
     (Case(kinds="n", widths=(19, 19), last_act="silu", residual=True, hw=(12, 13)), torch.float16),
     (Case(kinds="n", widths=(70, 70), last_act="silu", frozen="0"), torch.float32),
 ]
+DEPTHWISE = Case(kinds="d", widths=(18, 18), hw=(5, 3))
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        pytest.param(case, dtype, marks=[pytest.mark.exhaustive] * (i % 2), id=f"{dtype}-{case}")
-        for i, (case, dtype) in enumerate(CASES)
-    ],
-)
+@pytest.mark.parametrize(("case", "dtype"), daily(CASES, CASES[::2]))
 @pytest.mark.usefixtures("poison")
 def test_gradients(case, dtype):
     assert_as_accurate(build(case, dtype), dtype, "triton")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(kinds="d", widths=(18, 18), hw=(5, 3)),
-        *(pytest.param(CASES[i][0], marks=pytest.mark.exhaustive) for i in (0, 10)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", daily([DEPTHWISE, CASES[0][0], CASES[10][0]], [DEPTHWISE]))
 def test_saved_tensors_may_come_back_in_other_memory(case):
     assert_memory_does_not_matter(build(case).to(torch.float32, torch.float32).on_device(), "triton")
 
@@ -135,15 +125,9 @@ def test_a_bias_of_any_layout():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="stock and exact gradients are computed on the CPU")
 def test_a_step_of_a_narrow_model():
-    timm = pytest.importorskip("timm")
-    from timm.models._efficientnet_builder import decode_arch_def
-
     torch.manual_seed(0)
-    blocks = decode_arch_def([["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r1_k5_s2_e2_c8_se0.25"]])
-    model = timm.models.efficientnet.EfficientNet(
-        blocks, num_classes=3, num_features=16, stem_size=8, act_layer=torch.nn.SiLU
-    )
-    model = randomize(model).train()
+    stages = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k5_s2_e2_c8_se0.25"]
+    model = randomize(narrow(stages, num_classes=3, num_features=16)).train()
     twin = ek.patch(copy.deepcopy(model), backend="triton")
     assert len(ek.report(twin).patched) == 4  # stem, two blocks, head
     assert_as_accurate_as_stock(model, twin, images(2, 12))
