@@ -219,6 +219,7 @@ print(os.path.exists(os.environ["CALLED"]))
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch calls no CUDA driver")
+@pytest.mark.exhaustive
 def test_what_parts_are_forked_from_has_called_no_driver(tmp_path):
     """CUDA does not survive a fork. The driver here only tells whether anybody has called it."""
     pytest.importorskip("timm")
