@@ -217,12 +217,17 @@ def fits(case: Case, dtype: torch.dtype) -> bool:
     return dtype != torch.float16 or case.values in ("normal", "saturated")
 
 
+def settings_of(case: Case) -> set[tuple]:
+    """What a case tries: of an empty batch that it is one, for nothing is computed."""
+    return {(type(case), name, value) for name, value in vars(case).items() if case.n or name == "n"}
+
+
 def dealt(cases: Iterable[Case]) -> list[tuple[Case, torch.dtype]]:
     """A dtype for each case: that in which most of its settings have not come yet."""
     seen: dict[torch.dtype, set] = {dtype: set() for dtype in DTYPES}
     dealt = []
-    for case in cases:
-        settings = {(type(case), *item) for item in vars(case).items()}
+    for case in sorted(cases, key=lambda case: fits(case, torch.float16)):  # last those that can be of any
+        settings = settings_of(case)
         fitting = [dtype for dtype in DTYPES if fits(case, dtype)]
         dtype = max(fitting, key=lambda dtype: (len(settings - seen[dtype]), -len(seen[dtype])))
         seen[dtype] |= settings
@@ -244,9 +249,10 @@ def few_cells(cases: Iterable[Case]) -> list[Any]:
     """Each case in the dtype that it is dealt; what is not needed for every setting, and for every activation in every
     dtype, is exhaustive. For backends that an emulation or an interpreter runs slowly."""
     left = dealt(cases)
-    needed = {each: {(type(each[0]), *item) for item in vars(each[0]).items()} for each in left}
-    for (case, dtype), settings in needed.items():
-        settings.add((type(case), dtype, case.act))
+    needed = {
+        (case, dtype): settings_of(case) | ({(type(case), dtype, case.act)} if case.n else set())
+        for case, dtype in left
+    }
     missing, few = set().union(*needed.values()), []
     while missing:
         few.append(max(left, key=lambda each: len(needed[each] & missing)))
