@@ -139,6 +139,7 @@ def test_compilers_keep_the_ops_after_export_has_decomposed_them():
         assert len(traced) == count
 
 
+@pytest.mark.exhaustive
 def test_the_first_use_of_a_library_is_not_exported():
     """What a fresh process finds out while it exports is no part of the program."""
     code = """
@@ -165,6 +166,7 @@ def test_training_decomposes():
         assert_same(state[name].double(), buffer.double())
 
 
+@pytest.mark.exhaustive
 def test_forward_and_backward_decompose():
     from torch.export.experimental import _export_forward_backward
 
@@ -191,6 +193,7 @@ def test_forward_and_backward_decompose():
         assert rms(outputs[output] - exact.get_parameter(name).grad) <= 1e-5 * scale
 
 
+@pytest.mark.exhaustive
 def test_openvino():
     openvino = pytest.importorskip("openvino")
     model = Blocks()
