@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&- | sort -u),9.0a)
 WHEEL_CUDA_ARCH_LIST ?=
 
-.PHONY: native demo test test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction machine-code wheel clean help
+.PHONY: native demo test test-all test-latest sanitize bench gpu gpu-kernels report build lint format coverage-table kernels prediction machine-code wheel clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -51,12 +51,15 @@ test: build  ## run the whole test suite
 	@echo "==> tests, $(TEST_PROCESSES) processes"
 	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
+test-all: override PYTEST_ARGS += --exhaustive
+test-all: test  ## run what `make test` leaves out, too: all combinations, compilers, rehearsals
+
 # The newest torch, in an environment of its own: constraints-latest.txt says which. The libraries are those of `make
 # build`, and the package is the source tree. Of the suite: whatever asks torch or Triton for something, the longest first.
 LATEST := build/latest
 LATEST_TESTS := tests/test_ahead_of_time.py tests/test_internals.py tests/patching tests/modules tests/training \
 	tests/ops/test_registration.py tests/ops/test_gradients.py tests/ops/test_autocast.py tests/triton \
-	--ignore=tests/training/test_bounds.py --ignore=tests/triton/test_numbers.py
+	--exhaustive --ignore=tests/training/test_bounds.py --ignore=tests/triton/test_numbers.py
 
 $(LATEST)/.requirements: constraints-latest.txt
 	@echo "==> environment in $(LATEST): the newest torch (a large download the first time)"
@@ -72,7 +75,7 @@ test-latest: build $(LATEST)/.requirements  ## run what asks torch for something
 sanitize: build  ## run the tests of the native and the emulated kernels under AddressSanitizer
 	@$(BIN)/python -m csrc.build sanitized
 	@$(BIN)/python -m tests.sanitizers $(PYTEST_ARGS)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.asan -q tests/cuda $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulation.asan -q --exhaustive tests/cuda $(PYTEST_ARGS)
 
 bench: build  ## measure ops, blocks and models; writes benchmarks/results/
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -q $(BENCH_ARGS)

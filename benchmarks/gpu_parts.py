@@ -95,7 +95,7 @@ def ceilings(record: Record, scope: Scope) -> None:
 
 def tests(record: Record, scope: Scope) -> None:
     """``pytest -m gpu``: the kernels natively. Without a GPU they are only collected."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "--exhaustive", "-m", "gpu"]
     # The tuner compiles hundreds of tiles one after the other, and its own tests run anywhere.
     command += ["tests/gpu", "tests/cuda", "tests/triton", "--ignore", "tests/triton/test_tuner.py"]
     if scope.device == "cpu":

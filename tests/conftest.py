@@ -27,11 +27,22 @@ from tests.models import BACKENDS
 from tests.processor import EMULATED, NATIVE
 
 # The same examples on every run; a machine may be slow, and fixtures may serve all examples of a test.
-settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-settings.load_profile("tests")
+settings.register_profile("exhaustive", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile("tests", settings.get_profile("exhaustive"), max_examples=15)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also what is marked exhaustive, as make test-all does")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("exhaustive" if config.getoption("exhaustive") else "tests")
     if os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") in ("", "0") or hasattr(config, "workerinput"):
         return
     available, reason = native.cpu_available()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.dispatch import backends
-from tests.ops.oracle import stock_error
 
 # The reference and, where it is built, the native library; both run every test of modules and patching.
 BACKENDS = ["reference", *(["cpu"] if backends()["cpu"][0] else [])]
@@ -82,26 +81,6 @@ def _torchvision_model(name: str, **kwargs: object) -> nn.Module:
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)  # stochastic depth while calibrating
     return calibrate(randomize(torchvision.models.get_model(name, weights=None, **kwargs)), images(4, seed=2))
-
-
-def in_double(model: nn.Module, x: Tensor) -> Tensor:
-    """What the stock model would give without rounding."""
-    with torch.no_grad():
-        return copy.deepcopy(model).double()(x.double())
-
-
-def rms(error: Tensor) -> float:
-    """Root mean square."""
-    return error.double().square().mean().sqrt().item()
-
-
-def assert_as_accurate(y: Tensor, stock: Tensor, exact: Tensor) -> None:
-    """At most twice stock's error and two units in the last place, as root mean squares.
-
-    In 16 bits ``stock`` is what stock modules give ``measuring``.
-    """
-    allowed = 2 * rms(stock_error(stock, exact)) + 2 * torch.finfo(y.dtype).eps * rms(exact)
-    assert rms(y - exact) <= allowed, f"error {rms(y - exact):.3g}, allowed {allowed:.3g}"
 
 
 def in_two_threads(work: Callable[[int], object]) -> None:

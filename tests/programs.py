@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import effnet_kernels as ek
 from effnet_kernels.modules.program import Program
+from tests.models import images, randomize
 
 
 @pytest.fixture
@@ -34,3 +36,17 @@ def warm(module: nn.Module, x: Tensor) -> list[Tensor]:
 @torch.inference_mode()
 def the_long_way(module: nn.Module, x: Tensor) -> Tensor:
     return copy.deepcopy(module)(x)
+
+
+def make() -> ek.MBConv:
+    return randomize(ek.MBConv(8, 8, exp_ratio=4.0, se_layer=ek.SqueezeExcite, act_layer=nn.SiLU)).eval()
+
+
+@pytest.fixture
+def block():
+    return make()
+
+
+@pytest.fixture
+def x():
+    return images(2, 9, 8).to(memory_format=torch.channels_last)

@@ -26,7 +26,7 @@ def uninterpreted() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_tile_compiles_to_what_was_meant(arch):
     """A process of its own: under the interpreter, which serves the other tests, nothing can be compiled."""
     command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
@@ -37,7 +37,7 @@ def test_every_tile_compiles_to_what_was_meant(arch):
         assert f"\n{op} " in result.stdout, f"no {op} for sm_{arch}"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bfloat16_model_compiles_to_what_was_meant():
     command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--tiles", "--jobs", "1"]
     command += ["--models", "tf_efficientnetv2_s", "--dtypes", "bfloat16", "--archs", "90"]
@@ -134,6 +134,7 @@ for arch in (80, 90, 100):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_lane_of_a_stem_knows_its_taps():
     """It loads 27 elements for each of two pixels, up to 32 of weights and 8 of vectors: with lanes along the window's
     axis it could not know which of its 32 elements are none, and would compare and address each of them."""
@@ -158,6 +159,7 @@ for launch in precompile.record_model("tf_efficientnetv2_s", 64, 2, torch.float1
 """
 
 
+@pytest.mark.exhaustive
 def test_dense_windows_are_copied_through_the_l1():
     """By 8 bytes, and weights past it, by 16."""
     result = subprocess.run([sys.executable, "-c", COUNT_COPIES], env=uninterpreted(), capture_output=True, text=True)
@@ -239,7 +241,7 @@ for arch in (80, 90, 100):
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_of_training_compile_without_spills():
     command = [sys.executable, "-c", COMPILE_TRAINING]
     result = subprocess.run(command, env=uninterpreted(), capture_output=True, text=True)
@@ -266,6 +268,7 @@ for window in ((3, 1), (5, 2)):
 )
 
 
+@pytest.mark.exhaustive
 def test_training_at_a_new_size_or_batch_compiles_nothing():
     """Progressive learning, by Triton's own key; the larger maps have their sums put together in several levels."""
     result = subprocess.run([sys.executable, "-c", COUNT_TRAINING], env=uninterpreted(), capture_output=True, text=True)

@@ -112,7 +112,7 @@ def test_bench_says_how_to_install_missing_peers(monkeypatch, capsys):
         assert f"{name}: {name} is needed for this: pip install 'effnet-kernels[peers]'" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_demo_compares_three_models_and_plots(tmp_path, capsys):
     for package in ("torchvision", "sklearn", "matplotlib", "PIL"):
         pytest.importorskip(package)

@@ -18,6 +18,7 @@ from effnet_kernels import native
 from tests.emulation import build
 
 pytestmark = [
+    pytest.mark.exhaustive,  # reading the library takes half a minute
     pytest.mark.skipif(not native._CUDA_LIBRARY.exists(), reason="the CUDA library is not built"),
     pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump comes with Triton"),
 ]

@@ -11,6 +11,7 @@ import torch
 
 import effnet_kernels
 from effnet_kernels import internals
+from tests.thinning import daily
 
 PACKAGE = Path(effnet_kernels.__file__).parent
 # Public names that begin with an underscore: of named tuples, and of os.
@@ -190,7 +191,7 @@ operator.attrgetter = whole
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", daily(NAMES, NAMES[:1]))
 def test_without_a_name_results_are_those_of_stock(name):
     pytest.importorskip("timm")
     code = LIFE.format(remove=textwrap.dedent(without(name)), missing=f"torch.{name}")

@@ -68,6 +68,7 @@ def packed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_compiled_where_kernels_were_unpacked(packed):
     counted, found, kernels = run(UNPACK, packed, "second").splitlines()
     assert len(set(counted.split())) == 1
@@ -100,6 +101,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_cache_that_was_moved_or_cannot_be_written(packed):
     """Of a moved one the files are there, under paths that are no more."""
     count, again, refused = run(MOVED, packed, "third").splitlines()
@@ -111,6 +113,7 @@ def test_a_cache_that_was_moved_or_cannot_be_written(packed):
             assert os.path.getsize(path)
 
 
+@pytest.mark.exhaustive
 def test_kernels_are_small(packed):
     """Those of B0, B4, V2-S and lite0 are 137, and may take 8 MiB together."""
     with zipfile.ZipFile(packed / "kernels.zip") as archive:
@@ -139,6 +142,7 @@ def rewritten(packed, target, **changes) -> None:
         ({"architecture": "ninety"}, "not a file of packed kernels"),
     ],
 )
+@pytest.mark.exhaustive
 def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, changes, said):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     rewritten(packed, tmp_path / "other.zip", **changes)
@@ -160,6 +164,7 @@ def test_what_another_version_packed_is_refused(packed, tmp_path, monkeypatch, c
         ("name", 5, "not a file of packed kernels"),
     ],
 )
+@pytest.mark.exhaustive
 def test_kernels_of_other_code_are_refused(packed, tmp_path, monkeypatch, entry, value, said):
     """They would never be found, and nobody would know."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -187,6 +192,7 @@ def test_what_is_no_file_of_kernels_is_refused(tmp_path, capsys, content):
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_file_that_is_damaged_is_refused(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     whole = (packed / "kernels.zip").read_bytes()
@@ -221,6 +227,7 @@ def test_what_cannot_be_packed_is_said_in_one_line(arguments, said, tmp_path, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_the_command(tmp_path, packed):
     file = tmp_path / "kernels.zip"
     command = [sys.executable, "-m", "effnet_kernels", "pack", "--model", "efficientnet_b0", "--out", str(file)]

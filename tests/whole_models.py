@@ -6,10 +6,10 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
+from tests.criterion import measuring
 from tests.models import calibrate, images, randomize
-from tests.ops.cases import DTYPES
 from tests.ops.device import DEVICE
-from tests.ops.oracle import measuring
+from tests.thinning import daily
 
 # The blocks of B0 and of V2, narrow.
 B0 = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c12_se0.25"]
@@ -23,7 +23,8 @@ def narrow(stages: list[str], **arguments) -> nn.Module:
     from timm.models.efficientnet import EfficientNet
 
     stages = decode_arch_def([[stage] for stage in stages])
-    return EfficientNet(stages, num_classes=10, stem_size=8, num_features=32, act_layer=nn.SiLU, **arguments)
+    small = {"num_classes": 10, "stem_size": 8, "num_features": 32, "act_layer": nn.SiLU}
+    return EfficientNet(stages, **small | arguments)
 
 
 def torchvision_efficientnet() -> nn.Module:
@@ -36,21 +37,21 @@ def torchvision_efficientnet() -> nn.Module:
     return efficientnet.EfficientNet(stages, 0.2, 0.0, num_classes=10, last_channel=32)
 
 
-# What every kernel backend is tried on: a model and the dtype.
-CASES = [
-    *(pytest.param(lambda: narrow(B0), dtype, id=f"b0-{dtype}") for dtype in DTYPES),
-    *(
-        pytest.param(lambda: narrow(V2, pad_type="same"), dtype, id=f"v2-padded-as-tensorflow-{dtype}")
-        for dtype in DTYPES[1:]
-    ),
-    pytest.param(lambda: pytest.importorskip("timm").create_model("test_efficientnet"), torch.float32, id="timm"),
-    pytest.param(torchvision_efficientnet, torch.float32, id="torchvision"),
-]
+MODELS = {
+    "b0": lambda: narrow(B0),
+    "v2-padded-as-tensorflow": lambda: narrow(V2, pad_type="same"),
+    "timm": lambda: pytest.importorskip("timm").create_model("test_efficientnet"),
+    "torchvision": torchvision_efficientnet,
+}
+EVERY_DAY = [("b0", torch.float16), ("v2-padded-as-tensorflow", torch.bfloat16), ("torchvision", torch.float32)]
+REST = [("b0", torch.float32), ("b0", torch.bfloat16), ("v2-padded-as-tensorflow", torch.float16)]
+CASES = [*EVERY_DAY, *REST, ("timm", torch.float32)]
+each_model = pytest.mark.parametrize(("name", "dtype"), daily(CASES, EVERY_DAY))
 
 
-def agrees(model: nn.Module, backend: str, dtype: torch.dtype = torch.float32) -> bool:
+def agrees(name: str, backend: str, dtype: torch.dtype) -> bool:
     """Whether the patched model's error is within the bounds, nothing being left stock."""
-    model = calibrate(randomize(model), images(4, 48)).to(DEVICE, dtype)
+    model = calibrate(randomize(MODELS[name]()), images(4, 48)).to(DEVICE, dtype)
     x = images(2, 25).to(DEVICE, dtype)
     with torch.inference_mode():
         with measuring():

@@ -12,10 +12,7 @@ import pytest
 from tests.bf16 import build
 from tests.processor import LACKING
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable())),
-]
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
 
 def cases(isa: str) -> str:
@@ -25,10 +22,18 @@ def cases(isa: str) -> str:
 
 
 @pytest.mark.parametrize("isa", LACKING)
-def test_ops(isa):
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["tests/ops/test_numbers.py::test_grid"],
+        pytest.param(["tests/ops", "--exhaustive"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["grid", "everything"],
+)
+def test_ops(tests, isa):
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, "-p", "tests.bf16.emulated", "tests/ops", "-k", cases(isa)],
+        [*command, "-p", "tests.bf16.emulated", *tests, "-k", cases(isa)],
         cwd=build.ROOT,
         env={**os.environ, "PYTHONPATH": str(build.ROOT), "EMULATED_SET": isa},
         capture_output=True,

@@ -4,52 +4,27 @@ import re
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from effnet_kernels.native import _cuda_build
-from effnet_kernels.ops.common import Op
-from tests.cuda.tools import native_call
-from tests.ops.device import DEVICE, on_device
-from tests.ops.inputs import SAMPLES, sample
-from tests.ops.test_native_arguments import _describe, spoiled
+from tests.ops.device import DEVICE, native_call, on_device, opcheck
+from tests.ops.inputs import SAMPLES, each_op, sample
+from tests.ops.test_native_arguments import assert_refused
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_bad_arguments_are_refused(name):
-    """An exception that names the argument, whatever is wrong with whichever; and the good ones still work."""
-    op, args = native_call(sample(name))
-    good = list(args)
+    """And named, but for what ends in the dispatcher. An argument whose sizes are read from another may be named for
+    it."""
+    op, args = native_call(sample(name), "cuda")
     names = re.compile(rf"\b({'|'.join(a.name for a in op._schema.arguments)})\b[^,:]* (must|is no activation)")
-    taken, unnamed = [], []
-    for position, value in enumerate(good):
-        argument = op._schema.arguments[position].name
-        if name == "mbconv-separable" and argument in ("se_act", "se_gate"):
-            continue  # there is no SE
-        for bad in spoiled(value):
-            described = f"{argument}: {_describe(bad)} instead of {_describe(value)}"
-            try:
-                op(*good[:position], bad, *good[position + 1 :])
-            except (RuntimeError, NotImplementedError) as error:
-                # An argument whose sizes are read from another may be named for it. "meta" ends in the dispatcher.
-                if "meta" not in described and not names.search(str(error)):
-                    unnamed.append(f"{described}: {error}")
-                continue
-            taken.append(described)
-    assert not taken, "taken although wrong:\n" + "\n".join(taken)
+    refusals = assert_refused(name, op, args)
+    unnamed = [f"{bad}: {error}" for bad, error in refusals.items() if "meta" not in bad and not names.search(error)]
     assert not unnamed, "not named:\n" + "\n".join(unnamed)
-    op(*good)
-    assert torch.isfinite(good[0]).all()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name, monkeypatch):
-    problem = sample(name)
-    calls = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Op, "__call__", lambda op, *args: calls.append((op.overload, args)) or torch.zeros(()))
-        problem.call("cuda")
-    ((overload, args),) = calls
-    torch.library.opcheck(overload, on_device(tree_map(lambda leaf: leaf, args)))
+@each_op
+def test_opcheck(name):
+    opcheck(sample(name), "cuda")
 
 
 @torch.no_grad()

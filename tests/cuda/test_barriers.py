@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.test_training import IMAGES_TOGETHER, problem_of
+from tests.cuda.test_training import IMAGES_TOGETHER
 from tests.cuda.test_training import TILED as TRAINING
 from tests.emulation.build import asan_is_loaded
 from tests.ops import inputs
 from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze
+from tests.training import blocks
 
 
 class Spoilt(NamedTuple):
@@ -89,7 +90,7 @@ def problem(case, dtype) -> Callable[[], list[Tensor]]:
         return functools.partial(spoilt.call, "cuda")
     if isinstance(case, Case):
         return functools.partial(inputs.build(case, dtype).call, "cuda")
-    return functools.partial(problem_of(case, dtype).to(dtype, torch.float32).run, "cuda")
+    return functools.partial(blocks.build(case, dtype).to(dtype, torch.float32).run, "cuda")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 
 from tests.cuda.tools import check
 from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, fits
+from tests.thinning import daily
 
 TILE = 128  # pixels: as many images as fill it share a block
 
@@ -39,16 +40,15 @@ def drawn(kind: type[Case], count: int) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        pytest.param(case, dtype, id=f"{kind.__name__}-{str(dtype)[6:]}-{case}")
-        for kind, count in ((MBConv, 45), (Depthwise, 12), (Fused, 15), (Pointwise, 9))
-        for i, case in enumerate(drawn(kind, count))
-        for dtype in (DTYPES[i % 3],)
-        if fits(case, dtype)
-    ],
-)
+CASES = [
+    (case, DTYPES[i % 3])
+    for kind, count in ((MBConv, 45), (Depthwise, 12), (Fused, 15), (Pointwise, 9))
+    for i, case in enumerate(drawn(kind, count))
+    if fits(case, DTYPES[i % 3])
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), daily(CASES, CASES[::2]))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_corners(case, dtype, emulation):

@@ -4,25 +4,21 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
 from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.ops.activations import ACTIVATIONS
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, Case, Depthwise, drawn, fits, hostile, real
+from tests.ops.cases import DTYPES, Depthwise, cells
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build, cast
 from tests.ops.special_values import check_depthwise_mean, check_value, each_value, unit_bn
+from tests.thinning import in_turns
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def compiled(case: Depthwise) -> bool:
-    return case.kernel in KERNELS and case.stride in STRIDES
+WINDOWS = list(itertools.product(KERNELS, STRIDES))
 
 
 # More than one block each way, strips that end outside the map, and more than one partial sum down a column.
@@ -38,56 +34,26 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize("case", [case for case in hostile(Depthwise) if compiled(case)], ids=str)
-@each_dtype
+@in_turns("window, act, dtype", WINDOWS, ACTIVATIONS, DTYPES)
 @torch.no_grad()
-def test_hostile(case, dtype):
-    if not fits(case, dtype):
-        pytest.skip("overflows in stock layers")
-    oracle.check(native(build(case, dtype)), "cuda")
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize(("kernel", "stride"), list(itertools.product(KERNELS, STRIDES)))
-@each_dtype
-@torch.no_grad()
-def test_every_instance(dtype, kernel, stride, act):
+def test_every_instance(window, act, dtype):
     """What is compiled separately, or is a branch of its own: vectors of channels and, for odd C, single ones."""
+    kernel, stride = window
     for c in (16, 20, 3):
-        oracle.check(
-            native(build(Depthwise(2, (9, 13), act, kernel=kernel, stride=stride, padding="tf", c=c), dtype)), "cuda"
-        )
+        case = Depthwise(2, (9, 13), act, kernel=kernel, stride=stride, padding="tf", c=c)
+        oracle.check(native(build(case, dtype)), "cuda")
 
 
-@pytest.mark.parametrize("c", [1, 3, 8, 12, 20, 64, 130])
-@pytest.mark.parametrize("hw", [(1, 1), (2, 5), (13, 1), (8, 8)], ids=str)
-@each_dtype
+@in_turns("c, hw, dtype", [1, 3, 8, 12, 20, 64, 130], [(1, 1), (2, 5), (13, 1), (8, 8)], DTYPES)
 @torch.no_grad()
-def test_channels_and_small_maps(dtype, hw, c):
-    for kernel, stride in itertools.product(KERNELS, STRIDES):
+def test_channels_and_small_maps(c, hw, dtype):
+    for kernel, stride in WINDOWS:
         oracle.check(native(build(Depthwise(3, hw, kernel=kernel, stride=stride, c=c), dtype)), "cuda")
 
 
-@pytest.mark.parametrize("case", TILED, ids=str)
-@each_dtype
+@pytest.mark.parametrize(("case", "dtype"), cells(TILED))
 @torch.no_grad()
 def test_many_blocks(case, dtype, schedule):
-    oracle.check(native(build(case, dtype)), "cuda")
-
-
-@pytest.mark.parametrize("case", real(Depthwise)[:8:3], ids=str)
-@torch.no_grad()
-def test_real_shapes(case):
-    oracle.check(native(build(case, torch.bfloat16)), "cuda")
-
-
-@settings(max_examples=12)
-@given(data=st.data())
-@torch.no_grad()
-def test_any_shape(data):
-    case: Case = data.draw(drawn(Depthwise))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    assume(compiled(case) and fits(case, dtype))
     oracle.check(native(build(case, dtype)), "cuda")
 
 

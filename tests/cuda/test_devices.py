@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tests.cuda.test_training import TILED, problem_of
-from tests.cuda.tools import native_call
+from tests.cuda.test_training import TILED
 from tests.emulation.build import as_cuda
 from tests.ops.cases import Fused, MBConv
-from tests.ops.device import native
+from tests.ops.device import native, native_call
 from tests.ops.inputs import SAMPLES, build, sample
+from tests.training import blocks
 
 H100 = 90
 # Every op in each of its forms.
@@ -29,13 +29,13 @@ def recorded(name: str) -> tuple[Any, tuple]:
         op, (out, mean, *rest, _) = recorded("depthwise_conv_bn_act")
         return op, (out, mean.new_empty(0), *rest, False)
     if name not in TRAINING:
-        return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name))
+        return native_call(build(FORMS[name], torch.float32) if name in FORMS else sample(name), "cuda")
     calls: list[tuple] = []
     packet = getattr(torch.ops.effnet_kernels_cuda, name)
     with pytest.MonkeyPatch.context() as patch:
         op = packet.default
         patch.setattr(packet, "default", lambda *args: calls.append(args) or op(*args))
-        problem_of(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
+        blocks.build(TILED[2], torch.float32).to(torch.float32, torch.float32).run("cuda")
     return op, tree_map_only(torch.Tensor, torch.Tensor.detach, calls[0])
 
 
@@ -99,7 +99,7 @@ def test_a_call_uses_the_device_of_its_tensors_alone(name, runtime):
 
 
 def test_the_device_that_a_thread_was_on_is_current_again(runtime):
-    op, args = native_call(sample("mbconv"))
+    op, args = native_call(sample("mbconv"), "cuda")
 
     def run() -> tuple[int, int]:
         runtime.set_device(80)
@@ -111,7 +111,7 @@ def test_the_device_that_a_thread_was_on_is_current_again(runtime):
 
 
 def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
-    op, args = native_call(sample("pointwise_conv_bn_act"))
+    op, args = native_call(sample("pointwise_conv_bn_act"), "cuda")
 
     def run() -> int:
         runtime.set_device(80)
@@ -124,7 +124,7 @@ def test_a_call_that_is_refused_leaves_the_device_as_it_was(runtime):
 
 def test_a_thread_in_which_no_context_is_current(runtime):
     """Another library has put it away: torch and this library have numbers of their own to go by."""
-    op, args = native_call(sample("pointwise_conv_bn_act"))
+    op, args = native_call(sample("pointwise_conv_bn_act"), "cuda")
 
     def run() -> list[torch.Tensor]:
         runtime.set_torch_device(1)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from effnet_kernels import functional as F
-from tests.cuda.tools import check, cycled
+from tests.cuda.tools import check
 from tests.emulation.build import asan_is_loaded
-from tests.ops import oracle
-from tests.ops.cases import DTYPES, Fused
+from tests.ops.cases import Fused, cells
 from tests.ops.device import native
 from tests.ops.inputs import Problem, build, laid_out
 from tests.ops.special_values import check_value, each_value
+from tests.thinning import in_turns
 
 # A block has up to 128 pixels; chunks are 64 expanded channels; 64 output channels, or 128 in 16 bits.
 TILED = [
@@ -69,16 +69,14 @@ STEMS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cells(TILED))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
     check(case, dtype, emulation)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", RESIDENT, ids=str)
+@in_turns("case, dtype", RESIDENT, HALVES)
 @pytest.mark.usefixtures("poison", "multiprocessors")
 @torch.no_grad()
 def test_resident_weights(case, dtype, emulation):
@@ -93,16 +91,14 @@ def test_strides_of_one_image_change_no_bit():
     assert torch.equal(native(other).call("cuda")[0], native(problem).call("cuda")[0])
 
 
-@pytest.mark.parametrize("case", PARTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_turns("case, dtype", PARTS, [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_parts_of_the_input_channels(case, dtype, emulation, device):
     check(case, dtype, emulation, seeds=1)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", STEMS, ids=str)
+@in_turns("case, dtype", STEMS, HALVES)
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_stems(case, dtype, emulation):
@@ -203,13 +199,6 @@ def test_rows_of_16_bytes_of_a_stem_are_copied_as_such(emulation):
 @torch.no_grad()
 def test_what_is_no_stem_has_the_general_kernel(case, dtype, emulation):
     assert "fused_mbconv_kernel" in kernel_of(build(case, dtype), emulation)
-
-
-@pytest.mark.parametrize(("case", "dtype"), cycled(Fused))
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_hostile(case, dtype):
-    oracle.check(native(build(case, dtype)), "cuda")
 
 
 @each_value

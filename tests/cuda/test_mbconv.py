@@ -7,15 +7,17 @@ import torch
 
 from effnet_kernels.dispatch import Query, backends
 from effnet_kernels.ops import mbconv_mixed as mixed
-from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
-from tests.cuda.tools import check, cycled
+from tests.cuda.tools import check
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, MBConv
+from tests.ops.cases import MBConv, cells
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_value, each_value
 
-WINDOWS = list(itertools.product((3, 5), (1, 2), ("same", "tf", "none", "large")))
+WINDOWS = [
+    MBConv(2, (9, 18), cin=12, mid=40, cout=8, kernel=(kernel, kernel), stride=(stride, stride), padding=padding)
+    for kernel, stride, padding in itertools.product((3, 5), (1, 2), ("same", "tf", "none", "large"))
+]
 # Slices are 64 or 32 channels, GEMM tiles 128 pixels.
 SHAPES = [
     MBConv(1, (30, 21), cin=24, mid=72, cout=8),  # strips on a GPU with little shared memory
@@ -35,17 +37,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), WINDOWS)
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_windows(kernel, stride, padding, emulation):
-    case = MBConv(2, (9, 18), cin=12, mid=40, cout=8, kernel=(kernel, kernel), stride=(stride, stride), padding=padding)
-    for dtype in DTYPES:
-        check(case, dtype, emulation)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cells([*WINDOWS, *SHAPES]))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_shapes(case, dtype, emulation):
@@ -59,16 +51,6 @@ def test_strips(kernel, stride, emulation, device):
     """A map of which no GPU's shared memory holds all."""
     case = MBConv(1, (40, 64), cin=8, mid=24, cout=8, kernel=(kernel, kernel), stride=(stride, stride), padding="tf")
     check(case, torch.bfloat16, emulation)
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [each for each in cycled(MBConv) if each.values[0].kernel in KERNELS and each.values[0].stride in STRIDES],
-)
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_hostile(case, dtype):
-    oracle.check(native(build(case, dtype)), "cuda")
 
 
 @pytest.mark.parametrize(

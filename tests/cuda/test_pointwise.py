@@ -7,12 +7,13 @@ import torch
 
 from effnet_kernels import functional as F
 from effnet_kernels.ops.activations import ACTIVATIONS
-from tests.cuda.tools import check, cycled
+from tests.cuda.tools import check
 from tests.emulation import build
-from tests.ops import inputs, oracle
-from tests.ops.cases import DTYPES, Pointwise
+from tests.ops import inputs
+from tests.ops.cases import DTYPES, Pointwise, cells
 from tests.ops.device import native, on_device
-from tests.ops.special_values import check_activation, check_pool, check_value, each_value, unit_bn
+from tests.ops.special_values import check_activation, check_pool, check_value, each_step, each_value, unit_bn
+from tests.thinning import in_turns
 
 # Tiles are 128 pixels by 32, 64, 96 or 128 channels, or 64 by 64; a stage holds 32 input channels (16 in fp32).
 TILED = [
@@ -32,11 +33,11 @@ TILED = [
     Pointwise(6, (5, 5), cin=41, cout=70, pool=True, gate=True, residual="nhwc"),  # four
     Pointwise(0, (7, 7), cin=16, cout=24, gate=True, residual="nhwc"),
     Pointwise(0, (7, 7), cin=16, cout=24, pool=True),
+    *(Pointwise(2, (5, 5), cin=24, cout=40, act=act, residual="nhwc") for act in ACTIVATIONS),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", TILED, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cells(TILED))
 @pytest.mark.usefixtures("poison", "multiprocessors")  # of one, tiles are large for these problems, too
 @torch.no_grad()
 def test_tiles(case, dtype, emulation):
@@ -55,9 +56,8 @@ def tile_of(problem, emulation) -> tuple[str, list[torch.Tensor]]:
 
 
 @pytest.mark.skipif(build.asan_is_loaded(), reason="AddressSanitizer takes the place of the counters")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("case", "large"),
+@in_turns(
+    "case_and_tile, dtype",
     [
         (Pointwise(5, (9, 9), cin=200, cout=64, gate=True, residual="nhwc"), "BlockTile<64, 128>"),
         (Pointwise(2, (11, 12), cin=72, cout=130), "BlockTile<96, 128>"),
@@ -65,11 +65,12 @@ def tile_of(problem, emulation) -> tuple[str, list[torch.Tensor]]:
         (Pointwise(5, (9, 9), cin=200, cout=112, gate=True), "BlockTile<128, 128>"),
         (Pointwise(2, (11, 12), cin=40, cout=256, act="relu6"), "BlockTile<128, 128>"),
     ],
-    ids=str,
+    DTYPES,
 )
 @torch.no_grad()
-def test_all_tiles_compute_the_same_bits(case, large, dtype, emulation):
+def test_all_tiles_compute_the_same_bits(case_and_tile, dtype, emulation):
     """How many blocks a batch makes decides on the tile; an image must not notice the others by it."""
+    case, large = case_and_tile
     if emulation is None:
         pytest.skip("the GPU is what it is")
     problem = native(inputs.build(case, dtype))
@@ -84,9 +85,7 @@ def test_all_tiles_compute_the_same_bits(case, large, dtype, emulation):
     assert all(torch.equal(a, b) for a, b in zip(got, small, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(5, 5), (7, 7), (12, 12)], ids=str)
-@pytest.mark.parametrize("gate", [False, True])
+@in_turns("gate, size, dtype", [False, True], [(5, 5), (7, 7), (12, 12)], DTYPES)
 @torch.no_grad()
 def test_an_image_is_pooled_alone(gate, size, dtype):
     """Wherever it lies in a tile, and whatever lies beside it."""
@@ -108,26 +107,12 @@ def test_an_image_is_pooled_alone(gate, size, dtype):
     assert torch.equal(pooled(slice(0, 5))[others], alone[others])
 
 
-@pytest.mark.parametrize(("case", "dtype"), cycled(Pointwise))
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_hostile(case, dtype):
-    oracle.check(native(inputs.build(case, dtype)), "cuda")
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_activations(act, dtype, emulation):
-    check(Pointwise(2, (5, 5), cin=24, cout=40, act=act, residual="nhwc"), dtype, emulation, seeds=1)
-
-
+@each_step
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_activations_over_their_whole_range(act, dtype):
-    check_activation(act, dtype, "cuda")
+def test_activations_over_their_whole_range(act, dtype, step):
+    check_activation(act, dtype, "cuda", step)
 
 
 @each_value

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from effnet_kernels import functional as F
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, Squeeze, drawn, fits, hostile, real
+from tests.ops.cases import DTYPES, Squeeze, SqueezeGate, cells
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_squeeze_in_float16, check_value, each_value
@@ -24,26 +22,11 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize("case", hostile(Squeeze), ids=str)
-@each_dtype
-@torch.no_grad()
-def test_hostile(case, dtype):
-    if not fits(case, dtype):
-        pytest.skip("overflows in stock layers")
-    oracle.check(native(build(case, dtype)), "cuda")
-
-
-@pytest.mark.parametrize("case", [*hostile(Squeeze), *real(Squeeze)], ids=str)
-@torch.no_grad()
-def test_gate(case):
-    oracle.check(native(build(case, torch.float32, gate_only=True)), "cuda")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduced", [4, 10, 7])
 @torch.no_grad()
 def test_bits_of_a_gate_do_not_depend_on_addresses(reduced, dtype):
-    problem = native(build(Squeeze(2, (5, 5), c=480, reduced=reduced), torch.float32, gate_only=True))
+    problem = native(build(SqueezeGate(c=480, reduced=reduced), torch.float32))
     mean, se = problem.args
 
     def call(offset: int) -> torch.Tensor:
@@ -57,26 +40,9 @@ def test_bits_of_a_gate_do_not_depend_on_addresses(reduced, dtype):
         assert torch.equal(call(offset), expected)
 
 
-@pytest.mark.parametrize("case", TILED, ids=str)
-@each_dtype
+@pytest.mark.parametrize(("case", "dtype"), cells(TILED))
 @torch.no_grad()
 def test_many_blocks(case, dtype, schedule):
-    oracle.check(native(build(case, dtype)), "cuda")
-
-
-@pytest.mark.parametrize("case", real(Squeeze), ids=str)
-@torch.no_grad()
-def test_real_shapes(case):
-    oracle.check(native(build(case, torch.bfloat16)), "cuda")
-
-
-@settings(max_examples=20)
-@given(data=st.data())
-@torch.no_grad()
-def test_any_shape(data):
-    case = data.draw(drawn(Squeeze))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    assume(fits(case, dtype))
     oracle.check(native(build(case, dtype)), "cuda")
 
 

@@ -1,51 +1,21 @@
 """The depthwise convolution in training: blocks against float64 by the criterion of tests/training/blocks.py."""
 
-import itertools
-
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops.native_cuda import KERNELS, STRIDES
 from effnet_kernels.training import ConvBNAct, conv_block
+from tests.ops.cases import DTYPES
 from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import CASES, BlockProblem, Case, assert_as_accurate, build
-from tests.training.test_conv_block import skip_jumps, subset
+from tests.thinning import in_turns
+from tests.training.blocks import CASES, Case, assert_as_accurate, build, cells
+from tests.training.test_conv_block import subset
 
 pytestmark = pytest.mark.usefixtures("poison")
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 SAME = {3: (1, 1, 1, 1), 5: (1, 2, 2, 2), 7: (3, 3, 2, 3)}  # and a little off
-
-
-class OnDevice(BlockProblem):
-    """A problem that runs on ``DEVICE``, with results on the CPU."""
-
-    def to(self, dtype, vectors):
-        on_cpu = super().to(dtype, vectors)
-        return OnDevice(on_cpu.x, on_cpu.layers, on_cpu.se, on_cpu.residual, on_cpu.pool, on_cpu.grad)
-
-    def run(self, backend):
-        there = [t.detach().to(DEVICE).requires_grad_() for t in self.leaves()]
-        it = iter(there)
-        x, residual = next(it), None if self.residual is None else next(it)
-        layers = [
-            layer._replace(
-                weight=None if layer.weight is None else next(it),
-                bn=BatchNorm(next(it), next(it), *on_device(layer.bn[2:4]), layer.bn.eps),
-            )
-            for layer in self.layers
-        ]
-        se = None if self.se is None else self.se._replace(**dict(zip(self.se._fields[:4], it, strict=False)))
-        y, _ = conv_block(x, layers, se, residual=residual, pool=self.pool, backend=backend)
-        return tree_map(torch.Tensor.cpu, [y.detach(), *torch.autograd.grad(y, there, on_device(self.grad))])
-
-
-def problem_of(case: Case, dtype: torch.dtype) -> BlockProblem:
-    p = build(case, dtype)
-    return OnDevice(p.x, p.layers, p.se, p.residual, p.pool, p.grad)
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +44,12 @@ def only_the_kernels(monkeypatch):
 HERE = [case for case in CASES if "d" in case.kinds and not (case.se and case.kinds[-1] == "d")]
 
 
-@pytest.mark.parametrize("case", HERE, ids=str)
-@each_dtype
+@pytest.mark.parametrize(("case", "dtype"), cells(HERE, DTYPES))
 def test_gradients(case, dtype):
-    skip_jumps(case, dtype)
-    assert_as_accurate(problem_of(case, dtype), dtype, torch.float32, "cuda")
+    assert_as_accurate(build(case, dtype), dtype, "cuda")
 
 
-@pytest.mark.parametrize(("kernel", "stride"), list(itertools.product((3, 5, 7), (1, 2))))
-@each_dtype
+@in_turns("dtype, kernel, stride", DTYPES, (3, 5, 7), (1, 2))
 def test_every_instance(dtype, kernel, stride):
     """Vectors of channels and single ones, every activation on either side, images of odd sizes, one image."""
     acts = ["silu", "identity"] if dtype != torch.float32 else ["silu", "identity", "relu", "relu6", "hardswish"]
@@ -92,7 +59,7 @@ def test_every_instance(dtype, kernel, stride):
                 "pd", (4, c, c), 1 + c % 2, (13, 9), (kernel, kernel), stride, SAME[kernel], act, acts[i - 1],
                 frozen=("", "0", "1")[i % 3],
             )  # fmt: skip
-            assert_as_accurate(problem_of(case, dtype), dtype, torch.float32, "cuda")
+            assert_as_accurate(build(case, dtype), dtype, "cuda")
 
 
 IMAGES_TOGETHER = Case("dp", (4, 4, 4), 2100, (2, 5), se=True)  # two to a block, each with its gate
@@ -111,8 +78,8 @@ TILED = [
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_many_blocks_and_the_same_bits_in_any_order(case, emulation):
     for dtype in (torch.float32, torch.bfloat16):
-        problem = problem_of(case, dtype)
-        assert_as_accurate(problem, dtype, torch.float32, "cuda")
+        problem = build(case, dtype)
+        assert_as_accurate(problem, dtype, "cuda")
     results = []
     for seed in range(2):
         if emulation is not None:
@@ -145,14 +112,13 @@ def test_statistics_far_from_zero(offset):
 def test_large_values_in_half_precision():
     """Finite wherever float32 is."""
     case = Case("pdp", (5, 17, 17, 7), scale=1e4, se=True)
-    results = problem_of(case, torch.float16).to(torch.float16, torch.float32).run("cuda")
+    results = build(case, torch.float16).to(torch.float16, torch.float32).run("cuda")
     assert all(torch.isfinite(t).all() for t in results)
 
 
 def test_an_empty_batch_has_gradients_of_zero():
     p = build(Case("d", (8, 8), frozen="0", last_act="silu"))
     p.x, p.grad = p.x[:0], p.grad[:0]
-    p = OnDevice(p.x, p.layers, p.se, p.residual, p.pool, p.grad)
     for got in p.to(torch.float32, torch.float32).run("cuda")[2:]:
         assert (got == 0).all()
 

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 
 from effnet_kernels.benchmarking.tables import text_table
-from tests.cuda.test_training import Case as TrainingCase
-from tests.cuda.test_training import problem_of
 from tests.emulation import build
 from tests.ops import inputs
 from tests.ops.cases import Depthwise, Fused, MBConv, Pointwise, Squeeze
+from tests.training import blocks
 
 CASES = (
     Pointwise(1, (14, 14), cin=96, cout=576),
@@ -34,7 +33,7 @@ CASES = (
     Fused(1, (14, 14), cin=64, mid=256, cout=64, residual=True),
     MBConv(1, (14, 14), cin=80, mid=480, cout=80, reduced=20, residual=True),
 )
-TRAINING = TrainingCase("d", (144, 144), 2, (28, 28), last_act="silu")
+TRAINING = blocks.Case("d", (144, 144), 2, (28, 28), last_act="silu")
 
 
 class Row(NamedTuple):
@@ -50,7 +49,7 @@ def counted(dtype: torch.dtype) -> Iterator[Row]:
     """One row for every line of a kernel that touches memory."""
     emulation = build.load()
     runs = [functools.partial(inputs.build(case, dtype).call, "cuda") for case in CASES]
-    runs.append(functools.partial(problem_of(TRAINING, dtype).to(dtype, torch.float32).run, "cuda"))
+    runs.append(functools.partial(blocks.build(TRAINING, dtype).to(dtype, torch.float32).run, "cuda"))
     for run in runs:
         emulation.count(True)
         try:

@@ -1,7 +1,6 @@
 """What only a GPU can show: graph capture, streams, 64-bit offsets, torch.compile and autocast on the device."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from effnet_kernels.benchmarking import timing
 from effnet_kernels.benchmarking.agreement import agreement, exact_output
 from effnet_kernels.dispatch import Query, automatic, backends, implementation
 from effnet_kernels.modules.program import KEPT_ATTRIBUTE, Captured
-from effnet_kernels.ops.common import Op
 from tests import whole_models
 from tests.models import calibrate, images, randomize
-from tests.ops.device import on_device
+from tests.ops.device import on_device, opcheck
 from tests.ops.inputs import SAMPLES, sample
 
 pytestmark = [
@@ -106,13 +104,7 @@ def test_many_runs_give_the_same_bits(name, backend, dtype):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, backend):
-    call = Call(name, backend, torch.float32)
-    recorded: list[tuple[Any, tuple]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Op, "__call__", lambda op, *args: recorded.append((op.overload, args)) or op.run(*args))
-        call()
-    ((overload, args),) = recorded
-    torch.library.opcheck(overload, args)
+    opcheck(sample(name), backend)
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import effnet_kernels as ek
+from effnet_kernels.benchmarking.agreement import exact_output
 from effnet_kernels.modules import fusing
-from tests.models import assert_as_accurate, images, in_double, randomize
-from tests.ops.oracle import measuring
+from tests.criterion import assert_as_accurate, measuring
+from tests.models import images, randomize
 
 
 def timm_blocks():
@@ -84,7 +85,7 @@ def test_state_dict_is_timms(ours, theirs, kwargs, se):
 def test_eval_equals_timm(ours, theirs, kwargs, se, size, dtype, backend):
     mine, stock = (module.eval().to(dtype) for module in pair(ours, theirs, kwargs, se))
     x = images(2, 12, kwargs["in_chs"])[:, :, : size[0], : size[1]].to(dtype)
-    exact = in_double(stock, x)
+    exact = exact_output(stock, x)
     with torch.no_grad(), ek.use_backend(backend):
         y = mine(x)
         with measuring():
@@ -111,7 +112,7 @@ def test_depthwise_conv_bn_act(backend):
     assert [key.split(".")[0] for key in module.state_dict()] == ["conv", *["bn"] * 5]
     x = images(2, 11, 10)
     module.eval()
-    exact = in_double(module, x)
+    exact = exact_output(module, x)
     with torch.no_grad():
         stock = module.bn(module.conv(x))
         with ek.use_backend(backend):

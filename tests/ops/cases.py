@@ -9,18 +9,16 @@ combination is valid.
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from effnet_kernels.ops.activations import ACTIVATIONS, GATES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXAMPLES = settings(max_examples=60)
 
 MAPS = ((1, 1), (7, 7), (5, 9), (1, 13), (13, 1), (2, 3))
 CHANNELS = (1, 3, 5, 17, 33, 65)
@@ -102,11 +100,16 @@ class Depthwise(Window):
 
 @dataclasses.dataclass(frozen=True)
 class Squeeze(Case):
-    """Both SE ops; ``act`` stands between the two layers."""
+    """``squeeze_excite``; ``act`` stands between its two layers."""
 
     c: int = 16
     reduced: int = 4
     gate: str = "sigmoid"
+
+
+@dataclasses.dataclass(frozen=True)
+class SqueezeGate(Squeeze):
+    """``squeeze_excite_gate``, always float32. The layout and the size of the map do not matter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,7 @@ class MBConv(Window):
         return super().valid() and (not self.residual or (self.keeps_size() and self.cout == self.cin))
 
 
+KINDS = (Pointwise, Depthwise, Squeeze, SqueezeGate, Fused, MBConv)
 C = TypeVar("C", bound=Case)
 
 COMMON: dict[str, Sequence[Any]] = {
@@ -162,6 +166,7 @@ FACTORS: dict[type[Case], dict[str, Sequence[Any]]] = {
     },
     Depthwise: WINDOW | {"c": CHANNELS},
     Squeeze: COMMON | {"c": CHANNELS, "reduced": (1, 3, 8, 20), "gate": GATES},
+    SqueezeGate: COMMON | {"c": CHANNELS, "reduced": (1, 3, 8, 20), "gate": GATES},
     Fused: WINDOW | {"cin": CHANNELS, "mid": CHANNELS, "cout": (None, *CHANNELS), "residual": (False, True)},
     MBConv: WINDOW
     | {
@@ -206,15 +211,58 @@ def hostile(kind: type[C]) -> list[C]:
 
 
 def fits(case: Case, dtype: torch.dtype) -> bool:
-    """Whether the values of the case stay within the range of the dtype, in stock's intermediates too."""
+    """Whether the op has this dtype and the values of the case stay within its range, in stock's intermediates too."""
+    if isinstance(case, SqueezeGate):
+        return dtype == torch.float32
     return dtype != torch.float16 or case.values in ("normal", "saturated")
 
 
-def grid(kind: type[Case]) -> list[Any]:
-    """(case, dtype) test parameters: real and hostile cases."""
-    cases = (*real(kind), *hostile(kind))
-    cells = [(case, dtype) for dtype in DTYPES for case in cases if fits(case, dtype)]
-    return [pytest.param(case, dtype, id=f"{str(dtype)[6:]}-{case}") for case, dtype in cells]
+def settings_of(case: Case) -> set[tuple]:
+    """What a case tries: of an empty batch that it is one, for nothing is computed."""
+    return {(type(case), name, value) for name, value in vars(case).items() if case.n or name == "n"}
+
+
+def dealt(cases: Iterable[Case]) -> list[tuple[Case, torch.dtype]]:
+    """A dtype for each case: that in which most of its settings have not come yet."""
+    seen: dict[torch.dtype, set] = {dtype: set() for dtype in DTYPES}
+    dealt = []
+    for case in sorted(cases, key=lambda case: fits(case, torch.float16)):  # last those that can be of any
+        settings = settings_of(case)
+        fitting = [dtype for dtype in DTYPES if fits(case, dtype)]
+        dtype = max(fitting, key=lambda dtype: (len(settings - seen[dtype]), -len(seen[dtype])))
+        seen[dtype] |= settings
+        dealt.append((case, dtype))
+    return dealt
+
+
+def cells(cases: Iterable[Case]) -> list[Any]:
+    """(case, dtype) test parameters: each case in the dtype that it is dealt; in the others it is exhaustive."""
+    return [
+        pytest.param(case, dtype, marks=[pytest.mark.exhaustive] * (dtype != first), id=cell_id(case, dtype))
+        for case, first in dealt(cases)
+        for dtype in DTYPES
+        if fits(case, dtype)
+    ]
+
+
+def few_cells(cases: Iterable[Case]) -> list[Any]:
+    """Each case in the dtype that it is dealt; what is not needed for every setting, and for every activation in every
+    dtype, is exhaustive. For backends that an emulation or an interpreter runs slowly."""
+    left = dealt(cases)
+    needed = {
+        (case, dtype): settings_of(case) | ({(type(case), dtype, case.act)} if case.n else set())
+        for case, dtype in left
+    }
+    missing, few = set().union(*needed.values()), []
+    while missing:
+        few.append(max(left, key=lambda each: len(needed[each] & missing)))
+        missing -= needed[few[-1]]
+    marks = {each: [pytest.mark.exhaustive] * (each not in few) for each in left}
+    return [pytest.param(*each, marks=marks[each], id=cell_id(*each)) for each in left]
+
+
+def cell_id(case: Case, dtype: torch.dtype) -> str:
+    return f"{type(case).__name__}-{str(dtype)[6:]}-{case}"
 
 
 def drawn(kind: type[C]) -> st.SearchStrategy[C]:
@@ -301,9 +349,9 @@ def real(kind: type[Case]) -> list[Case]:
         for model, shapes in DEPTHWISE_SHAPES.items():
             for c, k, s, size in shapes:
                 cases.append(Depthwise(1, (size, size), kernel=(k, k), stride=(s, s), c=c, **rest(model)))
-    elif kind is Squeeze:
+    elif issubclass(kind, Squeeze):
         for c, reduced in ((32, 8), (96, 4), (480, 20), (1152, 48), (3840, 160)):
-            cases.append(Squeeze(2, (7, 7), c=c, reduced=reduced))
+            cases.append(kind(2, (7, 7), c=c, reduced=reduced))
     elif kind is Fused:
         for model, shapes in FUSED_SHAPES.items():
             for cin, mid, cout, k, s, size, residual in shapes:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from effnet_kernels.ops.common import Op
 from tests.ops.inputs import Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +47,41 @@ def native(problem: Problem) -> Problem:
         return tree_map(torch.Tensor.cpu, results)
 
     return dataclasses.replace(problem, function=call)
+
+
+class Record(TorchDispatchMode):
+    """Keeps the calls of native ops that write an output."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.namespace = f"effnet_kernels_{backend}"
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == self.namespace and any(argument.is_write for argument in func._schema.arguments):
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def native_call(problem: Problem, backend: str) -> tuple[torch._ops.OpOverload, tuple]:
+    """The native op that a problem calls, and its arguments, outputs first; they have been computed."""
+    with pytest.MonkeyPatch.context() as patch, Record(backend) as record:
+        patch.setattr(Op, "__call__", Op.run)
+        native(problem).call(backend)
+    (call,) = record.calls
+    return call
+
+
+def opcheck(problem: Problem, backend: str) -> None:
+    """torch's own checks of the op that a problem calls."""
+    args, kwargs = for_backend((problem.args, problem.kwargs), backend)
+    calls: list[tuple[Any, tuple]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "__call__", lambda op, *args: calls.append((op.overload, args)) or torch.zeros(()))
+        problem.function(*args, **kwargs, backend=backend)
+    ((overload, args),) = calls
+    torch.library.opcheck(overload, args)
 
 
 def is_memory(leaf: Any) -> bool:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effnet_kernels import functional
-from effnet_kernels.dispatch import Query, implementation
 from effnet_kernels.functional import BatchNorm, ConvBN, SqueezeExciteWeights
+from tests import criterion
 from tests.ops import oracle
-from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze
+from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, SqueezeGate
+from tests.thinning import daily
 
 
 class Expected(NamedTuple):
@@ -59,7 +60,7 @@ class Problem:
         else:
             rounded = oracle.stock(self.x, self.steps)
             sigma = oracle.noise(self.x.double(), cast(self.steps, torch.float64), dtype)
-            allowed = [oracle.tolerance(*each, dtype) for each in zip(exact, rounded, sigma, strict=True)]
+            allowed = [criterion.tolerance(*each, dtype) for each in zip(exact, rounded, sigma, strict=True)]
         dtypes = [torch.float32 if name in self.wide_outputs else dtype for name in self.outputs]
         return [Expected(*each) for each in zip(exact, allowed, dtypes, strict=True)]
 
@@ -138,27 +139,9 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return base[:, 2 : 2 + c, 1 : 1 + h, ::2].copy_(x)
 
 
-def serves(backend: str, op: str, dtype: torch.dtype) -> None:
-    """Skip the test where the backend has no kernel of this dtype, with the backend's own reason."""
-    try:
-        implementation(Query(op, "cpu", dtype), backend)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-def build(case: Case, dtype: torch.dtype, gate_only: bool = False) -> Problem:
-    """The problem of a case; ``gate_only`` makes a ``Squeeze`` case one of ``squeeze_excite_gate``."""
-    draw = Draw(case, dtype)
-    if isinstance(case, Pointwise):
-        return _pointwise(case, draw)
-    if isinstance(case, Depthwise):
-        return _depthwise(case, draw)
-    if isinstance(case, Squeeze):
-        return _squeeze_excite_gate(case, draw) if gate_only else _squeeze_excite(case, draw)
-    if isinstance(case, Fused):
-        return _fused_mbconv(case, draw)
-    assert isinstance(case, MBConv)
-    return _mbconv(case, draw)
+def build(case: Case, dtype: torch.dtype) -> Problem:
+    """The problem of a case."""
+    return BUILDERS[type(case)](case, Draw(case, dtype))
 
 
 def _pointwise(case: Pointwise, draw: Draw) -> Problem:
@@ -191,8 +174,7 @@ def _squeeze_excite(case: Squeeze, draw: Draw) -> Problem:
     return Problem(functional.squeeze_excite, (x, se), {}, [oracle.Gate(se, scale=True)])
 
 
-def _squeeze_excite_gate(case: Squeeze, draw: Draw) -> Problem:
-    """Always float32: ``mean`` is. The layout and the map size of the case do not matter."""
+def _squeeze_excite_gate(case: SqueezeGate, draw: Draw) -> Problem:
     assert draw.dtype == torch.float32
     mean, se = draw.param(draw.normal(case.n, case.c)), draw.se(case.c, case.reduced, case.act, case.gate)
     return Problem(functional.squeeze_excite_gate, (mean, se), {}, [oracle.Gate(se, scale=False)])
@@ -232,20 +214,41 @@ def _mbconv(case: MBConv, draw: Draw) -> Problem:
     return Problem(functional.mbconv, (x, expand, depthwise, se, project, case.act), kwargs, steps)
 
 
+BUILDERS: dict[type[Case], Callable[[Any, Draw], Problem]] = {
+    Pointwise: _pointwise,
+    Depthwise: _depthwise,
+    Squeeze: _squeeze_excite,
+    SqueezeGate: _squeeze_excite_gate,
+    Fused: _fused_mbconv,
+    MBConv: _mbconv,
+}
 # One small problem per op and option, for the tests that ask how an op behaves rather than what it computes.
-SAMPLES: dict[str, tuple[Case, bool]] = {
-    "pointwise_conv_bn_act": (Pointwise(hw=(6, 5), cin=8, cout=12, gate=True, residual="nhwc"), False),
-    "pointwise_conv_bn_act-pool": (Pointwise(hw=(6, 5), cin=8, cout=12, pool=True), False),
-    "depthwise_conv_bn_act": (Depthwise(hw=(6, 5), c=12, stride=(2, 2), padding="tf"), False),
-    "squeeze_excite_gate": (Squeeze(c=12), True),
-    "squeeze_excite": (Squeeze(hw=(6, 5), c=12), False),
-    "fused_mbconv": (Fused(hw=(6, 5), cin=8, mid=12, cout=8, residual=True), False),
-    "fused_mbconv-stem": (Fused(hw=(6, 5), cin=3, mid=12, cout=None, stride=(2, 2), padding="tf"), False),
-    "mbconv": (MBConv(hw=(6, 5), cin=8, mid=12, cout=8, residual=True), False),
-    "mbconv-separable": (MBConv(hw=(6, 5), cin=8, mid=None, cout=12, stride=(2, 2), reduced=None), False),
+SAMPLES: dict[str, Case] = {
+    "pointwise_conv_bn_act": Pointwise(hw=(6, 5), cin=8, cout=12, gate=True, residual="nhwc"),
+    "pointwise_conv_bn_act-pool": Pointwise(hw=(6, 5), cin=8, cout=12, pool=True),
+    "depthwise_conv_bn_act": Depthwise(hw=(6, 5), c=12, stride=(2, 2), padding="tf"),
+    "squeeze_excite_gate": SqueezeGate(c=12),
+    "squeeze_excite": Squeeze(hw=(6, 5), c=12),
+    "fused_mbconv": Fused(hw=(6, 5), cin=8, mid=12, cout=8, residual=True),
+    "fused_mbconv-stem": Fused(hw=(6, 5), cin=3, mid=12, cout=None, stride=(2, 2), padding="tf"),
+    "mbconv": MBConv(hw=(6, 5), cin=8, mid=12, cout=8, residual=True),
+    "mbconv-separable": MBConv(hw=(6, 5), cin=8, mid=None, cout=12, stride=(2, 2), reduced=None),
 }
 
 
+# (name, dtype): means, which the gate gets, are float32.
+sample_cells = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype}")
+        for name, case in SAMPLES.items()
+        for dtype in DTYPES
+        if dtype == torch.float32 or not isinstance(case, SqueezeGate)
+    ],
+)
+# Each op once, and the options of an op exhaustively.
+each_op = pytest.mark.parametrize("name", daily(SAMPLES, [name for name in SAMPLES if "-" not in name]))
+
+
 def sample(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Problem:
-    case, gate_only = SAMPLES[name]
-    return build(dataclasses.replace(case, **changes), dtype, gate_only)
+    return build(dataclasses.replace(SAMPLES[name], **changes), dtype)

@@ -1,28 +1,24 @@
-"""What a result may differ by: the tolerance of docs/numerics.md, written once.
+"""An op as a chain of steps, and what its result may differ by.
 
-Every op is described as a chain of steps. Three things read a chain:
+Three things read a chain:
 
 * ``stock`` runs it with the layers that stock models use, in the dtype of its tensors;
 * ``noise`` propagates the variance of rounding errors through it, in float64;
 * ``check`` compares a backend's results with the op's float64 reference and allows, per channel,
   twice the error of ``stock`` plus three standard deviations of ``noise``.
 
-What is right is the float64 reference alone. ``stock`` only says how far from it one may be, and says nothing where
-it is not finite. Its convolutions are computed in float32 at least and rounded, for those of 16 bits are not right in
-every processor's library: ``measuring`` does the same for whole models.
+What is right is the float64 reference alone. ``stock`` only says how far from it one may be (tests/criterion.py).
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
+from tests.criterion import assert_close, conv2d, unit_roundoff
 
 
 class Conv(NamedTuple):
@@ -75,31 +71,6 @@ def convolve(x: Tensor, weight: Tensor, step: Conv) -> Tensor:
     return conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=step.stride, groups=groups)
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    function: Callable[..., Tensor] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """``F.conv2d``, under autocast too: its sums in float32 at least, by ``function`` or torch's, and rounded once."""
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    wide = torch.promote_types(dtype, torch.float32)
-    x, weight, bias = (None if t is None else t.to(dtype).to(wide) for t in (x, weight, bias))
-    with torch.autocast(device, enabled=False):
-        return (function or F.conv2d)(x, weight, bias, *args, **kwargs).to(dtype)
-
-
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """Where the convolutions of stock modules are ``conv2d``."""
-    with mock.patch.object(F, "conv2d", functools.partial(conv2d, function=F.conv2d)):
-        yield
-
-
 def stock(x: Tensor, steps: Sequence[Step]) -> list[Tensor]:
     """The chain as stock layers compute it, one rounding to the dtype of x behind every layer."""
     outputs = []
@@ -126,10 +97,6 @@ def stock(x: Tensor, steps: Sequence[Step]) -> list[Tensor]:
             case Add(residual):
                 x = x + residual
     return [x, *outputs]
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
 
 
 def noise(x: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> list[Tensor]:
@@ -192,37 +159,6 @@ def noise(x: Tensor, steps: Sequence[Step], dtype: torch.dtype) -> list[Tensor]:
     return [torch.sqrt(v) for v in (v, *outputs)]
 
 
-def per_channel(values: Tensor) -> Tensor:
-    """The largest magnitude in every channel: [C] from [N, C] or [N, C, H, W]."""
-    return values.abs().transpose(0, 1).flatten(1).amax(1)
-
-
-def stock_error(stock: Tensor, exact: Tensor) -> Tensor:
-    """|stock - exact|, element by element; all zero, so that it allows nothing, where one of them is not finite."""
-    error = (stock.double() - exact).abs()
-    return error if error.isfinite().all() else torch.zeros_like(error)
-
-
-def tolerance(exact: Tensor, stock: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C]: twice the error of stock, three standard deviations of rounding, and flushed subnormals."""
-    return 2 * per_channel(stock_error(stock, exact)) + 3 * per_channel(sigma) + torch.finfo(dtype).tiny
-
-
-def assert_close(name: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:
-    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    if got.numel() == 0:
-        return
-    assert torch.isfinite(allowed).all(), f"{name}: the tolerance is not finite, so it allows anything"
-    assert torch.isfinite(got).all(), f"{name}: {(~torch.isfinite(got)).sum()} of {got.numel()} elements not finite"
-    error = per_channel(got.double() - exact)
-    worst = int((error / allowed).argmax())
-    wrong = (error > allowed).nonzero().flatten().tolist()
-    assert not wrong, (
-        f"{name}: error {error[worst]:.3g} where {allowed[worst]:.3g} is allowed, in channel {worst}; "
-        f"wrong channels {wrong[:20]} of {len(error)}"
-    )
-
-
 def assert_layout(name: str, got: Tensor, inputs: Sequence[Tensor]) -> None:
     """Maps are dense channels-last, vectors dense, and no output shares memory with an input."""
     if got.dim() == 4:
@@ -236,10 +172,11 @@ def assert_layout(name: str, got: Tensor, inputs: Sequence[Tensor]) -> None:
             assert got.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr(), f"{name} aliases an input"
 
 
-def check(problem: Any, backend: str) -> None:
-    """Run ``problem`` (an ``inputs.Problem``) on ``backend`` and compare every output."""
+def check(problem: Any, backend: str) -> tuple[Tensor, ...]:
+    """Run ``problem`` (an ``inputs.Problem``) on ``backend``, compare every output, and return them."""
     outputs = problem.call(backend)
     for name, got, expected in zip(problem.outputs, outputs, problem.expected, strict=True):
         assert got.dtype == expected.dtype, f"{name}: {got.dtype}, expected {expected.dtype}"
         assert_layout(name, got, problem.tensors)
         assert_close(name, got, expected.exact, expected.allowed)
+    return outputs

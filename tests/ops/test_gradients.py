@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.models import BACKENDS
 from tests.ops import oracle
-from tests.ops.inputs import SAMPLES, Problem, sample
+from tests.ops.inputs import SAMPLES, Problem, sample, sample_cells
 
-each_sample = pytest.mark.parametrize("name", SAMPLES)
 # Both sides are right to about 2^-53 times the number of terms, at most 1e-12; a wrong term shows at once.
 RTOL = 1e-9
 
@@ -37,7 +37,7 @@ def gradients(outputs: list[torch.Tensor], leaves: list[torch.Tensor]) -> list[t
     return list(torch.autograd.grad(outputs, leaves, weights))
 
 
-@each_sample
+@pytest.mark.parametrize("name", SAMPLES)
 def test_against_stock_layers(name):
     problem, leaves = fresh(sample(name), torch.float64)
     expected = gradients(oracle.stock(problem.x, problem.steps), leaves)
@@ -46,13 +46,11 @@ def test_against_stock_layers(name):
         assert (a - b).abs().max() <= RTOL * b.abs().max()
 
 
-@each_sample
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_backend_has_the_gradients_of_the_reference(name, dtype, backend_name):
-    problem, leaves = fresh(sample(name, torch.float32 if "gate" in name else dtype), dtype)
-    if "gate" in name and dtype != torch.float32:
-        pytest.skip("means are float32")
-    got = gradients(list(problem.call(backend_name)), leaves)
+@sample_cells
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_every_backend_has_the_gradients_of_the_reference(name, dtype, backend):
+    problem, leaves = fresh(sample(name, dtype), dtype)
+    got = gradients(list(problem.call(backend)), leaves)
     expected = gradients(list(problem.call("reference")), leaves)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

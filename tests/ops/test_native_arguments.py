@@ -1,41 +1,16 @@
 """The native ops, called without the checks of the public functions, refuse what does not fit together."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_kernels.dispatch import backends
-from effnet_kernels.ops.common import Op
-from tests.ops.inputs import SAMPLES, sample
+from tests.ops.device import native_call
+from tests.ops.inputs import sample, sample_cells
 
 pytestmark = pytest.mark.skipif(not backends()["cpu"][0], reason=backends()["cpu"][1])
-
-
-class Record(TorchDispatchMode):
-    """Keeps the arguments of native ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "effnet_kernels_cpu" and "out" in {a.name for a in func._schema.arguments}:
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def native_call(monkeypatch):
-    """The native op and the good arguments that a sample leads to."""
-
-    def record(name: str, dtype: torch.dtype) -> tuple[torch._ops.OpOverload, list]:
-        with monkeypatch.context() as patch, torch.no_grad(), Record() as record:
-            patch.setattr(Op, "__call__", Op.run)
-            sample(name, dtype).call("cpu")
-        ((op, args),) = record.calls
-        return op, list(args)
-
-    return record
 
 
 def spoiled(value: object) -> list[object]:
@@ -55,34 +30,33 @@ def spoiled(value: object) -> list[object]:
     return []
 
 
-CALLS = [
-    pytest.param(name, dtype, id=f"{name}-{dtype}")
-    for name in SAMPLES
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if dtype == torch.float32 or "gate" not in name  # means are float32
-]
-each_call = pytest.mark.parametrize(("name", "dtype"), CALLS)
+def assert_refused(name: str, op: torch._ops.OpOverload, good: Sequence[Any]) -> dict[str, str]:
+    """An exception, never a crash, whatever is wrong with whichever argument; and the good ones still work.
 
-
-@each_call
-def test_bad_arguments_are_refused(name, dtype, native_call):
-    """An exception, never a crash, whatever is wrong with whichever argument; and the good ones still work."""
-    op, good = native_call(name, dtype)
-    taken = []
+    Returns what was wrong, with the words of its exception.
+    """
+    taken, refusals = [], {}
     for position, value in enumerate(good):
         argument = op._schema.arguments[position].name
         if name == "mbconv-separable" and argument in ("se_act", "se_gate"):
             continue  # there is no SE
         for bad in spoiled(value):
-            arguments = [*good[:position], bad, *good[position + 1 :]]
+            described = f"{argument}: {_describe(bad)} instead of {_describe(value)}"
             try:
-                op(*arguments)
-            except (RuntimeError, NotImplementedError):
+                op(*good[:position], bad, *good[position + 1 :])
+            except (RuntimeError, NotImplementedError) as error:
+                refusals[described] = str(error)
                 continue
-            taken.append(f"{argument}: {_describe(bad)} instead of {_describe(value)}")
+            taken.append(described)
     assert not taken, "taken although wrong:\n" + "\n".join(taken)
     op(*good)
     assert torch.isfinite(good[0]).all()
+    return refusals
+
+
+@sample_cells
+def test_bad_arguments_are_refused(name, dtype):
+    assert assert_refused(name, *native_call(sample(name, dtype), "cpu"))
 
 
 def _describe(value: object) -> str:
@@ -93,10 +67,10 @@ def _describe(value: object) -> str:
     return repr(value)
 
 
-@each_call
-def test_maps_and_weights_are_of_one_type(name, dtype, native_call):
+@sample_cells
+def test_maps_and_weights_are_of_one_type(name, dtype):
     """There is one kernel for all of them; vectors and the matrices of SE may be of another."""
-    op, good = native_call(name, dtype)
+    op, good = native_call(sample(name, dtype), "cpu")
     of_its_own = {"bn", "expand_bn", "project_bn", "se"}
     others = [other for other in (torch.float32, torch.bfloat16, torch.float16) if other != dtype]
     for position, value in enumerate(good):
@@ -118,8 +92,8 @@ def test_maps_and_weights_are_of_one_type(name, dtype, native_call):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int16], ids=str)
-def test_another_type_is_named_with_those_there_are(dtype, native_call):
-    op, good = native_call("squeeze_excite", torch.float32)
+def test_another_type_is_named_with_those_there_are(dtype):
+    op, good = native_call(sample("squeeze_excite"), "cpu")
     with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
         op(good[0], good[1].to(dtype), *good[2:])
 

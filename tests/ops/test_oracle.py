@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models import assert_as_accurate
+from tests import criterion
+from tests.criterion import assert_as_accurate
 from tests.ops import oracle
-from tests.ops.cases import Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, hostile
+from tests.ops.cases import DTYPES, KINDS, Case, dealt, few_cells, fits, hostile
 from tests.ops.inputs import SAMPLES, build, cast, sample
 from tests.ops.special_values import check_value, each_value, lost_convolutions
 
 
-@pytest.mark.parametrize("kind", [Pointwise, Depthwise, Squeeze, Fused, MBConv], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @torch.no_grad()
 def test_references_compute_what_stock_layers_compute(kind: type[Case]):
     """In float64, where both are right to 2^-53: within six standard deviations of that rounding."""
@@ -26,7 +27,9 @@ def test_references_compute_what_stock_layers_compute(kind: type[Case]):
         for name, got, stock, s in zip(
             problem.outputs, problem.call("reference", torch.float64), oracle.stock(x, steps), sigma, strict=True
         ):
-            oracle.assert_close(f"{case}: {name}", got, stock, 6 * oracle.per_channel(s) + torch.finfo(x.dtype).tiny)
+            allowed = 6 * criterion.per_channel(s) + torch.finfo(x.dtype).tiny
+            criterion.assert_close(f"{case}: {name}", got, stock, allowed)
+            oracle.assert_layout(f"{case}: {name}", got, problem.tensors)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -37,17 +40,16 @@ def test_a_wrong_element_is_rejected(name, dtype):
     if "gate" in name:
         dtype = torch.float32
     problem = sample(name, dtype)
-    for expected, got in zip(problem.expected, problem.call("reference"), strict=True):
-        oracle.assert_close("y", got, expected.exact, expected.allowed)
+    for expected, got in zip(problem.expected, oracle.check(problem, "reference"), strict=True):
         wrong = got.clone()
         step = {torch.bfloat16: 2.0**-4, torch.float16: 2.0**-6, torch.float32: 2.0**-15}[dtype]
         index = (-1,) * got.dim()
-        wrong[index] += 2 * step * oracle.per_channel(expected.exact)[-1]
+        wrong[index] += 2 * step * criterion.per_channel(expected.exact)[-1]
         with pytest.raises(AssertionError, match="is allowed, in channel"):
-            oracle.assert_close("y", wrong, expected.exact, expected.allowed)
+            criterion.assert_close("y", wrong, expected.exact, expected.allowed)
         wrong[index] = torch.nan
         with pytest.raises(AssertionError, match=r"1 of .* not finite"):
-            oracle.assert_close("y", wrong, expected.exact, expected.allowed)
+            criterion.assert_close("y", wrong, expected.exact, expected.allowed)
 
 
 MAPS = [name for name in SAMPLES if "gate" not in name]
@@ -83,7 +85,7 @@ def test_where_stock_is_not_finite_the_derived_noise_alone_is_allowed(name, dtyp
     monkeypatch.setattr(oracle, "stock", lost)
     sigma = oracle.noise(problem.x.double(), cast(problem.steps, torch.float64), dtype)
     for expected, s in zip(problem.expected, sigma, strict=True):
-        assert torch.equal(expected.allowed, 3 * oracle.per_channel(s) + torch.finfo(dtype).tiny)
+        assert torch.equal(expected.allowed, 3 * criterion.per_channel(s) + torch.finfo(dtype).tiny)
     oracle.check(problem, "reference")
 
 
@@ -96,14 +98,35 @@ def test_where_a_value_goes_is_not_asked_of_stock(name, dtype, value):
         check_value(sample(name, dtype), value, "reference")
 
 
+@each_value
+@torch.no_grad()
+def test_where_a_value_goes_in_float32(value):
+    for name in MAPS:
+        check_value(sample(name), value, "reference")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_setting_comes_in_every_dtype(kind):
+    """Where each case is dealt one; and every activation in every dtype where the cases are few."""
+    cases = [case for case in hostile(kind) if case.n]
+    cells = {(dtype, *item) for case in cases for dtype in DTYPES if fits(case, dtype) for item in vars(case).items()}
+    met = {(dtype, *item) for case, dtype in dealt(cases) for item in vars(case).items()}
+    assert len(cells - met) <= 2, "no case was left for them"
+    few = [cell.values for cell in few_cells(cases) if not cell.marks]
+    assert len(few) < len(cases) / 2
+    assert {(dtype, case.act) for case, dtype in few} == {
+        (dtype, value) for dtype, name, value in cells if name == "act"
+    }
+
+
 def test_one_element_of_stock_that_is_not_finite_takes_all_its_error():
     exact = torch.ones(2, 3, dtype=torch.float64)
     stock, sigma = exact.bfloat16() + 0.5, torch.full_like(exact, 1e-3)
     tiny = torch.finfo(torch.bfloat16).tiny
-    assert torch.equal(oracle.tolerance(exact, stock, sigma, torch.bfloat16), 1 + 3 * sigma[0] + tiny)
+    assert torch.equal(criterion.tolerance(exact, stock, sigma, torch.bfloat16), 1 + 3 * sigma[0] + tiny)
     for value in (torch.nan, torch.inf, -torch.inf):
         stock[0, 1] = value
-        assert torch.equal(oracle.tolerance(exact, stock, sigma, torch.bfloat16), 3 * sigma[0] + tiny)
+        assert torch.equal(criterion.tolerance(exact, stock, sigma, torch.bfloat16), 3 * sigma[0] + tiny)
 
 
 def test_models_are_measured_without_convolutions_of_16_bits():
@@ -116,7 +139,7 @@ def test_models_are_measured_without_convolutions_of_16_bits():
         for module, given in ((copy.deepcopy(conv).bfloat16(), x.bfloat16()), (conv, x)):
             with torch.autocast("cpu", torch.bfloat16, enabled=module is conv):
                 assert module(given).isnan().all()
-                with oracle.measuring():
+                with criterion.measuring():
                     stock = module(given)
             assert stock.dtype == torch.bfloat16
             assert_as_accurate(stock, stock, exact)

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from effnet_kernels.ops.common import Op
-from tests.ops.inputs import SAMPLES, Problem, sample
+from tests.ops.device import opcheck
+from tests.ops.inputs import SAMPLES, Problem, each_op, sample, sample_cells
 
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 
@@ -37,20 +37,14 @@ def _batch_norms(tree: object) -> list[tuple[torch.Tensor, ...]]:
     return [bn for item in tree for bn in _batch_norms(item)] if isinstance(tree, tuple) else []
 
 
-@each_sample
-def test_opcheck(name, monkeypatch):
-    calls = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Op, "__call__", lambda op, *args: calls.append((op.overload, args)) or torch.zeros(()))
-        with_gradients(sample(name)).call("auto")
-    ((overload, args),) = calls
-    torch.library.opcheck(overload, args)
+@each_op
+def test_opcheck(name):
+    opcheck(with_gradients(sample(name)), "auto")
 
 
-@each_sample
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@sample_cells
 def test_fake_tensors_have_the_metadata_of_real_ones(name, dtype, backend_name):
-    problem = sample(name, torch.float32 if "gate" in name else dtype)
+    problem = sample(name, dtype)
     with FakeTensorMode() as mode:
         fake_args, fake_kwargs = tree_map(
             lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf,

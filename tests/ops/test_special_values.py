@@ -7,7 +7,7 @@ from effnet_kernels import functional as F
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.ops.cases import Depthwise, Fused, MBConv, Pointwise, Squeeze
-from tests.ops.inputs import build, serves
+from tests.ops.inputs import build
 from tests.ops.special_values import (
     check_activation,
     check_depthwise_mean,
@@ -63,7 +63,6 @@ def test_means_are_summed_in_float32(dtype, backend):
 
 @torch.no_grad()
 def test_the_mean_of_float16_maps_does_not_overflow(backend):
-    serves(backend, "squeeze_excite", torch.float16)
     check_squeeze_in_float16(backend)
 
 

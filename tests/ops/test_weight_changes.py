@@ -98,12 +98,12 @@ def test_a_weight_in_the_place_of_a_dead_one(name, backend):
 
 @each_sample
 @torch.no_grad()
-def test_another_instruction_set(name, cpu_backend):
+def test_another_instruction_set(name, backend):
     """Copies made for one instruction set are not read by another."""
     problem = sample(name)
-    before = problem.call(cpu_backend)
+    before = problem.call(backend)
     chosen = native.instruction_set()
     native.set_instruction_set("generic")
-    problem.call(cpu_backend)
+    problem.call(backend)
     native.set_instruction_set(chosen)
-    assert all(torch.equal(a, b) for a, b in zip(problem.call(cpu_backend), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(problem.call(backend), before, strict=True))

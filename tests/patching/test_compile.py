@@ -1,6 +1,7 @@
 """Patched models under torch.compile, torch.export, fx feature extraction and DistributedDataParallel."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -9,8 +10,14 @@ import torch
 from torch import nn
 
 import effnet_kernels as ek
+from tests.criterion import assert_same_function
 from tests.models import BACKENDS, images
-from tests.patching.conftest import build
+from tests.patching.conftest import NAMES, build
+from tests.thinning import daily, in_turns
+
+# Compiling takes seconds: the last backend every day.
+each_backend = pytest.mark.parametrize("backend", daily(BACKENDS, BACKENDS[-1:]))
+EVERY_DAY = [("test_efficientnet", BACKENDS[-1]), ("torchvision", "reference")]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,7 @@ def counting(targets):
     return compiler
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "tf_efficientnetv2_b0", "torchvision"])
+@pytest.mark.parametrize(("name", "backend"), daily(itertools.product(NAMES, BACKENDS), EVERY_DAY))
 def test_one_graph_with_the_ops_in_it(name, x, backend):
     model = ek.patch(build(name), backend=backend)
     targets = []
@@ -40,6 +47,7 @@ def test_one_graph_with_the_ops_in_it(name, x, backend):
     assert len(targets) == len(ek.report(model).patched)
 
 
+@pytest.mark.exhaustive
 def test_features_in_one_graph(x, backend):
     timm = pytest.importorskip("timm")
     net = timm.models.FeatureListNet(build("test_efficientnet"), flatten_sequential=True)
@@ -51,6 +59,7 @@ def test_features_in_one_graph(x, backend):
     assert len(targets) == len(ek.report(net).patched) == 1 + sum(map(len, build("test_efficientnet").blocks))
 
 
+@each_backend
 def test_gradients_through_aot(x, backend):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     gradients = []
@@ -61,12 +70,12 @@ def test_gradients_through_aot(x, backend):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor(x, backend):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     with torch.no_grad():
         y = torch.compile(model, fullgraph=True)(x)
-        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+        assert_same_function(y, model(x))
 
 
 def test_training_mode_compiles(x):
@@ -78,6 +87,7 @@ def test_training_mode_compiles(x):
     assert all("conv_block_train" in target for target in targets)
 
 
+@pytest.mark.exhaustive
 def test_a_changed_attribute_recompiles(x):
     model = ek.patch(build("test_efficientnet"), backend="reference")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -89,9 +99,9 @@ def test_a_changed_attribute_recompiles(x):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(model, x, strict):
-    ek.patch(model, backend="reference")
+@in_turns("name, strict", NAMES[::3], [False, True])
+def test_export(name, x, strict):
+    model = ek.patch(build(name), backend="reference")
     with torch.no_grad():
         program = torch.export.export(model, (x,), strict=strict)
         called = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("effnet_kernels.")]
@@ -108,6 +118,7 @@ def test_export_with_a_batch_of_any_size(x):
             torch.testing.assert_close(program.module()(more), model(more), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_exported_program_in_a_fresh_process(x, backend, tmp_path):
     model = ek.patch(build("test_efficientnet"), backend=backend)
     with torch.no_grad():
@@ -136,7 +147,7 @@ def test_feature_extraction_by_fx(x):
             create_feature_extractor(stock, nodes)(x).values(),
             strict=True,
         ):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            assert_same_function(got, expected)
 
 
 _DDP = """
@@ -176,6 +187,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_under_ddp(tmp_path):
     pytest.importorskip("timm")
     processes = [

@@ -8,8 +8,10 @@ from torch import nn
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from tests.models import images, rms
+from tests.criterion import assert_gradients, of_sums, rms
+from tests.models import BACKENDS, images
 from tests.patching.conftest import build
+from tests.thinning import daily, in_turns
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 
@@ -23,13 +25,7 @@ def three(name, backend, training=False):
     return model, ek.patch(copy.deepcopy(model), backend=backend), copy.deepcopy(model).double()
 
 
-def assert_as_accurate(patched, stock, exact):
-    """The rule of docs/training.md: twice stock's error, and the rounding of the longest sums, here over all pixels."""
-    noise = 3 * 2**-24 * (1 + (2 * 37 * 37) ** 0.5)
-    floor = max(rms(e) for e in exact) * 2**-24  # some vanish: nothing passes a normalised map
-    for p, s, e in zip(patched, stock, exact, strict=True):
-        assert p.dtype == s.dtype
-        assert rms(p - e) <= 2 * rms(s - e) + noise * rms(e) + floor
+NOISE = of_sums(torch.float32, 2 * 37 * 37)  # the longest sums are over all pixels
 
 
 def on(model, function, *inputs):
@@ -61,15 +57,14 @@ def hessian(model, x):
     return torch.autograd.grad(grad, bias, torch.eye(len(bias), dtype=x.dtype), is_grads_batched=True)[0]
 
 
-@MODES
-@pytest.mark.parametrize("function", [hvp, penalty, jacobian, hessian])
-@pytest.mark.parametrize("name", ["test_efficientnet", "torchvision"])
+@in_turns("function, training, backend", [hvp, penalty, jacobian, hessian], [False, True], BACKENDS)
+@pytest.mark.parametrize("name", daily(["test_efficientnet", "torchvision"], ["test_efficientnet"]))
 def test_higher_derivatives(name, function, training, backend):
     x = images(2, 37)
     inputs = (x, images(2, 37, seed=7)) if function is hvp else (x,)
     stock, patched, exact = (on(m, function, *inputs) for m in three(name, backend, training))
     assert any(rms(e) > 0 for e in exact)
-    assert_as_accurate(patched, stock, exact)
+    assert_gradients(patched, stock, exact, noise=NOISE)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "torchvision"])
@@ -89,7 +84,7 @@ def test_eval_mode_with_gradients_runs_forward_once(name, backend, monkeypatch):
             assert not [e for e in profile.events() if e.name in ("aten::conv2d", "aten::batch_norm")]
         gradients.append([x.grad, *(p.grad for p in m.parameters())])
     assert len(calls) == len(ek.report(patched).patched)
-    assert_as_accurate(*gradients)
+    assert_gradients(*gradients, noise=NOISE)
 
 
 @pytest.mark.parametrize("wanted", ["input", "last block", "gammas"])
@@ -107,7 +102,7 @@ def test_only_some_gradients_in_eval_mode(wanted, backend):
             leaf.requires_grad_()
         gradients.append(torch.autograd.grad(m(x).square().sum(), leaves))
     patched, stock, exact = gradients[1], gradients[0], gradients[2]
-    assert_as_accurate(patched, stock, exact)
+    assert_gradients(patched, stock, exact, noise=NOISE)
 
 
 @pytest.mark.parametrize("order", [(False, True), (True, False), (False, True, False)], ids=str)
@@ -147,8 +142,8 @@ def test_norms_that_share(names, backend):
     for m in (model, patched, exact):
         _share(m, names)
         m.train()(images(2, 37).to(next(m.parameters()).dtype)).square().sum().backward()
-    assert_as_accurate(*([*(b.float() for b in m.buffers())] for m in (patched, model, exact)))
-    assert_as_accurate(*([p.grad for p in m.parameters()] for m in (patched, model, exact)))
+    assert_gradients(*([*(b.float() for b in m.buffers())] for m in (patched, model, exact)), noise=NOISE)
+    assert_gradients(*([p.grad for p in m.parameters()] for m in (patched, model, exact)), noise=NOISE)
 
 
 def test_a_norm_in_two_places(backend):
@@ -185,4 +180,4 @@ def test_saved_on_the_cpu_without_strides(training, backend):
         y.backward()
         gradients.append([p.grad for p in model.parameters()])
     stock, patched, exact = gradients
-    assert_as_accurate(patched, stock, exact)
+    assert_gradients(patched, stock, exact, noise=NOISE)

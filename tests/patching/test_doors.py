@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import effnet_kernels as ek
-from tests.models import images, timm_model
+from tests.criterion import assert_same_function
+from tests.models import BACKENDS, images, timm_model
 from tests.patching.conftest import build
+from tests.thinning import daily, in_turns
 
 NAMES = ["test_efficientnet", "mobilenetv3_small_050", "tf_efficientnetv2_b0"]
 
@@ -22,9 +24,8 @@ DOORS = {
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("name", NAMES)
+@in_turns("mode, training, backend", list(MODES), [False, True], BACKENDS)
+@pytest.mark.parametrize("name", daily(NAMES, NAMES[:2]))
 def test_same_bits(name, training, mode, backend):
     """With and without checkpointing, and in the calls after the first, which are kept."""
     model = ek.patch(build(name), backend=backend).train(training)
@@ -72,8 +73,7 @@ def test_stem_and_head_are_fused_behind_every_door(name, training, backend):
     handle.remove()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050"])
+@in_turns("name, training, backend", ["efficientnet_b0", "mobilenetv3_small_050"], [False, True], BACKENDS)
 def test_features_only(name, training, backend):
     """The features of a backbone are the intermediates of the model, to the bit."""
     whole = ek.patch(timm_model(name), backend=backend).train(training)
@@ -184,4 +184,4 @@ def test_torchvision(training, backend):
             whole = model.eval()(images(2, 37))
         features = model.features(images(2, 37))
         composed = model.classifier(torch.flatten(model.avgpool(features), 1))
-    torch.testing.assert_close(whole, composed, rtol=1e-4, atol=1e-5)
+    assert_same_function(whole, composed)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import effnet_kernels as ek
-from tests.models import images, randomize, rms
-from tests.patching.conftest import build
+from tests.criterion import rms
+from tests.models import images, randomize
+from tests.patching.conftest import NAMES, build
+from tests.thinning import daily, in_turns
 
 DYNAMIC = ({0: Dim("n", min=1), 2: Dim("h", min=33), 3: Dim("w", min=33)},)
 
@@ -54,8 +56,9 @@ def run_fresh(code: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)], check=True, cwd=folder)
 
 
-def test_decompositions_end_in_stock_ops(model, x):
-    ek.patch(model)
+@pytest.mark.parametrize("name", daily(NAMES, NAMES[::3]))
+def test_decompositions_end_in_stock_ops(name, x):
+    model = ek.patch(build(name))
     program = torch.export.export(model, (x,))
     assert len(ours(program)) == len(ek.report(model).patched)
     decomposed = program.run_decompositions()
@@ -64,7 +67,7 @@ def test_decompositions_end_in_stock_ops(model, x):
         assert_same(decomposed.module()(x), model(x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", daily([False, True], [False]))
 def test_decomposed_for_every_size(strict):
     model = Blocks()
     with torch.no_grad():
@@ -76,8 +79,7 @@ def test_decomposed_for_every_size(strict):
             assert_same(decomposed.module()(more), model(more))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("size", [15, 16])
+@in_turns("size, strict", [15, 16], [False, True])
 def test_same_padding_of_every_size(strict, size):
     """No padding at all for one size, and some for the next."""
     model = randomize(ek.MBConv(4, 8, 3, stride=2, exp_ratio=2.0, pad_type="same").eval())
@@ -92,7 +94,7 @@ def test_same_padding_of_every_size(strict, size):
                 assert_same(decomposed.module()(more), model(more))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", daily([torch.bfloat16, torch.float16, torch.float64], [torch.bfloat16]))
 def test_decomposed_in_other_dtypes(dtype):
     model, x = Blocks().to(dtype), images(2, 37).to(dtype)
     with torch.no_grad(), ek.use_backend("reference"):
@@ -101,6 +103,7 @@ def test_decomposed_in_other_dtypes(dtype):
         assert_same(decomposed.module()(x), model(x), 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.exhaustive
 def test_a_table_without_an_op_keeps_it():
     model, x = Blocks(), images(2, 37)
     kept = torch.ops.effnet_kernels.mbconv.default
@@ -115,6 +118,7 @@ def test_a_table_without_an_op_keeps_it():
     assert stock(program.run_decompositions())
 
 
+@pytest.mark.exhaustive
 def test_compilers_keep_the_ops_after_export_has_decomposed_them():
     model, x = Blocks(), images(2, 37)
     with torch.no_grad():
@@ -135,6 +139,7 @@ def test_compilers_keep_the_ops_after_export_has_decomposed_them():
         assert len(traced) == count
 
 
+@pytest.mark.exhaustive
 def test_the_first_use_of_a_library_is_not_exported():
     """What a fresh process finds out while it exports is no part of the program."""
     code = """
@@ -161,6 +166,7 @@ def test_training_decomposes():
         assert_same(state[name].double(), buffer.double())
 
 
+@pytest.mark.exhaustive
 def test_forward_and_backward_decompose():
     from torch.export.experimental import _export_forward_backward
 
@@ -187,6 +193,7 @@ def test_forward_and_backward_decompose():
         assert rms(outputs[output] - exact.get_parameter(name).grad) <= 1e-5 * scale
 
 
+@pytest.mark.exhaustive
 def test_openvino():
     openvino = pytest.importorskip("openvino")
     model = Blocks()

@@ -14,8 +14,10 @@ from torch.nn.utils import prune
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from tests.models import images, timm_model
+from tests.criterion import assert_same_function
+from tests.models import BACKENDS, images, timm_model
 from tests.patching.conftest import build
+from tests.thinning import in_turns
 
 BLOCKS = {"mbconv", "fused_mbconv", "train"}
 
@@ -181,8 +183,7 @@ REPLACED = [
 ]
 
 
-@pytest.mark.parametrize("where", REPLACED, ids=lambda where: ".".join(getattr(p, "__name__", p) for p in where))
-@pytest.mark.parametrize("name", ["tf_efficientnetv2_b0", "torchvision"])
+@in_turns("name, where, backend", ["tf_efficientnetv2_b0", "torchvision"], REPLACED, BACKENDS)
 def test_what_is_replaced_on_a_class_runs(name, where, backend, monkeypatch):
     """Also once calls are kept; and when it is put back, the fused forward runs again, to the bit."""
     *path, attribute = where
@@ -253,7 +254,7 @@ def test_a_child_that_is_a_script_module(path, kind, backend, tmp_path):
         ek.patch(patched, backend=backend)
         with torch.no_grad():
             for _ in range(4):
-                torch.testing.assert_close(patched(images(2, 37)), expected, rtol=1e-4, atol=1e-4)
+                assert_same_function(patched(images(2, 37)), expected)
         assert len(ek.report(patched).patched) > 3
         ek.unpatch(patched)
 
@@ -317,8 +318,7 @@ def test_weight_subclass(patched, fused):
     class Special(torch.Tensor):
         pass
 
-    weight = patched.conv_pwl.weight
-    patched.conv_pwl.weight = nn.Parameter(weight.detach().as_subclass(Special))
+    patched.conv_pwl.weight = nn.Parameter(patched.conv_pwl.weight.detach().as_subclass(Special))
     fused.clear()
     patched(sample(patched))
     assert not BLOCKS & set(fused)
@@ -327,10 +327,8 @@ def test_weight_subclass(patched, fused):
 def test_scripting_and_tracing(fused):
     """TorchScript compiles the stock source; a trace records stock operators."""
     for name in ("test_efficientnet", "torchvision"):
-        model = build(name)
-        x = torch.randn(1, 3, 40, 40)
-        ek.patch(model, backend="reference")
-        stock = ek.unpatch(copy.deepcopy(model))
+        stock, x = build(name), torch.randn(1, 3, 40, 40)
+        model = ek.patch(copy.deepcopy(stock), backend="reference")
         with torch.no_grad():
             scripted, traced = torch.jit.script(model), torch.jit.trace(model, x)
             fused.clear()
@@ -343,9 +341,8 @@ def test_scripting_and_tracing(fused):
 def test_symbolic_tracing(fused):
     model = ek.patch(build("mobilenetv3_small_050"), backend="reference")
     x = torch.randn(1, 3, 40, 40)
-    graph = torch.fx.symbolic_trace(model)
     with torch.no_grad():
-        assert torch.equal(graph(x), ek.unpatch(model)(x))
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), ek.unpatch(model)(x))
     assert not fused
 
 
@@ -359,7 +356,7 @@ def test_function_transforms(patched, fused):
 
     stock = ek.unpatch(copy.deepcopy(patched))
     with torch.no_grad():
-        torch.testing.assert_close(torch.func.vmap(call)(state)[1], stock(x), rtol=1e-4, atol=1e-5)
+        assert_same_function(torch.func.vmap(call)(state)[1], stock(x))
     fused.clear()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -389,9 +386,8 @@ def test_float16_is_fused_on_a_cpu_but_not_where_gradients_are_wanted(patched, f
             x = sample(patched).half().requires_grad_()
             y = module(x)
             y.float().square().mean().backward()
-            results += [
-                [y, x.grad.clone(), *(p.grad.clone() for p in module.parameters()), *map(torch.clone, module.buffers())]
-            ]
+            parameters = [p.grad.clone() for p in module.parameters()]
+            results.append([y, x.grad.clone(), *parameters, *map(torch.clone, module.buffers())])
     for got, expected in zip(results[:2], results[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert {*fused[1:]} <= {"train"}

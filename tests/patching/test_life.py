@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import effnet_kernels as ek
-from tests.models import BACKENDS, assert_as_accurate, images, in_double, in_two_threads, rms, timm_model
-from tests.ops.oracle import measuring
+from effnet_kernels.benchmarking.agreement import exact_output
+from tests.criterion import GRADIENTS, assert_as_accurate, assert_same_function, measuring
+from tests.models import BACKENDS, images, in_two_threads, timm_model
 from tests.patching.conftest import NAMES, build
 
 
 def assert_accurate(stock: nn.Module, y: Tensor, x: Tensor) -> None:
     """y is what ``stock`` gives for x, with at most twice its error."""
     with torch.no_grad(), measuring():
-        assert_as_accurate(y, stock(x), in_double(stock, x))
+        assert_as_accurate(y, stock(x), exact_output(stock, x))
 
 
 def test_state_is_kept(model, x, backend):
@@ -157,7 +158,7 @@ def test_training_is_as_accurate_as_stock(model, x, backend):
         y.square().sum().backward()
         results.append([torch.cat([t.double().flatten() for t in ts]) for ts in ([y], _gradients(m), m.buffers())])
     for exact, stock, patched in zip(*results, strict=True):
-        assert rms(patched - exact) <= 2 * rms(stock - exact) + 1e-6 * rms(exact)
+        assert_as_accurate(patched, stock, exact, GRADIENTS * torch.finfo(torch.float32).eps)
 
 
 def _gradients(model):
@@ -178,7 +179,7 @@ def test_stochastic_depth_with_frozen_norms(name, backend):
                 child.eval()
         torch.manual_seed(9)
         outputs.append(m(x))
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert_same_function(outputs[1], outputs[0])
     assert not torch.equal(outputs[1], outputs[0])  # it was fused
     assert not torch.allclose(outputs[0], stock.eval()(x), rtol=1e-2, atol=1e-2)  # and it did drop
 
@@ -190,13 +191,13 @@ def test_gradients_in_eval(model, x, backend):
         m(x.to(next(m.parameters()).dtype)).square().sum().backward()
         grads.append(torch.cat([p.grad.double().flatten() for p in m.parameters()]))
     exact, stock, patched = grads
-    assert rms(patched - exact) <= 2 * rms(stock - exact) + 1e-6 * rms(exact)
+    assert_as_accurate(patched, stock, exact, GRADIENTS * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("change", ["half", "bfloat16", "channels_last", "double"])
 def test_conversions_after_patching(model, x, change):
     """Whatever the automatic choice of backend runs it on: the result is of stock's dtype and quality."""
-    exact = in_double(model, x)
+    exact = exact_output(model, x)
 
     def convert(m, x):
         if change == "channels_last":
@@ -214,7 +215,7 @@ def test_conversions_after_patching(model, x, change):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(model, x, dtype, backend):
-    exact = in_double(model, x)
+    exact = exact_output(model, x)
     with torch.no_grad(), torch.autocast("cpu", dtype):
         with measuring():
             stock = model(x)
@@ -245,7 +246,7 @@ def test_features_only(x, backend):
         assert any("conv_stem" in row[0] for row in ek.report(patched).patched)
         with torch.no_grad():
             for y, s in zip(patched(x), stock(x), strict=True):
-                torch.testing.assert_close(y, s, rtol=1e-4, atol=1e-4)
+                assert_same_function(y, s)
 
 
 def test_features_from_inside_a_block(x):
@@ -256,7 +257,7 @@ def test_features_from_inside_a_block(x):
     assert any("hooks" in reason for _, _, reason in ek.report(patched).skipped)
     with torch.no_grad():
         for y, s in zip(patched(x), stock(x), strict=True):
-            torch.testing.assert_close(y, s, rtol=1e-4, atol=1e-4)
+            assert_same_function(y, s)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050"])
@@ -267,7 +268,7 @@ def test_timm_methods(name, x, backend):
 
     def close(call):
         with torch.no_grad():
-            torch.testing.assert_close(call(patched), call(stock), rtol=1e-4, atol=1e-4)
+            assert_same_function(call(patched), call(stock))
 
     close(lambda m: m.forward_intermediates(x))
     close(lambda m: m.forward_features(x))
@@ -346,5 +347,5 @@ def test_another_default_device(model, x, backend):
         torch.set_default_device(None)
     with torch.no_grad():
         for y in outputs:
-            torch.testing.assert_close(y, stock(x), rtol=1e-4, atol=1e-4)
+            assert_same_function(y, stock(x))
     assert all(p.grad is not None and not p.grad.is_meta for p in model.parameters())

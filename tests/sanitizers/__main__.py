@@ -9,7 +9,15 @@ import sys
 from tests.emulation.build import asan_environment
 
 # Of the reference there is nothing to sanitize; tests/guarded.py has its own way to see what is touched.
-TESTS = ["tests/sanitizers", "tests/ops", "tests/training", "tests/modules", "-k", "not reference and not bounds"]
+TESTS = [
+    "tests/sanitizers",
+    "tests/ops",
+    "tests/training",
+    "tests/modules",
+    "--exhaustive",
+    "-k",
+    "not reference and not bounds",
+]
 
 if __name__ == "__main__":
     environment = {**os.environ, **asan_environment(), "OMP_NUM_THREADS": "1"}

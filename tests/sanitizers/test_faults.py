@@ -9,10 +9,10 @@ import torch
 
 from tests.emulation.build import asan_is_loaded
 from tests.guarded import Copies, death
-from tests.ops.conftest import backend, cpu_backend, one_thread
+from tests.ops.conftest import backend, one_thread
 from tests.ops.inputs import sample
 
-__all__ = ["backend", "cpu_backend", "one_thread"]
+__all__ = ["backend", "one_thread"]
 
 pytestmark = pytest.mark.skipif(not asan_is_loaded(), reason="for `make sanitize`")
 
@@ -59,12 +59,12 @@ def heap_copy(t: torch.Tensor, short: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["pointwise_conv_bn_act", "mbconv"])
 @torch.inference_mode()
-def test_tensors_that_are_too_short_are_reported(name, cpu_backend):
+def test_tensors_that_are_too_short_are_reported(name, backend):
     problem = sample(name)
     with Copies(lambda t, number: t) as copies:
-        problem.call(cpu_backend)
+        problem.call(backend)
     for short, argument in enumerate(copies.calls[0]):
         with Copies(lambda t, number, short=short: heap_copy(t, number == short), write_back=False):
-            report = death([("call", lambda: problem.call(cpu_backend))])
+            report = death([("call", lambda: problem.call(backend))])
         # A vector that only ends outside is an unknown crash by name.
         assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", str(report)), f"{short}: {argument}"

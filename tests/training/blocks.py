@@ -1,19 +1,12 @@
-"""Blocks in training: random problems, the same thing in stock layers, and how far a gradient may be off.
+"""Blocks in training: random problems, and the same thing in stock layers.
 
-The exact gradients are those of the stock layers in float64, on the same, already rounded tensors. With ``u`` the unit
-roundoff of the maps and ``L`` the number of terms of the longest sum behind any gradient of the block, a gradient may
-have, as a root mean square over its tensor,
-
-    error  <=  2 * error of the stock layers at the same dtype  +  3 * (u + 2^-24 * sqrt(L)) * size of the gradient
-
-The second term is what any implementation may have where stock is right by luck: maps are rounded to their dtype on
-the way, and the rounding errors of a float32 sum of L terms are a random walk. Stock's convolutions are those of
-``tests.ops.oracle``: computed in float32 and rounded.
+The exact gradients are those of the stock layers in float64, on the same, already rounded tensors.
 """
 
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from effnet_kernels.functional import BatchNorm, SqueezeExciteWeights
 from effnet_kernels.ops.activations import FUNCTIONS
 from effnet_kernels.training import ConvBNAct, conv_block
-from tests.ops.oracle import conv2d, stock_error
+from tests.criterion import assert_gradients, conv2d, of_sums
+from tests.ops.device import on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +105,15 @@ class BlockProblem:
         """The output through our op."""
         return conv_block(self.x, self.layers, self.se, residual=self.residual, pool=self.pool, backend=backend)[0]
 
+    def on_device(self) -> "BlockProblem":
+        """A copy where the kernels of Triton and CUDA run."""
+        return BlockProblem(*on_device(tuple(vars(self).values())))
+
     def run(self, backend: str) -> list[Tensor]:
-        """The output and all gradients through our op."""
-        y = self.forward(backend)
-        return [y, *torch.autograd.grad(y, self.leaves(), self.grad)]
+        """The output and all gradients through our op, on the CPU."""
+        there = self.on_device() if backend in ("triton", "cuda") else self
+        y = there.forward(backend)
+        return [t.cpu() for t in (y, *torch.autograd.grad(y, there.leaves(), there.grad))]
 
     def stock(self) -> list[Tensor]:
         """The same through stock layers."""
@@ -193,29 +192,24 @@ def longest_sum(problem: BlockProblem) -> int:
     return longest
 
 
-def rms(t: Tensor) -> float:
-    return t.double().square().mean().sqrt().item()
-
-
-def assert_as_accurate(problem: BlockProblem, dtype: torch.dtype, vectors: torch.dtype, backend: str) -> None:
-    """Output and gradients of ``backend`` at ``dtype`` against float64, by the rule above."""
+def assert_as_accurate(problem: BlockProblem, dtype: torch.dtype, backend: str) -> None:
+    """Output and gradients of ``backend`` at ``dtype`` against those of stock layers in float64."""
     exact = problem.to(torch.float64, torch.float64).stock()
-    rounded = problem.to(dtype, vectors)
-    expected, got = rounded.stock(), rounded.run(backend)
-    noise = 3 * (torch.finfo(dtype).eps / 2 + 2**-24 * longest_sum(problem) ** 0.5)
-    # Where a gradient vanishes (nothing passes beta of a normalised map), its scale is that of its neighbours.
-    floor = max(rms(e) for e in exact) * 2**-24
-    for i, (e, s, g) in enumerate(zip(exact, expected, got, strict=True)):
-        assert g.dtype == s.dtype
-        assert g.shape == s.shape
-        allowed = 2 * rms(stock_error(s, e)) + noise * rms(e) + floor
-        assert rms(g.double() - e) <= allowed, f"tensor {i}: error {rms(g.double() - e):.3g}, allowed {allowed:.3g}"
+    rounded = problem.to(dtype, torch.float32)
+    assert_gradients(rounded.run(backend), rounded.stock(), exact, of_sums(dtype, longest_sum(problem)))
 
 
-def skip_jumps(case: Case, dtype: torch.dtype) -> None:
-    """A derivative that jumps has no neighbourhood: which side a value is rounded to is luck, stock's and ours."""
-    if dtype != torch.float32 and {case.act, case.last_act} & {"relu", "relu6", "hardswish"}:
-        pytest.skip("the derivative jumps within the rounding of a 16-bit map")
+def cells(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[Any]:
+    """(case, dtype) test parameters; in 16 bits those of smooth activations.
+
+    A derivative that jumps has no neighbourhood: which side a value is rounded to is luck, stock's and ours.
+    """
+    return [
+        pytest.param(case, dtype, id=f"{str(dtype)[6:]}-{case}")
+        for case in cases
+        for dtype in dtypes
+        if dtype == torch.float32 or not {case.act, case.last_act} & {"relu", "relu6", "hardswish"}
+    ]
 
 
 def assert_memory_does_not_matter(problem: BlockProblem, backend: str) -> None:

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from effnet_kernels import native
 from tests.guarded import Copies, death, guarded
+from tests.processor import NATIVE
+from tests.thinning import daily
 from tests.training.blocks import CASES, Case, build
 
 
@@ -22,11 +23,10 @@ def assert_within(case: Case, dtype: torch.dtype, at_end: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_bounds(backend):
-    if backend != "cpu":
-        pytest.skip("a promise of the native CPU backend")
+@pytest.mark.parametrize("isa", daily(NATIVE, NATIVE[-1:]))
+def test_bounds(isa):
     # In a process of its own: one that has run backward cannot fork and run it again.
-    environment = {**os.environ, "EFFNET_KERNELS_CPU_ISA": native.instruction_set()}
+    environment = {**os.environ, "EFFNET_KERNELS_CPU_ISA": isa}
     command = [sys.executable, "-m", "tests.training.test_bounds"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.training import ConvBNAct, conv_block
 from tests.ops.special_values import lost_convolutions
+from tests.thinning import in_turns
 from tests.training.blocks import (
     CASES,
     BlockProblem,
@@ -16,27 +17,22 @@ from tests.training.blocks import (
     assert_memory_does_not_matter,
     batch_norm_act,
     build,
-    skip_jumps,
+    cells,
 )
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
-
-@each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cells(CASES, [torch.float32, torch.bfloat16]))
 @pytest.mark.usefixtures("poison")
 def test_gradients(case, dtype, backend):
-    skip_jumps(case, dtype)
-    assert_as_accurate(build(case, dtype), dtype, torch.float32, backend)
+    assert_as_accurate(build(case, dtype), dtype, backend)
 
 
-@each_case
-def test_gradients_in_half_precision(case):
-    skip_jumps(case, torch.float16)
-    assert_as_accurate(build(case, torch.float16), torch.float16, torch.float32, "reference")
+@pytest.mark.parametrize(("case", "dtype"), cells(CASES, [torch.float16]))
+def test_gradients_in_half_precision(case, dtype):
+    assert_as_accurate(build(case, dtype), dtype, "reference")
 
 
-@each_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_in_double(case):
     """Both sides are right to 2^-53 times the number of terms, at most 1e-12; a wrong term shows at once."""
     problem = build(case).to(torch.float64, torch.float64)
@@ -79,8 +75,7 @@ def test_gradcheck(case, frozen):
     assert torch.autograd.gradcheck(function(problem, frozen=frozen), problem.leaves())
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@in_turns("case, frozen", SMALL, [False, True])
 def test_second_derivatives(case, frozen):
     """Of everything, and where only x or only the last layer wants gradients."""
     problem = build(case).to(torch.float64, torch.float64)
@@ -188,16 +183,16 @@ def test_inputs_of_any_layout(backend):
     assert all(torch.equal(a, b) for a, b in zip(problem.run(backend), expected, strict=True))
 
 
-def test_the_same_bits_for_any_number_of_threads(backend):
-    """The native kernels; matrix products are torch's own, so a depthwise block without them."""
+def test_the_same_bits_for_any_number_of_threads(cpu_build):
+    """Matrix products are torch's own, so a depthwise block without them."""
     problem = build(Case(kinds="d", widths=(70, 70), n=3, hw=(33, 40), last_act="silu"), torch.float32)
     problem = problem.to(torch.float32, torch.float32)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(problem.run(backend))
+        results.append(problem.run(cpu_build))
     for result in results[1:]:
-        assert backend != "cpu" or all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "silu", "hardswish"])
@@ -227,7 +222,7 @@ def test_statistics_far_from_zero(offset, backend):
 def test_convolutions_of_16_bits_define_nothing(case):
     """The reference is as accurate without them."""
     with lost_convolutions():
-        assert_as_accurate(build(case, torch.bfloat16), torch.bfloat16, torch.float32, "reference")
+        assert_as_accurate(build(case, torch.bfloat16), torch.bfloat16, "reference")
 
 
 def test_large_activations_in_half_precision():

@@ -21,6 +21,8 @@ import effnet_kernels as ek
 from tests.models import BACKENDS
 from tests.training.test_models import narrow_b0, narrow_v2
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS, BATCH, TEST = 30, 32, 297  # TEST: the last images
 FACTOR = 6.0
 

@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import effnet_kernels as ek
 from effnet_kernels.modules import fusing
-from tests.models import BACKENDS, images, randomize, rms, timm_model, torchvision_model
-from tests.ops.oracle import measuring, stock_error
+from tests.criterion import GRADIENTS, assert_as_accurate, measuring, rms
+from tests.models import BACKENDS, images, randomize, timm_model, torchvision_model
 from tests.patching.conftest import build
 from tests.training.saved import saved_bytes
+from tests.whole_models import narrow
 
 
 @pytest.fixture(params=BACKENDS)
@@ -33,15 +34,9 @@ def chains(monkeypatch):
 
 def narrow_b0(**kwargs: object) -> nn.Module:
     """EfficientNet-B0 with a quarter of its channels, one block a stage, in training mode."""
-    timm = pytest.importorskip("timm")
-    args = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r2_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c16_se0.25"]
-    from timm.models._efficientnet_builder import decode_arch_def
-
     torch.manual_seed(0)
-    model = timm.models.efficientnet.EfficientNet(
-        decode_arch_def([[a] for a in args]), num_classes=10, num_features=64, stem_size=8, act_layer=nn.SiLU, **kwargs
-    )
-    return randomize(model).train()
+    stages = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r2_k3_s2_e6_c8_se0.25", "ir_r2_k5_s2_e6_c16_se0.25"]
+    return randomize(narrow(stages, num_features=64, **kwargs)).train()
 
 
 def narrow_v2() -> nn.Module:
@@ -62,10 +57,10 @@ def backward(model: nn.Module, x: Tensor, seed: int = 3) -> list[Tensor]:
 
 
 def assert_as_accurate_as_stock(stock: nn.Module, patched: nn.Module, x: Tensor) -> None:
-    """Output, gradients, buffers: at most twice the error of stock, both in float32, against float64."""
+    """Output, gradients and buffers, both in float32, against float64."""
     exact = backward(copy.deepcopy(stock).double(), x.double())
     for e, s, p in zip(exact, backward(stock, x), backward(patched, x), strict=True):
-        assert rms(p - e) <= 2 * rms(s - e) + 1e-6 * rms(e)
+        assert_as_accurate(p, s, e, GRADIENTS * torch.finfo(torch.float32).eps)
 
 
 def patched_twin(model: nn.Module, backend: str) -> nn.Module:
@@ -216,7 +211,7 @@ def test_autocast(backend):
         assert all(p.grad.dtype == torch.float32 for p in m.parameters())
         results.append([y.detach().double().flatten(), torch.cat([p.grad.double().flatten() for p in m.parameters()])])
     for e, s, p in zip(exact[:2], *results, strict=True):
-        assert rms(p - e) <= 2 * rms(stock_error(s, e))
+        assert_as_accurate(p, s, e, noise=0)
 
 
 def test_gradient_scaler(backend):
@@ -240,7 +235,7 @@ def test_gradient_scaler(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, twin.parameters(), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_training_step(backend):
     """Forward and backward as one graph each; buffers are updated inside."""
     model = ek.patch(narrow_b0(), backend=backend)

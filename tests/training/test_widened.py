@@ -9,7 +9,7 @@ from effnet_kernels.ops import train_reference as reference
 from effnet_kernels.ops import train_widened as widened
 from effnet_kernels.ops.common import to_nhwc
 from effnet_kernels.ops.train_block import Gradient, Layer, Norm, Through
-from tests.training.blocks import CASES, assert_as_accurate, build, skip_jumps
+from tests.training.blocks import CASES, assert_as_accurate, build, cells
 
 
 @pytest.fixture(params=["one at a time", "a few", "all at once"])
@@ -65,12 +65,13 @@ def test_convolutions(stride, padding, wanted):
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["torch's own", "widened"])
-@pytest.mark.parametrize("case", [case for case in CASES if set(case.kinds) & {"p", "f"}], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), cells([case for case in CASES if set(case.kinds) & {"p", "f"}], [torch.bfloat16])
+)
 @pytest.mark.skipif(not native.cpu_available()[0], reason="the CPU library is not built")
-def test_blocks_on_a_processor_with_and_without_instructions(case, wide, monkeypatch):
-    skip_jumps(case, torch.bfloat16)
+def test_blocks_on_a_processor_with_and_without_instructions(case, dtype, wide, monkeypatch):
     monkeypatch.setattr(widened, "pays", lambda x: wide)
-    assert_as_accurate(build(case, torch.bfloat16), torch.bfloat16, torch.float32, "cpu")
+    assert_as_accurate(build(case, dtype), dtype, "cpu")
 
 
 def test_no_rows():

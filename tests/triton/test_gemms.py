@@ -11,6 +11,7 @@ from tests.ops.cases import Fused, Pointwise
 from tests.ops.device import native, on_device
 from tests.ops.inputs import build
 from tests.ops.special_values import check_pool, check_value, each_value
+from tests.thinning import daily
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TILED = [
@@ -30,7 +31,7 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "dtype"), TILED, ids=lambda value: f"{type(value).__name__}-{value}")
+@pytest.mark.parametrize(("case", "dtype"), daily(TILED, TILED[::2]))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_many_tiles(case, dtype):

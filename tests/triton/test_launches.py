@@ -39,7 +39,7 @@ def launched(driver: Path, cache: Path, **environment: str) -> tuple[list[bool],
     return json.loads(record.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_launches_arrive_at_the_driver_and_a_second_process_compiles_nothing(tmp_path):
     command = ["cc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-I", str(INCLUDE)]

@@ -5,7 +5,7 @@ import pytest
 from tests import whole_models
 
 
-@pytest.mark.parametrize(("model", "dtype"), whole_models.CASES)
+@whole_models.each_model
 @pytest.mark.usefixtures("poison")
-def test_models(model, dtype):
-    assert whole_models.agrees(model(), "triton", dtype)
+def test_models(name, dtype):
+    assert whole_models.agrees(name, "triton", dtype)

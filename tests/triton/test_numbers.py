@@ -1,8 +1,7 @@
 """Every Triton kernel against the float64 reference, by the criterion of docs/numerics.md.
 
-The hostile cases of an op are dealt out over the dtypes: together they still hold every pair of settings, and
-interpreting all of them three times would take longer than the rest of the suite. ``mbconv`` is made of the others'
-kernels, so every third of its cases has to do.
+Cases are dealt out over the dtypes: interpreting all of them three times would take longer than the rest of the suite.
+``mbconv`` is made of the others' kernels, so every third of its cases has to do.
 """
 
 import pytest
@@ -12,7 +11,19 @@ from hypothesis import strategies as st
 
 from effnet_kernels.ops.activations import ACTIVATIONS
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, Case, Depthwise, Fused, MBConv, Pointwise, Squeeze, drawn, fits, hostile
+from tests.ops.cases import (
+    DTYPES,
+    KINDS,
+    Case,
+    Depthwise,
+    MBConv,
+    Pointwise,
+    Squeeze,
+    drawn,
+    few_cells,
+    fits,
+    hostile,
+)
 from tests.ops.device import native
 from tests.ops.inputs import build
 from tests.ops.special_values import (
@@ -20,17 +31,11 @@ from tests.ops.special_values import (
     check_depthwise_mean,
     check_squeeze_in_float16,
     check_value,
-    each_value,
+    each_step,
 )
+from tests.thinning import in_turns
 
-KINDS = {"depthwise": Depthwise, "squeeze": Squeeze, "mbconv": MBConv, "pointwise": Pointwise, "fused": Fused}
-
-CASES = [
-    pytest.param(case, dtype, id=f"{name}-{str(dtype)[6:]}-{case}")
-    for name, kind in KINDS.items()
-    for i, case in enumerate(hostile(kind)[:: 3 if kind is MBConv else 1])
-    for dtype in ([t for t in DTYPES if fits(case, t)][i % sum(fits(case, t) for t in DTYPES)],)
-]
+HOSTILE = [case for kind in KINDS for case in hostile(kind)[:: 3 if kind is MBConv else 1]]
 # More than one tile each way, and every class of tiles.
 TILED = [
     Depthwise(2, (5, 18), c=72, kernel=(3, 3)),
@@ -42,34 +47,18 @@ TILED = [
     Squeeze(1, (3, 3), c=700, reduced=150),
     MBConv(2, (9, 18), cin=8, mid=48, cout=8, residual=True),
 ]
-SMALL = settings(max_examples=6)
 
 
-@pytest.mark.parametrize(("case", "dtype"), CASES)
+@pytest.mark.parametrize(("case", "dtype"), few_cells([*HOSTILE, *TILED]))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
-def test_hostile(case, dtype):
-    oracle.check(native(build(case, dtype)), "triton")
-
-
-@pytest.mark.parametrize("case", hostile(Squeeze), ids=str)
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_hostile_gate(case):
-    oracle.check(native(build(case, torch.float32, gate_only=True)), "triton")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", TILED, ids=lambda case: f"{type(case).__name__}-{case}")
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_many_tiles(case, dtype):
+def test_grid(case, dtype):
     oracle.check(native(build(case, dtype)), "triton")
 
 
 @pytest.mark.parametrize("kind", [Depthwise, Squeeze, Pointwise], ids=lambda kind: kind.__name__)
 @pytest.mark.usefixtures("poison")
-@SMALL
+@settings(max_examples=settings.default.max_examples // 5)
 @given(data=st.data())
 @torch.no_grad()
 def test_any_shape(kind, data):
@@ -81,16 +70,16 @@ def test_any_shape(kind, data):
     oracle.check(native(build(case, dtype)), "triton")
 
 
+@each_step
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_activations_over_their_whole_range(act, dtype):
-    check_activation(act, dtype, "triton", step=9)  # the interpreter is slow
+def test_activations_over_their_whole_range(act, dtype, step):
+    check_activation(act, dtype, "triton", step)
 
 
-@each_value
-@pytest.mark.parametrize(
-    "case",
+@in_turns(
+    "case, value",
     [
         Depthwise(2, (5, 6), c=19, act="relu6"),
         Squeeze(2, (5, 5), c=19),
@@ -98,7 +87,7 @@ def test_activations_over_their_whole_range(act, dtype):
         Squeeze(2, (5, 5), c=19, reduced=70, act="relu"),
         MBConv(2, (5, 6), cin=17, mid=35, cout=18),
     ],
-    ids=lambda case: f"{type(case).__name__}-{case}",
+    [torch.nan, torch.inf, -torch.inf],
 )
 @torch.no_grad()
 def test_a_value_that_is_not_finite_goes_where_stock_lets_it_go(case, value):

@@ -4,22 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 import effnet_kernels as ek
 from effnet_kernels.functional import BatchNorm
 from effnet_kernels.ops.common import to_nhwc
 from tests.models import images, randomize
-from tests.ops.device import DEVICE, on_device
-from tests.training.blocks import (
-    BlockProblem,
-    Case,
-    assert_as_accurate,
-    assert_memory_does_not_matter,
-    batch_norm_act,
-    build,
-)
+from tests.ops.device import DEVICE
+from tests.thinning import daily
+from tests.training.blocks import Case, assert_as_accurate, assert_memory_does_not_matter, batch_norm_act, build
 from tests.training.test_models import assert_as_accurate_as_stock
+from tests.whole_models import narrow
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [
@@ -38,37 +32,18 @@ CASES = [
     (Case(kinds="p", widths=(19, 19), last_act="silu", residual=True, hw=(12, 13)), torch.float16),
     (Case(kinds="p", widths=(70, 70), last_act="silu", frozen="0"), torch.float32),
 ]
+DEPTHWISE = Case(kinds="d", widths=(18, 18), hw=(5, 3))
 
 
-def native(problem: BlockProblem) -> BlockProblem:
-    """The problem with its maps and parameters where the kernels run."""
-    moved = on_device((problem.x, [tuple(layer) for layer in problem.layers], problem.se, problem.residual))
-    leaves = tree_map(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, moved)
-    x, layers, se, residual = leaves
-    layers = [type(problem.layers[0])(*layer) for layer in layers]
-    return BlockProblem(x, layers, se, residual, problem.pool, on_device(problem.grad))
-
-
-class OnDevice(BlockProblem):
-    """What ``assert_as_accurate`` calls, with the results back on the CPU."""
-
-    def to(self, dtype, vectors):
-        rounded = super().to(dtype, vectors)
-        return OnDevice(**vars(rounded))
-
-    def run(self, backend):
-        return [t.cpu() for t in BlockProblem.run(native(self), backend)]
-
-
-@pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), daily(CASES, CASES[::2]))
 @pytest.mark.usefixtures("poison")
 def test_gradients(case, dtype):
-    assert_as_accurate(OnDevice(**vars(build(case, dtype))), dtype, torch.float32, "triton")
+    assert_as_accurate(build(case, dtype), dtype, "triton")
 
 
-@pytest.mark.parametrize("case", [CASES[0][0], Case(kinds="d", widths=(18, 18), hw=(5, 3)), CASES[10][0]], ids=str)
+@pytest.mark.parametrize("case", daily([DEPTHWISE, CASES[0][0], CASES[10][0]], [DEPTHWISE]))
 def test_saved_tensors_may_come_back_in_other_memory(case):
-    assert_memory_does_not_matter(native(build(case).to(torch.float32, torch.float32)), "triton")
+    assert_memory_does_not_matter(build(case).to(torch.float32, torch.float32).on_device(), "triton")
 
 
 @pytest.mark.parametrize("act", ["identity", "relu", "relu6", "silu", "hardswish"])
@@ -124,7 +99,7 @@ def test_many_parts_are_put_together_in_levels():
 
 def test_two_runs_give_the_same_bits():
     case = Case(se=True, residual=True, widths=(5, 17, 17, 5), hw=(6, 5))
-    problem = native(build(case).to(torch.float32, torch.float32))
+    problem = build(case).to(torch.float32, torch.float32)
     for first, second in zip(problem.run("triton"), problem.run("triton"), strict=True):
         assert torch.equal(first, second)
 
@@ -133,13 +108,13 @@ def test_large_activations_in_half_precision():
     """Finite wherever float32 is."""
     case = Case(se=True, scale=1e4, hw=(4, 3))
     for dtype in (torch.float32, torch.float16):
-        results = native(build(case, torch.float16).to(dtype, torch.float32)).run("triton")
+        results = build(case, torch.float16).to(dtype, torch.float32).run("triton")
         assert all(torch.isfinite(t).all() for t in results), dtype
 
 
 def test_a_bias_of_any_layout():
     """The gradient behind a pooled map comes as it comes: here as one number, and transposed."""
-    problem = native(build(Case(kinds="p", widths=(8, 5), last_act="silu", pool=True)).to(torch.float32, torch.float32))
+    problem = build(Case(kinds="p", widths=(8, 5), last_act="silu", pool=True)).to(torch.float32, torch.float32)
     for grad in (problem.grad[:1, :1].expand(problem.grad.shape), problem.grad.t().contiguous().t()):
         problem.grad = grad
         got = problem.run("triton")
@@ -149,15 +124,9 @@ def test_a_bias_of_any_layout():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="stock and exact gradients are computed on the CPU")
 def test_a_step_of_a_narrow_model():
-    timm = pytest.importorskip("timm")
-    from timm.models._efficientnet_builder import decode_arch_def
-
     torch.manual_seed(0)
-    blocks = decode_arch_def([["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r1_k5_s2_e2_c8_se0.25"]])
-    model = timm.models.efficientnet.EfficientNet(
-        blocks, num_classes=3, num_features=16, stem_size=8, act_layer=torch.nn.SiLU
-    )
-    model = randomize(model).train()
+    stages = ["ds_r1_k3_s1_e1_c8_se0.25", "ir_r1_k5_s2_e2_c8_se0.25"]
+    model = randomize(narrow(stages, num_classes=3, num_features=16)).train()
     twin = ek.patch(copy.deepcopy(model), backend="triton")
     assert len(ek.report(twin).patched) == 4  # stem, two blocks, head
     assert_as_accurate_as_stock(model, twin, images(2, 12))

@@ -52,6 +52,7 @@ def test_every_launch_of_a_forward_belongs_to_a_class(model):
         assert all(torch.equal(a, b) for a, b in zip(before, launch(), strict=True))
 
 
+@pytest.mark.exhaustive
 def test_it_goes_downhill_and_stores_what_is_better(model):
     x = images(1, 6).to(DEVICE)
     with torch.inference_mode():

@@ -305,13 +305,8 @@ def test_triton_is_not_asked_again(monkeypatch):
 
 def test_whatever_a_variant_depends_on_tells_launches_apart():
     aligned, unaligned = torch.empty(2, 4, 64), torch.empty(513)[1:].view(2, 4, 64)
-    variants = (
-        (unaligned, 32, 4, 2),
-        (aligned.half(), 32, 4, 2),
-        (aligned, 16, 4, 2),
-        (aligned, 32, 2, 2),
-        (aligned, 32, 4, 3),
-    )
+    variants = [(sums, 32, 4, 2) for sums in (unaligned, aligned.half())]
+    variants += [(aligned, *how) for how in ((16, 4, 2), (32, 2, 2), (32, 4, 3))]
     functions = {one(means(aligned), first=False)[1].function}
     for first in (True, False):
         for sums, rows, *how in variants:

@@ -1,4 +1,4 @@
-"""``fused_mbconv`` on every backend against its float64 reference."""
+"""Dense windows on maps that are large enough for Winograd's algorithm: where it is taken, and how exact it is."""
 
 import dataclasses
 import math
@@ -7,33 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
 
 from effnet_kernels import functional
 from tests.ops import oracle
-from tests.ops.cases import DTYPES, EXAMPLES, Fused, drawn, fits, grid
-from tests.ops.inputs import build, serves
+from tests.ops.cases import Fused, cells
+from tests.ops.inputs import build
 from tests.ops.special_values import unit_bn
-
-
-@pytest.mark.parametrize(("case", "dtype"), grid(Fused))
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_grid(case, dtype, backend, problem):
-    serves(backend, "fused_mbconv", dtype)
-    oracle.check(problem(case, dtype), backend)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.usefixtures("poison")
-@EXAMPLES
-@given(case=drawn(Fused))
-@torch.no_grad()
-def test_any_shape(case, dtype, backend):
-    assume(fits(case, dtype))
-    serves(backend, "fused_mbconv", dtype)
-    oracle.check(build(case, dtype), backend)
-
 
 # Large enough for Winograd's algorithm on a CPU; its tiles do not divide these maps.
 DENSE = Fused(2, (17, 19), cin=26, mid=35, cout=26, residual=True)
@@ -52,14 +31,10 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), cells(LARGE))
 @pytest.mark.usefixtures("poison")
 @torch.no_grad()
 def test_large_maps(case, dtype, backend):
-    if not fits(case, dtype):
-        pytest.skip("its values are not in the range of the dtype")
-    serves(backend, "fused_mbconv", dtype)
     oracle.check(build(case, dtype), backend)
 
 
@@ -159,7 +134,7 @@ def by_taps(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ("tiny", False),
     ],
 )
-@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.usefixtures("backend")
 @torch.no_grad()
 def test_where_there_are_fewer_products(weights, expected):
     """Other bits tell that it was not tap by tap."""
@@ -168,7 +143,7 @@ def test_where_there_are_fewer_products(weights, expected):
     assert torch.equal(convolve(x, weight)[..., :11, :11], by_taps(x, weight)) is not expected
 
 
-@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.usefixtures("backend")
 @torch.no_grad()
 def test_outputs_that_see_a_large_pixel_go_tap_by_tap():
     problem = build(DENSE, torch.float32)
@@ -184,7 +159,7 @@ def test_outputs_that_see_a_large_pixel_go_tap_by_tap():
 
 @pytest.mark.parametrize("channels", [24, 48, 64])
 @pytest.mark.parametrize("pixels", [lambda x: x, F.silu, lambda x: x + 3], ids=["normal", "silu", "of one sign"])
-@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.usefixtures("backend")
 @torch.no_grad()
 def test_fewer_products_are_no_less_exact(channels, pixels):
     generator = torch.Generator().manual_seed(0)
