@@ -43,7 +43,9 @@ from csrc.toolchain import (
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build"
 EMULATION, EMULATED_INSTRUCTIONS = ROOT / "tests" / "emulation", ROOT / "tests" / "bf16"
+FAULTS = ROOT / "tests" / "sanitizers" / "faults.cpp"
 REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") not in ("", "0")
+NINJA = os.path.join(ninja.BIN_DIR, "ninja")
 CORES = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 # ---- flags -----------------------------------------------------------------------------------------------------
@@ -60,7 +62,8 @@ INSTRUCTION_SETS = {
 TRAINED = ("generic", "avx2", "avx512")
 
 # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
-WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+WARNINGS += ["-Wno-unknown-warning-option"] if "clang" in CXX else []
 LANGUAGE = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 ARITHMETIC = ["-ffp-contract=fast", "-fno-math-errno"]
 # -fwrapv: no sum wraps (`make sanitize`), but without it GCC inlines otherwise than in what was timed.
@@ -193,10 +196,6 @@ def cpu(
         description.loaded("_native_cpu.so")
 
 
-def sanitized(description: Description) -> None:
-    cpu(description, SANITIZED, SANITIZERS, [ROOT / "tests" / "sanitizers" / "faults.cpp"])
-
-
 def cuda(description: Description) -> None:
     nvcc, version = find_nvcc()
     architectures = asked_architectures()
@@ -239,16 +238,16 @@ def emulation(description: Description, address: bool = False) -> None:
     kernels = [compiled(source, *AS_CUDA) for source in sorted((CSRC / "cuda").glob("*.cu"))]
     for source in sorted(CSRC.glob("bindings_cuda*.cpp")):
         kernels.append(compiled(source, *torch_compile, '-DEFFNET_CUDA_ARCHITECTURES="8.0"'))
-    kernels.append(compiled(EMULATION / "torch.cpp", "-DCUDA_EMULATION", *torch_compile, version))
+    kernels.append(compiled(EMULATION / "torch.cpp", "-DCUDA_EMULATION", *torch_compile[:2], version))
     wrapped = [*torch_link, *(f"-Wl,--wrap={function}" for function in WRAPPED)]
     for name, objects, link, defines in (
         ("emulated_kernels", kernels, wrapped, []),
         ("emulation_fixtures", [compiled(EMULATION / "fixtures.cu", *AS_CUDA)], [], ["-DWITH_FIXTURES"]),
     ):
-        link = [f"-Wl,-soname,lib{name}.so", *link]
-        library = description.linked(f"lib{name}.so", [emulated, *objects], link, "link_emulation", checks)
-        steered = [*flags, *python, f"-DMODULE={name}", *defines]
-        module = description.compiled(f"{name}.o", EMULATION / "module.cpp", steered)
+        flags_of_link = [f"-Wl,-soname,lib{name}.so", *link]
+        library = description.linked(f"lib{name}.so", [emulated, *objects], flags_of_link, "link_emulation", checks)
+        module_flags = [*flags, *python, f"-DMODULE={name}", *defines]
+        module = description.compiled(f"{name}.o", EMULATION / "module.cpp", module_flags)
         description.linked(f"{name}.so", [module, library], ["-Wl,-rpath,$ORIGIN"], before=checks)
 
 
@@ -281,7 +280,7 @@ def emulated_cpu(description: Description) -> None:
 FAMILIES: dict[str, Callable[[Description], None]] = {
     "cpu": cpu,
     "cuda": cuda,
-    "sanitized": sanitized,
+    "sanitized": functools.partial(cpu, flags=SANITIZED, link=SANITIZERS, more=[FAULTS]),
     "emulation": emulation,
     "emulation_with_asan": functools.partial(emulation, address=True),
     "emulated_cpu": emulated_cpu,
@@ -322,11 +321,11 @@ def build(family: str, *targets: str, starts: Callable[[], None] = lambda: None,
         fcntl.flock(lock, fcntl.LOCK_EX)
         description = Description()
         FAMILIES[family](description)
-        for rule, version in description.compilers.items():
-            write(folder / f"{rule}.compiler", version)
+        for rule, compiler in description.compilers.items():
+            write(folder / f"{rule}.compiler", compiler)
         write(folder / "build.ninja", description.text.getvalue())
         notice_contents(folder / "contents.json")
-        command = [f"{ninja.BIN_DIR}/ninja", "-C", str(folder), f"-j{CORES}", *targets]
+        command = [NINJA, "-C", str(folder), f"-j{CORES}", *targets]
         planned = subprocess.run([*command, "-n"], capture_output=True, text=True, check=False)
         if "no work to do" not in planned.stdout:
             starts()
@@ -378,7 +377,7 @@ def compile_commands() -> None:
     commands = []
     for family in ("cpu", "cuda"):
         if (BUILD / family / "build.ninja").exists():
-            tool = [f"{ninja.BIN_DIR}/ninja", "-C", str(BUILD / family), "-t", "compdb", "cxx", "nvcc"]
+            tool = [NINJA, "-C", str(BUILD / family), "-t", "compdb", "cxx", "nvcc"]
             text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
             commands += json.loads(text[text.index("[") :])
     write(BUILD / "compile_commands.json", json.dumps(commands, indent=1))

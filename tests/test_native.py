@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from csrc import build
 from effnet_kernels import native
 from effnet_kernels.dispatch import Query
 from effnet_kernels.ops import native_cuda
@@ -74,6 +75,19 @@ def test_every_instruction_set_is_taken_or_refused(library):
     assert "generic" in taken
     native.set_instruction_set("auto")
     assert native.instruction_set() == taken[-1], "auto is the widest"
+
+
+def test_what_an_instruction_set_needs_is_what_the_processor_is_asked_for(library):
+    """The library asks by cpuid and XGETBV; Linux says the same in its own words."""
+    assert [*native.instruction_sets()] == build.known_sets()
+    for name in native.instruction_sets():
+        lacking = build.lacks(name)
+        if lacking:
+            with pytest.raises(ValueError, match=rf"the processor lacks ({'|'.join(lacking)})$"):
+                native.set_instruction_set(name)
+        else:
+            with contextlib.suppress(ValueError) if name == "amx" else contextlib.nullcontext():  # it may be forbidden
+                native.set_instruction_set(name)
 
 
 def test_a_refused_instruction_set_changes_nothing(library):

@@ -4,34 +4,10 @@ import pytest
 import torch
 
 from effnet_kernels import functional as F
-from effnet_kernels.ops import mbconv_triton as mbconv
 from effnet_kernels.ops import squeeze_excite_gate_triton as squeeze_excite_gate
-from tests.ops.cases import MBConv, SqueezeGate
+from tests.ops.cases import SqueezeGate
 from tests.ops.device import native
 from tests.ops.inputs import build
-from tests.thinning import in_turns
-
-
-@in_turns("expand, se", [True, False], [True, False])
-@pytest.mark.usefixtures("poison")
-@torch.no_grad()
-def test_the_same_bits(expand, se, monkeypatch):
-    """Five images in slices of two."""
-    case = MBConv(5, (5, 6), cin=8, mid=16 if expand else None, cout=8, residual=True, reduced=4 if se else None)
-    problem = native(build(case, torch.float32))
-    whole = problem.call("triton")
-    launched = []
-    launch = mbconv.pointwise_conv_bn_act.launch
-    monkeypatch.setattr(
-        mbconv.pointwise_conv_bn_act, "launch", lambda y, *rest: (launched.append(len(y)), launch(y, *rest))
-    )
-    bytes_per_image = 4 * 5 * 6 * (2 * 16 if expand else 8)
-    monkeypatch.setattr(mbconv, "L2_SHARE", 0.5)
-    monkeypatch.setattr(mbconv, "l2_bytes", lambda device: 2 * 2 * bytes_per_image)
-    sliced = problem.call("triton")
-    assert launched == ([2, 2, 2, 2, 1, 1] if expand else [2, 2, 1])
-    assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
-
 
 # One launch; and two, whose programs have four images each, the last one fewer. Tiles end within R and C.
 SQUEEZES = pytest.mark.parametrize(("c", "reduced"), [(600, 20), (1000, 130)])
