@@ -275,6 +275,7 @@ def emulated_cpu(description: Description) -> None:
         "instructions_natively": machine_flags("avx512_bf16"),
     }.items():
         description.linked(f"{name}.so", [description.compiled(f"{name}.o", single, [*FAST, *flags])], [])
+    description.ninja.default(["instructions_of_avx2.so", *(f"{isa}.so" for isa in EMULATE if lacks(isa))])
 
 
 FAMILIES: dict[str, Callable[[Description], None]] = {

@@ -180,6 +180,7 @@ print(len(first), *[len(variants(*other) - first) for other in ((224, 128), (192
 """
 
 
+@pytest.mark.exhaustive
 def test_a_new_size_or_batch_compiles_nothing():
     """By Triton's own key of what it has compiled, on B0: 65 launches are of 39 kernels, at any size."""
     result = subprocess.run([sys.executable, "-c", COUNT_VARIANTS], env=uninterpreted(), capture_output=True, text=True)

@@ -79,7 +79,7 @@ class Tree:
         self.environment = os.environ | {"TORCH_CUDA_ARCH_LIST": "9.0a"}
         tools = Path(sys.executable).parent  # with ninja
         self.environment["PATH"] = f"{self.bin}:{os.environ['PATH']}:{tools}"
-        for name in ("CUDA_HOME", "CUDA_PATH", "MAKEFLAGS", "EFFNET_KERNELS_REQUIRE_NATIVE"):
+        for name in ("CUDA_HOME", "CUDA_PATH", "MAKEFLAGS", "PYTEST_ARGS", "EFFNET_KERNELS_REQUIRE_NATIVE"):
             self.environment.pop(name, None)
         self.nvcc(version="echo release 11.8")
 
@@ -180,6 +180,7 @@ def test_a_wheel_has_the_libraries_of_its_own_build_only(tree):
         [{"version": "exit 1"}],
     ),
 )
+@pytest.mark.exhaustive
 def test_an_error_in_cuda(tree, required, fault):
     tree.faultless()
     tree.nvcc(**fault)
@@ -192,6 +193,7 @@ def test_an_error_in_cuda(tree, required, fault):
 
 
 @pytest.mark.parametrize("required", daily([True, False], [True]))
+@pytest.mark.exhaustive
 def test_without_a_cuda_compiler_there_is_nothing_to_require(tree, required):
     """One that is too old counts as none, and so does one that finds no GPU to compile for."""
     tree.faultless()
@@ -272,6 +274,7 @@ def test_a_portable_wheel_takes_the_newest_toolkit_for_older_drivers(tree, toolk
     assert toolchain.find_nvcc() == (told, (13, 1))
 
 
+@pytest.mark.exhaustive
 def test_a_portable_wheel_that_needs_a_new_driver_says_so(tree):
     tree.faultless()
     tree.nvcc()
@@ -306,6 +309,7 @@ with_make = pytest.mark.skipif(
 
 
 @with_make
+@pytest.mark.exhaustive
 def test_make_has_an_environment_of_its_own_for_the_newest_torch(tree):
     """Made anew when its pins change; the tests in it are there, and run on the libraries of ``make build``."""
     tree.faultless()
@@ -401,6 +405,7 @@ def test_a_library_that_does_not_load_is_not_kept(tree):
     assert tree.libraries() == []
 
 
+@pytest.mark.exhaustive
 def test_editors_are_told_how_each_file_is_compiled(tree):
     tree.faultless()
     result = tree.run(str(tree.python), "-m", "csrc.build")

@@ -213,6 +213,7 @@ def test_a_process_that_hangs_is_ended_and_says_what_it_said():
     assert "ValueError" in errors
 
 
+@pytest.mark.exhaustive
 def test_tests_that_are_cut_off_say_what_failed_until_then(record, tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\ndef test_one(): assert 1 + 1 == 3\ndef test_two(): pass\ndef test_three(): time.sleep(60)\n"

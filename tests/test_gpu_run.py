@@ -317,6 +317,7 @@ gpu.attempt(subprocess.call, ([sys.executable, "-c", ask],), time.time() + 60)
 """
 
 
+@pytest.mark.exhaustive
 def test_what_a_part_starts_can_be_interrupted():
     """Also in a run that was started in the background, where shells have SIGINT ignored."""
     command = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", INTERRUPTIBLE]

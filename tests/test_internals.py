@@ -225,6 +225,7 @@ assert targets and not any("effnet_kernels" in target for target in targets)
 """
 
 
+@pytest.mark.exhaustive
 def test_without_the_mark_stock_is_compiled():
     pytest.importorskip("timm")
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)

@@ -258,6 +258,7 @@ print(json.dumps(dict(sorted(keys.items()))))
 """
 
 
+@pytest.mark.exhaustive
 def test_no_key_depends_on_what_was_launched_before():
     """Or kernels would be compiled again, wherever another one comes first."""
     found = [

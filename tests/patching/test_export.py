@@ -279,6 +279,7 @@ _PACKAGE = """
 """
 
 
+@pytest.mark.exhaustive
 def test_aot_inductor(tmp_path):
     model = Blocks()
     with torch.no_grad():

@@ -282,6 +282,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes(tmp_path):
     """A half of every weight in each, and then all of it in each: two steps of training as stock."""
     command = [sys.executable, "-c", TWO]

@@ -77,6 +77,7 @@ def test_no_more_steps_than_asked_for(model):
     assert all(each.after.num_warps == max(1, each.before.num_warps // 2) for each in tuned)
 
 
+@pytest.mark.exhaustive
 def test_a_tile_with_a_wrong_result_is_not_taken(model, monkeypatch):
     """One warp is fastest, and here it breaks the depthwise convolution."""
     from effnet_kernels.ops import depthwise_conv_bn_act_triton as depthwise
