@@ -48,7 +48,8 @@ demo: build  ## run stock and patched models on a photograph; writes out/
 	@$(BIN)/effnet-kernels demo --out out $(DEMO_ARGS)
 
 test: build  ## run the test suite, without what is marked exhaustive
-	-@$(BIN)/python -m csrc.build emulation emulated_cpu  # with all cores; where it cannot be, the tests say why
+	-@$(BIN)/python -m csrc.build emulation  # with all cores; where it cannot be, the tests say why
+	-@$(BIN)/python -m csrc.build emulated_cpu
 	@echo "==> tests, $(TEST_PROCESSES) processes"
 	@$(REQUIRE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 

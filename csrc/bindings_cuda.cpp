@@ -5,7 +5,7 @@
 namespace effnet::cuda {
 namespace {
 
-// What decides where the kernels run; no GPU is touched. The architectures are in the words of setup.py, the
+// What decides where the kernels run; no GPU is touched. The architectures are in the words of csrc/toolchain.py, the
 // versions of CUDA are 13000 for 13.0; the driver's is 0 where there is none.
 std::string built_for() { return EFFNET_CUDA_ARCHITECTURES; }
 

@@ -8,6 +8,7 @@ made from has changed, headers included, and only then. Each family has a folder
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import filecmp
 import functools
@@ -16,27 +17,30 @@ import importlib.metadata
 import io
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import ninja
-from ninja.ninja_syntax import Writer
 
 from csrc.toolchain import (
     CXX,
+    CXXFLAGS,
+    LDFLAGS,
     PORTABLE,
+    TRAINED,
     NoCudaError,
     architecture_flags,
     asked_architectures,
     cuda_folders,
     cuda_include,
     find_nvcc,
+    known_sets,
+    lacks,
+    list_of_builds,
+    machine_flags,
     torch_flags,
 )
 
@@ -44,29 +48,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build"
 EMULATION, EMULATED_INSTRUCTIONS = ROOT / "tests" / "emulation", ROOT / "tests" / "bf16"
 FAULTS = ROOT / "tests" / "sanitizers" / "faults.cpp"
+SOURCES = {".c", ".h", ".cpp", ".cu", ".cuh"}
 REQUIRED = os.environ.get("EFFNET_KERNELS_REQUIRE_NATIVE", "") not in ("", "0")
-NINJA = os.path.join(ninja.BIN_DIR, "ninja")
-CORES = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+MAX_JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
 # ---- flags -----------------------------------------------------------------------------------------------------
 
-# What each instruction set needs of a processor, in ascending order: the one list. Of all but the last two there is a
-# build of the training kernels, too; at run time csrc/cpu/instruction_sets.cpp takes the last that the processor has.
-INSTRUCTION_SETS = {
-    "generic": (),
-    "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"),
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512bf16"),
-    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512bf16", "amx-tile", "amx-bf16"),
-}
-TRAINED = ("generic", "avx2", "avx512")
-
 # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-WARNINGS += ["-Wno-unknown-warning-option"] if "clang" in CXX else []
+WARNINGS += ["-Wno-unknown-warning-option"] if any("clang" in word for word in CXX) else []
 LANGUAGE = ["-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 ARITHMETIC = ["-ffp-contract=fast", "-fno-math-errno"]
-# -fwrapv: no sum wraps (`make sanitize`), but without it GCC inlines otherwise than in what was timed.
+# -fwrapv: no sum overflows (`make sanitize` tests it); but without this flag GCC makes other code than what was timed.
 SHIPPED = ["-O3", "-g0", "-DNDEBUG", "-fwrapv", *LANGUAGE, *ARITHMETIC]
 CUDA = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", f"-I{CSRC}"]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
@@ -79,7 +72,7 @@ AS_CUDA = ["-x", "c++", "-DCUDA_EMULATION", "-include", "cuda_runtime.h"]
 # A call before every load and store of a kernel, for cuda_emulation/accesses.h. With -O1 they are those of the source,
 # not put together.
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
-# Checks as calls: in unrolled kernels the compiler takes half the time for them.
+# Checks are calls, not inline code: unrolled kernels then compile in half the time.
 ADDRESS = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 ADDRESS += ["--param", "asan-instrumentation-with-call-threshold=0"]
 # What the bindings ask of torch on a device, which tests/emulation/torch.cpp answers.
@@ -96,38 +89,6 @@ FAST = ["-O1", "-g0", *LANGUAGE, *ARITHMETIC, "-fexpensive-optimizations"]
 INSTRUCTIONS = ["-include", str(EMULATED_INSTRUCTIONS / "instructions.h")]
 EMULATE = {"avx512": [], "avx512_bf16": ["-DEMULATE_AVX512_BF16"], "amx": ["-DEMULATE_AMX"]}
 
-
-def machine_flags(isa: str) -> list[str]:
-    return [f"-m{feature}" for feature in INSTRUCTION_SETS[isa]]
-
-
-@functools.cache
-def lacks(isa: str) -> list[str]:
-    """What an instruction set needs and this processor has not."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    words = cpu.replace("avx512_bf16", "avx512bf16").replace("amx_", "amx-").split()
-    return [feature for feature in INSTRUCTION_SETS[isa] if feature not in words]
-
-
-@functools.cache
-def known_sets() -> list[str]:
-    """The instruction sets that the compiler knows: GCC below 11 does not know AMX, others no x86 at all."""
-
-    def known(isa: str) -> bool:
-        command = [CXX, *machine_flags(isa), "-fsyntax-only", "-x", "c++", os.devnull]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [isa for isa in INSTRUCTION_SETS if isa == "generic" or (x86 and known(isa))]
-
-
-def list_of_builds(kernels: Iterable[str], training: Iterable[str], needs: bool = True) -> list[str]:
-    """What instruction_sets.cpp is told: X(name, features...) for each build of the kernels, T(name) of training."""
-    features = {isa: "".join(f', "{feature}"' for feature in INSTRUCTION_SETS[isa] if needs) for isa in kernels}
-    sets = " ".join(f"X({isa}{features[isa]})" for isa in features)
-    return [f"-DEFFNET_KERNELS={sets}", f"-DEFFNET_TRAIN_KERNELS={' '.join(f'T({isa})' for isa in training)}"]
-
-
 # ---- families of targets ---------------------------------------------------------------------------------------
 
 
@@ -140,23 +101,26 @@ class Description:
     """The build.ninja of one family, line by line; paths are relative to its folder, or absolute."""
 
     def __init__(self) -> None:
+        from ninja.ninja_syntax import Writer  # here: whoever only asks what there is needs no ninja
+
         self.text = io.StringIO()
         self.ninja = Writer(self.text, width=119)  # type: ignore[arg-type]  # a stream: its annotation is wrong
         self.compilers: dict[str, str] = {}
-        self.rule("cxx", f"{CXX} -MD -MF $out.d $flags -c $in -o $out", compiler=CXX)
-        self.rule("link", f"{CXX} -shared $before $in $flags -o $out")
+        self.rule("cxx", f"{words([*CXX, *CXXFLAGS])} -MD -MF $out.d $flags -c $in -o $out", compiler=CXX)
+        link = f"{words([*CXX, *LDFLAGS])} -shared $before $in $flags"
+        self.rule("link", f"{link} -o $out")
         loads = "import sys, torch; torch.ops.load_library(sys.argv[1])"
         self.rule("load", f"{shlex.quote(sys.executable)} -c {shlex.quote(loads)} $in && touch $out")
         # Every namespace's `extern __shared__ ... shared_memory[]` is the one buffer.
         symbols = r"sed -nE 's/.* U (_Z\w*13shared_memory\w*)/-Wl,--defsym=\1=cuda_emulation_shared_memory/p'"
-        self.rule("link_emulation", f"{CXX} -shared $before $in $flags $$(nm -u $in | {symbols} | sort -u) -o $out")
+        self.rule("link_emulation", f"{link} $$(nm -u $in | {symbols} | sort -u) -o $out")
 
-    def rule(self, name: str, command: str, compiler: str | None = None) -> None:
+    def rule(self, name: str, command: str, compiler: Sequence[str] = ()) -> None:
         depfile, deps = ("$out.d", "gcc") if compiler else (None, None)
         self.ninja.rule(name, command, description=f"{name} $out", depfile=depfile, deps=deps)
         if compiler:
-            version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-            self.compilers[name] = f"{shutil.which(compiler)}\n{version}"
+            version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+            self.compilers[name] = f"{shutil.which(compiler[0])}\n{version}"
 
     def compiled(self, output: str, source: Path, flags: list[str], rule: str = "cxx") -> str:
         variables = {"flags": words(flags)}
@@ -203,10 +167,10 @@ def cuda(description: Description) -> None:
         print(f"the wheel will need NVIDIA driver 580 or newer: {nvcc} is of CUDA {version[0]}.{version[1]}")
     includes, runtime = cuda_folders(nvcc, version[0])
     torch_compile, torch_link = torch_flags()
-    description.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out", compiler=str(nvcc))
+    description.rule("nvcc", f"{words([str(nvcc)])} -MD -MF $out.d $flags -c $in -o $out", compiler=[str(nvcc)])
     sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size)
     flags = [*CUDA, *architecture_flags(architectures), *(f"-I{path}" for path in includes)]
-    flags.append(f"--threads={max(1, CORES // len(sources))}")
+    flags.append(f"--threads={max(1, int(MAX_JOBS) // len(sources))}")
     objects = [description.compiled(f"{source.stem}.o", source, flags, "nvcc") for source in sources]
     system = [word for path in includes for word in ("-isystem", path)]
     defines = [f'-DEFFNET_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
@@ -222,6 +186,8 @@ def emulation(description: Description, address: bool = False) -> None:
     """The package's CUDA kernels, and the fixtures that the emulation tests itself with, and a module for each."""
     import pybind11
 
+    if cuda_include() is None:
+        raise RuntimeError("cuda_fp16.h was found neither in CUDA_HOME nor in the wheels that torch installs")
     torch_compile, torch_link = torch_flags()
     version = (
         f'-DTORCH="{importlib.metadata.version("torch")}"'  # its own ABI is used: another one is compiled for anew
@@ -291,10 +257,10 @@ FAMILIES: dict[str, Callable[[Description], None]] = {
 
 
 def notice_contents(record: Path) -> None:
-    """Ninja goes by times. What has changed since the last build and has a time before its end is given the present."""
+    """Ninja goes by times. A file that has changed since the last build gets the present time if its own is older."""
     known, ended = (json.loads(record.read_text()), record.stat().st_mtime_ns) if record.exists() else ({}, 0)
-    files = [path for folder in (CSRC, ROOT / "tests") for path in folder.rglob("*.[ch]*")]
-    contents = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = [path for folder in (CSRC, ROOT / "tests") for path in folder.rglob("*") if path.suffix in SOURCES]
+    contents = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     for path, content in contents.items():
         if content != known.get(path) and os.stat(path).st_mtime_ns <= ended:
             os.utime(path)
@@ -305,6 +271,19 @@ def write(path: Path, text: str) -> None:
     """Leaves the file and its time as they are where it has that text."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def ninja() -> str:
+    import ninja
+
+    return os.path.join(ninja.BIN_DIR, "ninja")
 
 
 def build(family: str, *targets: str, starts: Callable[[], None] = lambda: None, quiet: bool = True) -> Path:
@@ -318,15 +297,14 @@ def build(family: str, *targets: str, starts: Callable[[], None] = lambda: None,
     """
     folder = BUILD / family
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # test processes that run side by side must not all compile
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):  # test processes that run side by side must not all compile
         description = Description()
         FAMILIES[family](description)
         for rule, compiler in description.compilers.items():
             write(folder / f"{rule}.compiler", compiler)
         write(folder / "build.ninja", description.text.getvalue())
         notice_contents(folder / "contents.json")
-        command = [NINJA, "-C", str(folder), f"-j{CORES}", *targets]
+        command = [ninja(), "-C", str(folder), f"-j{MAX_JOBS}", *targets]
         planned = subprocess.run([*command, "-n"], capture_output=True, text=True, check=False)
         if "no work to do" not in planned.stdout:
             starts()
@@ -367,8 +345,10 @@ def ship(folder: Path) -> list[str]:
             continue
         if not place.exists() or not filecmp.cmp(library, place, shallow=False):
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, place.with_suffix(".new"))  # a process may have the old one loaded
-            place.with_suffix(".new").replace(place)
+            new = place.with_suffix(f".{os.getpid()}")  # a process may have the old one loaded
+            with locked(BUILD / backend):
+                shutil.copy(library, new)
+            new.replace(place)
         built.append(backend)
     return built
 
@@ -378,7 +358,7 @@ def compile_commands() -> None:
     commands = []
     for family in ("cpu", "cuda"):
         if (BUILD / family / "build.ninja").exists():
-            tool = [NINJA, "-C", str(BUILD / family), "-t", "compdb", "cxx", "nvcc"]
+            tool = [ninja(), "-C", str(BUILD / family), "-t", "compdb", "cxx", "nvcc"]
             text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
             commands += json.loads(text[text.index("[") :])
     write(BUILD / "compile_commands.json", json.dumps(commands, indent=1))
@@ -395,5 +375,5 @@ def main(families: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RuntimeError as error:
-        sys.exit(str(error))
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")

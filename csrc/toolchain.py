@@ -1,15 +1,21 @@
-"""Finds what the libraries are built with: torch, and a CUDA compiler with its headers, its runtime and its GPUs."""
+"""What the libraries are built with and for: the C++ compiler and instruction sets, torch, and a CUDA compiler with its
+headers, its runtime and GPUs."""
 
 import functools
 import importlib.util
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
-CXX = os.environ.get("CXX") or "g++"
+# As other builds take them: a compiler may have a launcher in front and flags behind it.
+CXX = shlex.split(os.environ.get("CXX") or "g++")
+CXXFLAGS, LDFLAGS = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
 # GPUs that the CUDA library has machine code for, unless TORCH_CUDA_ARCH_LIST says others; and PTX of the newest.
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0a 12.0+PTX"
 # `make wheel`: of the compilers, one whose library runs under older drivers: those for its own major version of CUDA,
@@ -20,6 +26,49 @@ INSTALLED = Path("/usr/local")
 
 class NoCudaError(RuntimeError):
     """No CUDA compiler, or no GPU, that the library could be built with or for: no fault of a build."""
+
+
+# What each instruction set needs of a processor, in ascending order: the one list. Of all but the last two there is a
+# build of the training kernels, too; at run time csrc/cpu/instruction_sets.cpp takes the last that the processor has.
+INSTRUCTION_SETS = {
+    "generic": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"),
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512bf16"),
+    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "avx512bf16", "amx-tile", "amx-bf16"),
+}
+TRAINED = ("generic", "avx2", "avx512")
+
+
+def machine_flags(isa: str) -> list[str]:
+    return [f"-m{feature}" for feature in INSTRUCTION_SETS[isa]]
+
+
+@functools.cache
+def lacks(isa: str) -> list[str]:
+    """What an instruction set needs and this processor has not."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    words = cpu.replace("avx512_bf16", "avx512bf16").replace("amx_", "amx-").split()
+    return [feature for feature in INSTRUCTION_SETS[isa] if feature not in words]
+
+
+@functools.cache
+def known_sets() -> list[str]:
+    """The instruction sets that the compiler knows: GCC below 11 does not know AMX, others no x86 at all."""
+
+    def known(isa: str) -> bool:
+        command = [*CXX, *machine_flags(isa), "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [isa for isa in INSTRUCTION_SETS if isa == "generic" or (x86 and known(isa))]
+
+
+def list_of_builds(kernels: Iterable[str], training: Iterable[str], needs: bool = True) -> list[str]:
+    """What instruction_sets.cpp is told: X(name, features...) for each build of the kernels, T(name) of training."""
+    features = {isa: "".join(f', "{feature}"' for feature in INSTRUCTION_SETS[isa] if needs) for isa in kernels}
+    sets = " ".join(f"X({isa}{features[isa]})" for isa in features)
+    return [f"-DEFFNET_KERNELS={sets}", f"-DEFFNET_TRAIN_KERNELS={' '.join(f'T({isa})' for isa in training)}"]
 
 
 def torch_flags() -> tuple[list[str], list[str]]:

@@ -123,8 +123,9 @@ def assert_gradients(got: list[Tensor], stock: list[Tensor], exact: list[Tensor]
 
 def assert_same_function(got: Any, expected: Any) -> None:
     """Two ways to compute the same in float32, however exactly: a hundredth of what another layer, stride or statistic
-    makes of it, and some hundred times its rounding. Relative to the largest element, as docs/numerics.md says why."""
+    makes of it, and some hundred times its rounding. Elements near zero are sums of larger terms, whose rounding leaves
+    about a hundred thousandth of the largest element."""
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        error, size = (a - b).abs().max(), b.abs().max()
-        assert error <= 1e-4 * size, f"error {error:.3g} in {size:.3g}"
+        error, allowed = (a - b).abs(), 1e-4 * b.abs() + 1e-5 * b.abs().max()
+        assert (error <= allowed).all(), f"error {(error / allowed).max():.3g} times what is allowed"

@@ -5,11 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from csrc import build
+from csrc import toolchain
 from effnet_kernels import native
 from effnet_kernels.dispatch import Query
 from effnet_kernels.ops import native_cuda
@@ -79,15 +80,22 @@ def test_every_instruction_set_is_taken_or_refused(library):
 
 def test_what_an_instruction_set_needs_is_what_the_processor_is_asked_for(library):
     """The library asks by cpuid and XGETBV; Linux says the same in its own words."""
-    assert [*native.instruction_sets()] == build.known_sets()
+    assert [*native.instruction_sets()] == toolchain.known_sets()
     for name in native.instruction_sets():
-        lacking = build.lacks(name)
+        lacking = toolchain.lacks(name)
         if lacking:
             with pytest.raises(ValueError, match=rf"the processor lacks ({'|'.join(lacking)})$"):
                 native.set_instruction_set(name)
         else:
             with contextlib.suppress(ValueError) if name == "amx" else contextlib.nullcontext():  # it may be forbidden
                 native.set_instruction_set(name)
+
+
+def test_each_feature_that_an_instruction_set_needs_can_be_asked_for():
+    """One that the library does not know would look like one that no processor has."""
+    text = (Path(toolchain.__file__).parent / "cpu" / "instruction_sets.cpp").read_text()
+    known = re.findall(r'\{"([\w-]+)", \d', text)
+    assert {feature for needed in toolchain.INSTRUCTION_SETS.values() for feature in needed} == {*known}
 
 
 def test_a_refused_instruction_set_changes_nothing(library):

@@ -68,7 +68,7 @@ constexpr Feature kFeatures[] = {
 
 bool supported(const char* name) {
   unsigned a, b, c, d, saved = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) asm("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
   for (const Feature& feature : kFeatures) {
     if (std::strcmp(feature.name, name) != 0) continue;
     unsigned registers[4] = {};

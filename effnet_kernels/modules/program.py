@@ -251,6 +251,9 @@ class Programs:
             self.programs.pop(name, None)
 
 
+Kept = Programs  # its name in pickles of patched models that were saved before it had this one
+
+
 def repeat(key: Hashable, owner: nn.Module, x: Tensor) -> Tensor | None:
     """The result of a program of the owner's; None where there is none, or something has changed since."""
     kept = vars(owner).get(KEPT_ATTRIBUTE)

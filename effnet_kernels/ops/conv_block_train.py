@@ -30,7 +30,7 @@ _FORWARD = (
     f"conv_block_train(Tensor x, {_LAYERS}, Tensor? residual, bool pool, str backend) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
-# `needs`: one bool per tensor, in the order of NeedsInputGrad; the result has the gradients of those that are True.
+# `needs_input_grad`: a bool per tensor, in the order of NeedsInputGrad; the gradients of those that are True result.
 _BACKWARD = (
     "conv_block_train_backward(Tensor grad, Tensor? x, Tensor?[] raws, Tensor[] statistics, Tensor[]? squeezed, "
     f"{_LAYERS}, bool pool, SymInt[] size, bool[] needs_input_grad, str backend) -> Tensor[]"

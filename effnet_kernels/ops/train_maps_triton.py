@@ -1,8 +1,8 @@
 """Passes over whole maps in training, in Triton: statistics, pooling, normalisation, BatchNorm's sums and gradient.
 
 Each reads its maps once. A program owns a strip of pixels of one image and a block of channels, and its lanes keep
-partial results of their own until the strip ends; ``triton_parts`` puts those of all strips together. How a map is cut
-depends on its shape alone.
+partial results of their own until the strip ends; ``train_parts_triton`` puts those of all strips together. How a map
+is cut depends on its shape alone.
 """
 
 from collections.abc import Sequence

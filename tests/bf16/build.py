@@ -7,7 +7,8 @@ import ctypes
 import functools
 from pathlib import Path
 
-from csrc.build import EMULATE, ROOT, build, lacks
+from csrc.build import EMULATE, ROOT, build
+from csrc.toolchain import lacks
 
 __all__ = ["EMULATE", "ROOT", "lacks", "library", "single_instructions", "unavailable"]
 

@@ -27,8 +27,8 @@ def unavailable() -> str | None:
     """Why nothing can be emulated here, or None."""
     if not sys.platform.startswith("linux"):
         return "the emulation needs Linux"
-    if shutil.which(CXX) is None:
-        return f"no C++ compiler: {CXX}"
+    if shutil.which(CXX[0]) is None:
+        return f"no C++ compiler: {CXX[0]}"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     if cuda_include() is None:
@@ -39,7 +39,7 @@ def unavailable() -> str | None:
 def asan_environment() -> dict[str, str]:
     """Variables with which a process can load a library built with AddressSanitizer."""
     libraries = [
-        subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run([*CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the second, or exceptions are not intercepted
     ]
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:strict_init_order=0"}
