@@ -156,7 +156,7 @@ def cpu(
     for source in (CSRC / "cpu" / "scratch.cpp", *more):
         objects.append(description.compiled(f"{source.stem}.o", source, flags))
     description.linked("_native_cpu.so", objects, [*torch_link, "-lpthread", *link])
-    if not link:
+    if not link:  # one with sanitizers loads only where they were loaded first
         description.loaded("_native_cpu.so")
 
 
@@ -189,9 +189,8 @@ def emulation(description: Description, address: bool = False) -> None:
     if cuda_include() is None:
         raise RuntimeError("cuda_fp16.h was found neither in CUDA_HOME nor in the wheels that torch installs")
     torch_compile, torch_link = torch_flags()
-    version = (
-        f'-DTORCH="{importlib.metadata.version("torch")}"'  # its own ABI is used: another one is compiled for anew
-    )
+    # torch.cpp uses the ABI of this torch, not the stable one: for another it is compiled anew.
+    version = f'-DTORCH="{importlib.metadata.version("torch")}"'
     flags = [*EMULATED, *([] if lacks("avx2") else machine_flags("avx2")), "-isystem", str(cuda_include())]
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     checks = ADDRESS if address else []
